@@ -1,0 +1,73 @@
+"""trimtab: adapt large frozen models with a few trained parameters.
+
+The public names are loaded when they are first used, so `import trimtab` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# module -> the public names it holds
+_PUBLIC = {
+    "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
+    "trimtab.methods": ["PeftConfig"],
+    "trimtab.methods.lora": ["LoraConfig", "LoraRuntimeConfig"],
+    "trimtab.methods.trainable_tokens": ["TrainableTokensConfig"],
+    "trimtab.model.peft_model": [
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "get_peft_model",
+        "inject_adapter_in_model",
+    ],
+    "trimtab.model.auto": [
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ],
+    "trimtab.model.state": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
+    "trimtab.model.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
+    "trimtab.model.convert": ["prepare_model_for_kbit_training"],
+    "trimtab.files.store": ["load_peft_weights"],
+    "trimtab.errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
+}
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(_WHERE[name]), name)
+    elif name.endswith("Model") and not name.startswith("_"):  # LoraModel ...: the tuner under a method's name
+        value = _tuner(name)
+    else:
+        raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def _tuner(name: str) -> Any:
+    from trimtab.methods import METHODS
+    from trimtab.model.tuner import tuner_class
+
+    for peft_type, (_, _, config) in METHODS.items():
+        if config.removesuffix("Config") + "Model" == name:
+            return tuner_class(peft_type)
+    raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,342 @@
+"""The configuration of an adapter and its JSON, with Hugging Face PEFT's own field names."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from trimtab.core.io import locate, split_hub_arguments, write_whole
+from trimtab.errors import AdapterFileError, ConfigError, PeftWarning
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
+
+Config = TypeVar("Config", bound="PeftConfig")
+
+
+class PeftType(str, enum.Enum):
+    """The method an adapter file belongs to (its `peft_type`)."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FOURIERFT = "FOURIERFT"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    CPT = "CPT"
+    BONE = "BONE"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    PVERA = "PVERA"
+    PSOFT = "PSOFT"
+    LILY = "LILY"
+    PEANUT = "PEANUT"
+    TINYLORA = "TINYLORA"
+    ADAMSS = "ADAMSS"
+    HIRA = "HIRA"
+    GLORA = "GLORA"
+    BEFT = "BEFT"
+    UNILORA = "UNILORA"
+    SUPERTUNING = "SUPERTUNING"
+    FROD = "FROD"
+    DEFT = "DEFT"
+    SHADOW = "SHADOW"
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for: it selects the `PeftModelFor...` class and the heads that are trained whole."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def as_set(value: Any) -> Any:
+    """A list of names as a set, as PEFT keeps it; a string or None as it is."""
+    return set(value) if isinstance(value, list | tuple) else value
+
+
+def match_pattern(keys: Iterable[str], name: str) -> str | None:
+    """The first key of a `rank_pattern` or `alpha_pattern` (a suffix or a regular expression) that fits `name`."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter's config has.
+
+    Args:
+        task_type: one of `TaskType`, or None for a model that is none of these.
+        peft_type: one of `PeftType`; set by the method's own config class.
+        auto_mapping: where to find the base model's class when there is no task type (written on save).
+        peft_version: the version of the file format, written on save.
+        base_model_name_or_path: the model the adapter was trained on.
+        revision: the base model's revision on the Hub.
+        inference_mode: the adapter starts frozen.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    # The registry of methods is a floor above: it sets this when it is imported.
+    class_of: ClassVar[Callable[[str], type[PeftConfig]]]
+    # Fields that change nothing yet, with the reason: a non-default value is refused when the adapter is built.
+    pending: ClassVar[dict[str, str]] = {}
+    # Fields that never reach the file.
+    runtime: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the adapter is a prompt in front of the model rather than a change of its layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the adapter is an adaption prompt."""
+        return self.peft_type == PeftType.ADAPTION_PROMPT
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Keys of the file this version does not know: they change nothing and are written back."""
+        return dict(self.__dict__.get("_unknown", {}))
+
+    def resolve(self, name: str) -> Any:
+        """This config as it holds for the module `name`; methods with per-module patterns override it."""
+        return self
+
+    def check(self) -> None:
+        """Raise for a field that does not act yet but was set: called when an adapter is built."""
+        for f in dataclasses.fields(self):
+            if f.name in self.pending and getattr(self, f.name) != default_of(f):
+                raise NotImplementedError(
+                    f"`{f.name}={getattr(self, f.name)!r}` of {type(self).__name__} does not act yet: {self.pending[f.name]}."
+                )
+
+    def copy(self: Config) -> Config:
+        """A deep copy: what a model does to its config never reaches the caller's object."""
+        return copy.deepcopy(self)
+
+    def shallow(self: Config) -> Config:
+        """A copy that shares its values, for `resolve`: validation is not run again."""
+        return copy.copy(self)
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`: names sorted, sets as sorted lists."""
+        fields = {k: v for k, v in self.to_dict().items() if k not in self.runtime}
+        return dict(sorted({**self.unknown, **_plain(fields)}.items()))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into the folder (created if need be), whole or not at all."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        write_whole({folder / CONFIG_NAME: self.writer(**kwargs)})
+
+    def writer(self, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> Callable[[Path], None]:
+        """A function that writes this config to a path."""
+        content = self.to_json() | {"peft_version": FORMAT_VERSION}
+        if auto_mapping_dict is not None:
+            content["auto_mapping"] = auto_mapping_dict
+        text = json.dumps(content, indent=2, sort_keys=True)
+        return lambda path: path.write_text(text, encoding="utf-8") and None
+
+    @classmethod
+    def from_dict(cls, attributes: dict[str, Any], source: str = "the given dict") -> Any:
+        """A config from the content of an `adapter_config.json`; its `peft_type` decides the class.
+
+        Unknown keys are kept (`.unknown`), written back on save, and reported with a warning.
+        """
+        attributes = dict(attributes)
+        peft_type = attributes.get("peft_type")
+        target = cls
+        if peft_type is not None:
+            target = PeftConfig.class_of(str(getattr(peft_type, "value", peft_type)))
+        elif cls is PeftConfig:
+            raise ConfigError(f"{source} has no `peft_type`, so the method it belongs to is unknown.")
+        known = {f.name for f in dataclasses.fields(target) if f.init}
+        unknown = {k: v for k, v in attributes.items() if k not in known}
+        given = {k: v for k, v in attributes.items() if k in known}
+        dropped = sorted(set(given) & target.runtime | set(unknown) & target.runtime)
+        for key in dropped:
+            warnings.warn(f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.", PeftWarning, stacklevel=3)
+            given.pop(key, None)
+            unknown.pop(key, None)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {sorted(unknown)} for class {target.__name__}, these are ignored: "
+                f"{source} was probably written by a newer version (peft_version {attributes.get('peft_version')!r}, "
+                f"known here: {FORMAT_VERSION}). They are kept, and written back on save.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        given.pop("peft_type", None)
+        fields_init = {f.name for f in dataclasses.fields(target) if f.init}
+        config = target(**{k: v for k, v in given.items() if k in fields_init})
+        if peft_type is not None and config.peft_type is None:
+            config.peft_type = PeftType(peft_type)
+        config.__dict__["_unknown"] = unknown
+        return config
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """A config from keyword arguments, one of which is `peft_type`."""
+        return cls.from_dict(kwargs, "from_peft_type(...)")
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The content of a config file as a dict."""
+        try:
+            content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: {error}") from error
+        if not isinstance(content, dict):
+            raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: it holds no JSON object.")
+        return content
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The config of an adapter in a folder or on the Hub; keyword arguments override its fields.
+
+        Raises:
+            AdapterFileError: there is no `adapter_config.json`, or it cannot be read.
+        """
+        hub, overrides = split_hub_arguments(kwargs)
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        if path is None:
+            raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+        return cls.from_dict({**cls.from_json_file(path), **overrides}, f"'{path}'")
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str, **kwargs: Any) -> str:
+        return str(cls.from_pretrained(model_id, **kwargs).peft_type.value)
+
+
+@dataclass
+class LayerConfig(PeftConfig):
+    """What the configs of methods that adapt layers share.
+
+    Args:
+        target_modules: a list of names (exact, or the end of a path), a regular expression over whole paths,
+            "all-linear", or None for the architecture's default.
+        exclude_modules: the same, for modules to leave alone; wins over `target_modules`.
+        modules_to_save: modules to train and save whole, as a copy.
+        layers_to_transform: the indices of the layers to adapt (lists of targets only).
+        layers_pattern: the name of the list of layers, where the index is not the first number of a path.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = as_set(self.target_modules)
+        self.exclude_modules = as_set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the configs of prompt methods share.
+
+    Args:
+        num_virtual_tokens: the length of the prompt.
+        token_dim: the width of the base model's embeddings; read from the model when None.
+        num_transformer_submodules: 2 where encoder and decoder both get a prompt, 1 otherwise; read from the task.
+        num_attention_heads: heads of the base model; read from the model when None.
+        num_layers: layers of the base model; read from the model when None.
+        modules_to_save: modules to train and save whole, as a copy.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always true."""
+        return True
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default value of a dataclass field."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def help_field(text: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with a help text, as `HfArgumentParser` shows it."""
+    if factory is not dataclasses.MISSING:
+        return field(default_factory=factory, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.value if isinstance(value, enum.Enum) else value

@@ -1,0 +1,187 @@
+"""Which modules a config selects: pure functions from names and kinds of layers to a table."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
+
+CONDENSE_FROM = 20  # with as many names or more, the file lists the shortest endings that say the same
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: a module, its kind of site (None: no kind we know), and the entry that selected it."""
+
+    name: str
+    kind: str | None
+    why: str
+
+
+def matches(wanted: Any, name: str) -> str | None:
+    """The entry of `wanted` that fits the module path `name`, or None.
+
+    A string is a regular expression over the whole path; a collection holds exact paths or their last segments.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return wanted if re.fullmatch(wanted, name) else None
+    segments = name.split(".")
+    for start in range(len(segments)):
+        ending = ".".join(segments[start:])
+        if ending in wanted:
+            return ending
+    return None
+
+
+def inside(names: Collection[str] | None, name: str) -> bool:
+    """Whether `name` is one of the modules `names` (by path or ending), or lies under one."""
+    if not names:
+        return False
+    segments = name.split(".")
+    return any(matches(set(names), ".".join(segments[: i + 1])) for i in range(len(segments)))
+
+
+def layer_index(name: str, pattern: Collection[str] | str | None) -> int | None:
+    """The index of the layer a module path lies in, or None where it lies in none."""
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    for expression in expressions:
+        if found := re.match(expression, name):
+            return int(found.group(1))
+    return None
+
+
+def select(
+    kinds: Mapping[str, str | None],
+    config: Any,
+    linear: Collection[str] = (),
+    strict: bool = False,
+) -> list[Target]:
+    """The modules `config` adapts.
+
+    Args:
+        kinds: module path -> the kind of site it would be (None: not a layer that can be adapted), in model order.
+        config: a `LayerConfig` whose `target_modules` is set.
+        linear: what "all-linear" stands for.
+        strict: entries that fit nothing are errors even when others fit.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing fits, or with `strict` some entry fits nothing.
+    """
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = set(linear)
+    by_layer = config.layers_to_transform
+    indices = {by_layer} if isinstance(by_layer, int) else set(by_layer or ())
+    found: list[Target] = []
+    used: set[str] = set()
+    excluded: list[str] = []
+    used_exclusions: set[str] = set()
+    for name, kind in kinds.items():
+        why = matches(wanted, name)
+        exclusion = matches(config.exclude_modules, name)
+        if exclusion is not None:
+            used_exclusions.add(exclusion)
+        if why is None:
+            continue
+        if exclusion is not None or inside(config.modules_to_save, name):
+            excluded.append(name)
+            used.add(why)
+            continue
+        if indices and layer_index(name, config.layers_pattern) not in indices:
+            continue
+        used.add(why)
+        found.append(Target(name, kind, why))
+    _report(kinds, config, wanted, found, used, excluded, used_exclusions, strict)
+    return found
+
+
+def _report(
+    kinds: Mapping[str, str | None],
+    config: Any,
+    wanted: Any,
+    found: list[Target],
+    used: set[str],
+    excluded: list[str],
+    used_exclusions: set[str],
+    strict: bool,
+) -> None:
+    """Speak up about entries that did nothing."""
+    if wanted and not found:
+        if excluded:
+            raise NoMatchingPeftModuleError(
+                "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
+                f"and `modules_to_save` configuration: {sorted(excluded)[:5]} fit, but are excluded."
+            )
+        message = f"Target modules {_show(wanted)} not found in the base model. Please check the target modules and try again."
+        if config.layers_to_transform is not None:
+            message += (
+                f" Note: You specified 'layers_to_transform': {config.layers_to_transform}. You should also specify "
+                "'layers_pattern' if the index is not the first number of the module names."
+            )
+        raise NoMatchingPeftModuleError(message + nearest(wanted, kinds))
+    missed = set() if isinstance(wanted, str) else set(wanted or ()) - used
+    if missed:
+        message = f"`target_modules` {sorted(missed)} fit no module of the model; the others do.{nearest(missed, kinds)}"
+        if strict:
+            raise NoMatchingPeftModuleError(message)
+        warnings.warn(message, PeftWarning, stacklevel=5)
+    if config.exclude_modules and not used_exclusions:
+        warnings.warn(
+            f"You have passed exclude_modules={_show(config.exclude_modules)} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly.",
+            PeftWarning,
+            stacklevel=5,
+        )
+
+
+def condense(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest endings that fit all of `targets` and none of `others`."""
+    taken = {".".join(s[i:]) for name in others for s in [name.split(".")] for i in range(len(s))}
+    short = set()
+    for name in targets:
+        segments = name.split(".")
+        endings = (".".join(segments[i:]) for i in range(len(segments) - 1, -1, -1))
+        short.add(next((e for e in endings if e not in taken), name))
+    return short
+
+
+def nearest(wanted: Any, names: Iterable[str]) -> str:
+    """A sentence that names the module endings most like the ones that fit nothing, or ''."""
+    endings = dict.fromkeys(n.rsplit(".", 1)[-1] for n, kind in _pairs(names) if kind is not None)
+    texts = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    close = [c for t in texts for c in difflib.get_close_matches(t.rsplit(".", 1)[-1], endings, n=2, cutoff=0.5)]
+    known = ", ".join(repr(c) for c in dict.fromkeys(close))
+    if known:
+        return f" The nearest names in this model are {known}."
+    shown = ", ".join(repr(e) for e in list(endings)[:8])
+    return f" Layers of this model that can be adapted are named {shown}." if shown else ""
+
+
+def unused_patterns(patterns: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The keys of a rank or alpha pattern that fit none of the adapted modules."""
+    names = list(names)
+    return [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", n) for n in names)]
+
+
+def require_list_or_int(value: Any, field: str) -> None:
+    """Raise `ConfigError` unless `value` is None, an int or a list of ints."""
+    if value is None or isinstance(value, int):
+        return
+    if not all(isinstance(v, int) for v in value):
+        raise ConfigError(f"`{field}` should be an int or a list of ints, not {value!r}.")
+
+
+def _pairs(names: Any) -> Iterable[tuple[str, Any]]:
+    return names.items() if isinstance(names, Mapping) else ((n, "") for n in names)
+
+
+def _show(wanted: Any) -> str:
+    return repr(wanted) if isinstance(wanted, str) else str(set(wanted))

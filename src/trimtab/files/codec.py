@@ -1,0 +1,123 @@
+"""The only file that knows how PEFT names an adapter's tensors, in memory and on disk. One table serves both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import AdapterFileError
+
+PREFIX = "base_model.model."  # of every key on disk that belongs to a module of the base model
+
+# Leaves whose name on disk is not their name in memory without the adapter.
+ON_DISK = {"lora_magnitude_vector.{}.weight": "lora_magnitude_vector"}
+
+# What the names of a method's tensors start with.
+PREFIXES = {"LORA": "lora_", "TRAINABLE_TOKENS": "trainable_tokens_"}
+
+# Names of embeddings whose base weight is saved along when it is adapted or resized.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+@dataclass
+class Slot:
+    """One tensor of an adapter: its key in the model's state dict, its key on disk, and where it lives.
+
+    `holder` has the tensor as its attribute `name`, or under that key.
+    """
+
+    memory: str
+    disk: str
+    holder: Any
+    name: str
+    optional: bool = False  # the base's own tensor, in the file only where it was saved along
+
+    def get(self) -> Tensor:
+        """The tensor as it stands."""
+        if isinstance(self.holder, Mapping):
+            return self.holder[self.name]  # type: ignore[no-any-return]
+        tensor: Tensor = self.holder._parameters.get(self.name)
+        return self.holder._buffers[self.name] if tensor is None else tensor
+
+    @torch.no_grad()
+    def put(self, value: Tensor) -> None:
+        """Copy a value into the tensor; one that was built without storage takes the value itself."""
+        old = self.get()
+        if old.device.type != "meta":
+            old.copy_(value)
+            return
+        new = value.to(dtype=old.dtype, device=getattr(old, "target_device", value.device))
+        new = new.clone() if new is value else new
+        if isinstance(old, nn.Parameter):
+            self.holder._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            self.holder._buffers[self.name] = new
+
+
+def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:
+    """(key in memory, key on disk) of a leaf of the layer at `path`, both without prefix."""
+    disk = ON_DISK.get(template, template.replace(".{}", ""))
+    return f"{path}.{template.format(adapter)}", f"{path}.{disk}"
+
+
+def copy_keys(path: str, name: str, adapter: str) -> tuple[str, str]:
+    """(key in memory, key on disk) of tensor `name` of a module that is trained and saved whole."""
+    return f"{path}.modules_to_save.{adapter}.{name}", f"{path}.{name}"
+
+
+@dataclass
+class Fit:
+    """How the tensors of a file fit an adapter; keys as on disk, without the prefix of the model's own class."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def raise_for_faults(self, source: str, ignore_mismatched: bool = False) -> None:
+        """Raise one `AdapterFileError` that lists everything that does not fit."""
+        faults = []
+        if self.missing:
+            faults.append(f"missing keys (the adapter has them, the file does not): {_some(self.missing)}")
+        if self.unexpected:
+            faults.append(f"unexpected keys (nothing in the model takes them): {_some(self.unexpected)}")
+        if self.mismatched and not ignore_mismatched:
+            shapes = [f"{k} is {found} in the file and {wanted} in the model" for k, found, wanted in self.mismatched]
+            faults.append(f"size mismatch: {_some(shapes)}")
+        if faults:
+            raise AdapterFileError(
+                f"The adapter in {source} does not fit the model: " + "; ".join(faults) + ". Check that the base model "
+                "is the one it was trained on, or pass strict=False to load what fits."
+            )
+
+
+def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> Fit:
+    """Compare the tensors of a file with the slots of an adapter. Nothing is changed."""
+    slots = list(slots)
+    wanted = {prefix + s.disk: s for s in slots}
+    mismatched = [
+        (key, tuple(tensors[key].shape), tuple(slot.get().shape))
+        for key, slot in wanted.items()
+        if key in tensors and tensors[key].shape != slot.get().shape
+    ]
+    return Fit(
+        missing=[k for k, slot in wanted.items() if k not in tensors and not slot.optional],
+        unexpected=[k for k in tensors if k not in wanted],
+        mismatched=mismatched,
+    )
+
+
+def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
+    """Copy every tensor that has a slot of its shape."""
+    for slot in slots:
+        value = tensors.get(prefix + slot.disk)
+        if value is not None and value.shape == slot.get().shape:
+            slot.put(value)
+
+
+def _some(items: list[Any], limit: int = 10) -> str:
+    shown = ", ".join(str(i) for i in items[:limit])
+    return f"[{shown}{f', and {len(items) - limit} more' if len(items) > limit else ''}]"

@@ -1,0 +1,134 @@
+"""An adapter's folder: adapter_config.json and adapter_model.safetensors (or .bin), read strictly and written whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.config import CONFIG_NAME, PeftConfig
+from trimtab.core.io import locate, split_hub_arguments, write_whole
+from trimtab.errors import AdapterFileError, AdapterNameError
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+
+
+def check_name(adapter: str) -> None:
+    """Raise unless the name can be a module's and a folder's."""
+    if not isinstance(adapter, str) or not adapter:
+        raise AdapterNameError(f"An adapter's name should be a non-empty string, not {adapter!r}.")
+    if "." in adapter or "/" in adapter or "\\" in adapter or "\0" in adapter:
+        raise AdapterNameError(
+            f"Adapter name '{adapter}' cannot be used: it names a module and a folder, so it may hold no '.' and no path separator."
+        )
+
+
+def folder_of(root: str | os.PathLike[str], adapter: str) -> Path:
+    """Where an adapter is saved below `root`: "default" at the root, every other in a folder of its name."""
+    return Path(root) if adapter == "default" else Path(root) / adapter
+
+
+def writers(
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    safe_serialization: bool = True,
+    auto_mapping: dict[str, Any] | None = None,
+) -> dict[Path, Callable[[Path], None]]:
+    """Path -> function that writes it, for an adapter's two files. Pass them to `write_whole`."""
+    plain = {k: v.detach().contiguous().to("cpu") for k, v in tensors.items()}
+    seen: dict[int, str] = {}
+    for key, value in plain.items():  # tensors that share storage are written once each, by a copy
+        if value.untyped_storage().data_ptr() in seen:
+            plain[key] = value.clone()
+        seen[value.untyped_storage().data_ptr()] = key
+
+    def write_safetensors(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(plain, path, metadata={"format": "pt"})
+
+    def write_pickle(path: Path) -> None:
+        torch.save(plain, path)
+
+    weights: tuple[str, Callable[[Path], None]] = (WEIGHTS, write_safetensors) if safe_serialization else (PICKLED, write_pickle)
+    return {folder / weights[0]: weights[1], folder / CONFIG_NAME: config.writer(auto_mapping_dict=auto_mapping)}
+
+
+def save(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write an adapter's files, all of them or none; the other weights format of an earlier save goes away."""
+    write_whole(files)
+    for path in files:
+        other = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}.get(path.name)
+        if other is not None:
+            (path.parent / other).unlink(missing_ok=True)
+
+
+def load_peft_weights(model_id: str | os.PathLike[str], device: str | torch.device | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter in a folder or on the Hub, by their keys on disk.
+
+    Raises:
+        AdapterFileError: no weights there, or a file that is damaged or holds more than tensors.
+    """
+    hub, rest = split_hub_arguments(kwargs)
+    key_mapping = rest.pop("key_mapping", None)
+    place = str(device) if device is not None else "cpu"
+    path = locate(model_id, WEIGHTS, **hub)
+    if path is not None:
+        tensors = _read_safetensors(path, place)
+    else:
+        path = locate(model_id, PICKLED, **hub)
+        if path is None:
+            raise AdapterFileError(f"Can't find weights for {model_id}: it holds neither {WEIGHTS} nor {PICKLED}.")
+        tensors = _read_pickle(path, place)
+    return rename(tensors, key_mapping)
+
+
+def rename(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Apply {regular expression: replacement} to the keys, the first that fits each."""
+    if not key_mapping:
+        return tensors
+    import re
+
+    renamed = {}
+    for key, value in tensors.items():
+        for pattern, replacement in key_mapping.items():
+            new, count = re.subn(pattern.lstrip("^"), replacement, key, count=1)
+            if count:
+                key = new
+                break
+        renamed[key] = value
+    return renamed
+
+
+def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"'{path}' cannot be read; it is truncated or no safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise AdapterFileError(f"'{path}' cannot be read as a file of tensors and nothing else: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise AdapterFileError(f"'{path}' holds something else than a dict of tensors.")
+    return tensors
+
+
+def saved_adapters(root: str | os.PathLike[str]) -> list[str]:
+    """The names of the adapters saved below a folder."""
+    base = Path(root)
+    names = ["default"] if (base / CONFIG_NAME).is_file() else []
+    return names + sorted(p.parent.name for p in base.glob(f"*/{CONFIG_NAME}"))

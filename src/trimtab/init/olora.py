@@ -1,0 +1,18 @@
+"""OLoRA (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775, section 3): the pair starts as W's QR factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def olora(method: Any) -> Tensor:
+    """B = the first r columns of Q, A = the first r rows of R; W keeps the rest."""
+    W, r = method.site.matrix().float(), method.r
+    Q, R = torch.linalg.qr(W)
+    A, B = method.factors
+    A.copy_(R[:r].reshape(A.shape))
+    B.copy_(Q[:, :r].reshape(B.shape))
+    return W - method.delta()

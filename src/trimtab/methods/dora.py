@@ -1,0 +1,58 @@
+"""DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353, eq. 5).   W' = m · (W + s B A) / ||W + s B A||.
+
+The norm is of each row and a constant in the backward pass (section 4.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.families import LowRank, wide
+from trimtab.core.site import Site
+from trimtab.init import mutates, start
+
+
+class Dora(LowRank):
+    """A magnitude m (out,) and a direction of low rank."""
+
+    kinds, fused = frozenset({"linear", "embedding"}), True
+    mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+
+    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+        tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
+        return tensors | {"lora_magnitude_vector.weight": self.empty(site.fan_out)}  # (out,)
+
+    def reset(self, config: Any) -> Tensor | None:
+        W = start(config.init_lora_weights, self)
+        self.lora_magnitude_vector.copy_(self.norm(self.site.matrix() if W is None else W))
+        return W
+
+    @torch.no_grad()
+    def norm(self, W: Tensor) -> Tensor:
+        """||W + s·B·A|| of each row (out,), without forming the sum."""
+        A, B = (wide(M).flatten(1) for M in self.factors)
+        s, W = self.scaling, wide(W)
+        square = W.square().sum(1) + 2 * s * ((W @ A.T) * B).sum(1) + s * s * ((B @ (A @ A.T)) * B).sum(1)
+        return square.clamp_min(0).sqrt()
+
+    def ratio(self) -> Tensor:
+        """m / ||W + s·B·A|| with the base's own W, also where other adapters are stacked below (out,)."""
+        return wide(self.lora_magnitude_vector).flatten() / self.norm(self.site.matrix())
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.ratio()[:, None] * (W + self.delta())
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        site, g = self.site, self.site.spread(self.ratio().to(y.dtype))
+        dropped = self.drop(x)
+        h, B = self.update(dropped)
+        if dropped is not x:  # the direction sees the dropped input, the base path the whole one
+            return y + (g - 1) * site.apply(dropped, site.matrix()) + g * site.mix(h, B).to(y.dtype)
+        b = site.bias()
+        if b is None:
+            return g * site.add(y, h, B)
+        b = site.spread(b)
+        return g * site.add(y - b, h, B) + b

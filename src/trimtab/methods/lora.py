@@ -1,0 +1,187 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).   W' = W + s B A,   s = alpha / r.
+
+rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): s = alpha / sqrt(r).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
+from trimtab.core.families import LowRank
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+from trimtab.init import mutates, start
+
+# Fields of LoraConfig that choose another formula, each in a file of its own.
+VARIANTS = {"use_dora": "dora:Dora"}
+
+TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
+    **dict.fromkeys(
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3".split(),
+        ["q_proj", "v_proj"],
+    ),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ["query", "value"]),
+    **dict.fromkeys(
+        ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ["query_key_value"]
+    ),
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "deberta": ["in_proj"],
+    "mpt": ["Wqkv"],
+    "btlm": ["c_proj", "c_attn"],
+    "codegen": ["qkv_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",  # type: ignore[dict-item]
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+}
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one run, never saved."""
+
+    ephemeral_gpu_offload: bool = help_field("Compute DoRA's norms of offloaded weights on the GPU.", False)
+
+
+@dataclass
+class LoraConfig(LayerConfig):
+    """The configuration of a LoRA adapter; every field of PEFT 0.21 is kept through JSON.
+
+    Example:
+        >>> from trimtab import LoraConfig
+        >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).scaling()
+        2.0
+    """
+
+    r: int = help_field("The rank.", 8)
+    lora_alpha: int = help_field("The scale is lora_alpha / r (it does not follow r by itself).", 8)
+    lora_dropout: float = help_field("Dropout on the adapter's input, in training.", 0.0)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    bias: Literal["none", "all", "lora_only"] = help_field("Which biases of the base are trained too.", "none")
+    use_rslora: bool = help_field("The scale is lora_alpha / sqrt(r).", False)
+    init_lora_weights: bool | str = help_field(
+        "How A and B start: True, False, gaussian, orthogonal, pissa, pissa_niter_[n], olora ...", True
+    )
+    rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
+    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+    megatron_config: dict[str, Any] | None = help_field("Arguments of Megatron's parallel layers.", None)
+    megatron_core: str | None = help_field("The module that holds Megatron's parallel layers.", "megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = help_field(
+        "Rows of an embedding to train as well: indices, or {module: indices}.", None
+    )
+    loftq_config: Any = help_field("Settings of LoftQ.", factory=dict)
+    eva_config: Any = help_field("Settings of EVA.", None)
+    corda_config: Any = help_field("Settings of CorDA.", None)
+    lora_ga_config: Any = help_field("Settings of LoRA-GA.", None)
+    use_dora: bool = help_field("DoRA: train the magnitude and the direction of each row apart.", False)
+    alora_invocation_tokens: list[int] | None = help_field("aLoRA: the tokens from which on the adapter acts.", None)
+    velora_config: Any = help_field("Settings of VeLoRA.", None)
+    kasa_config: Any = help_field("Settings of KaSA.", None)
+    monteclora_config: Any = help_field("Settings of MonteCLoRA.", None)
+    arrow_config: Any = help_field("Settings of Arrow.", None)
+    use_bdlora: Any = help_field("Settings of BD-LoRA.", None)
+    use_qalora: bool = help_field("QA-LoRA, for GPTQ layers.", False)
+    qalora_group_size: int = help_field("The group size of QA-LoRA.", 16)
+    layer_replication: list[tuple[int, int]] | None = help_field("Rebuild the stack from ranges of its layers.", None)
+    lora_bias: bool = help_field("A bias on B, too.", False)
+    target_parameters: list[str] | None = help_field("Names of parameters (experts) to adapt.", None)
+    ensure_weight_tying: bool = help_field("Share the adapter of tied embeddings.", False)
+    runtime_config: LoraRuntimeConfig = help_field("Settings of one run, never saved.", factory=LoraRuntimeConfig)
+
+    runtime = frozenset({"runtime_config"})
+    pending = {
+        "megatron_config": "Megatron's layers are not supported",
+        "megatron_core": "Megatron's layers are not supported",
+        "loftq_config": "LoftQ is not built in",
+        "eva_config": "EVA is not built in",
+        "corda_config": "CorDA is not built in",
+        "lora_ga_config": "LoRA-GA is not built in",
+        "alora_invocation_tokens": "aLoRA is not built in",
+        "velora_config": "VeLoRA is not built in",
+        "kasa_config": "KaSA is not built in",
+        "monteclora_config": "MonteCLoRA is not built in",
+        "arrow_config": "Arrow is not built in",
+        "use_bdlora": "BD-LoRA is not built in",
+        "use_qalora": "QA-LoRA is not built in",
+        "qalora_group_size": "QA-LoRA is not built in",
+        "layer_replication": "replicating layers is not built in",
+        "target_parameters": "parameters without a layer of their own cannot be adapted",
+        "ensure_weight_tying": "adapters of tied embeddings are kept apart",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError("The argument lora_bias=True is only supported with init_lora_weights=True or False")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"`bias` should be 'none', 'all' or 'lora_only', not {self.bias!r}")
+
+    def check(self) -> None:
+        """Raise for a field that does not act yet but was set."""
+        super().check()
+        mutates(self.init_lora_weights)
+
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def resolve(self, name: str) -> LoraConfig:
+        """This config with the rank and alpha that the patterns give the module `name`."""
+        rank, alpha = match_pattern(self.rank_pattern, name), match_pattern(self.alpha_pattern, name)
+        if rank is None and alpha is None:
+            return self
+        own = self.shallow()
+        own.r = self.r if rank is None else self.rank_pattern[rank]
+        own.lora_alpha = self.lora_alpha if alpha is None else self.alpha_pattern[alpha]
+        return own
+
+
+class Lora(LowRank):
+    """W' = W + s·B·A."""
+
+    config, kinds, fused, targets = LoraConfig, frozenset({"linear", "embedding"}), True, TARGETS
+    mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+
+    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+        tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
+        self.biased = config.lora_bias
+        if self.biased:
+            if site.kind == "embedding":
+                raise ConfigError(f"lora_bias=True is not supported for Embedding: '{site.name}' has no bias.")
+            tensors["lora_B.bias"] = self.empty(site.fan_out)  # (out,)
+        return tensors
+
+    def reset(self, config: Any) -> Tensor | None:
+        if self.biased:
+            self.lora_B_bias.zero_()
+        return start(config.init_lora_weights, self)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.delta()
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        if not self.biased:
+            return b
+        extra = self.scaling * self.lora_B_bias
+        return extra if b is None else b + extra
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        h, B = self.update(self.drop(x))
+        y = self.site.add(y, h, B)
+        return y + (self.scaling * self.lora_B_bias).to(y.dtype) if self.biased else y

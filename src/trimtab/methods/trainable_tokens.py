@@ -1,0 +1,66 @@
+"""Trainable tokens: some rows of an embedding are trained.   W'[:, t] = delta_t for the chosen tokens t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.config import PeftConfig, PeftType, as_set, help_field
+from trimtab.core.method import Method
+from trimtab.core.site import EmbeddingSite, Site
+
+
+@dataclass
+class TrainableTokensConfig(PeftConfig):
+    """Which tokens of which embedding are trained."""
+
+    token_indices: list[int] = help_field("The indices of the tokens to train.", factory=list)
+    target_modules: list[str] | str | None = help_field("The embedding; the model's input embedding when None.", None)
+    init_weights: bool = help_field("Start from the tokens' own rows; else random.", True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.TRAINABLE_TOKENS
+        self.target_modules = as_set(self.target_modules)
+
+
+class TrainableTokens(Method):
+    """Rows (tokens, dim) that stand in for the embedding's own, and for the tied head's."""
+
+    config, kinds, fused = TrainableTokensConfig, frozenset({"embedding", "linear"}), True
+
+    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+        self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
+        self.vocabulary = site.fan_in if site.kind == "embedding" else site.fan_out
+        dim = site.fan_out if site.kind == "embedding" else site.fan_in
+        rows = self.empty(len(self.tokens), dim)  # (tokens, dim)
+        return {"trainable_tokens_delta": rows}
+
+    def reset(self, config: Any) -> None:
+        if config.init_weights:
+            self.trainable_tokens_delta.copy_(self.rows())
+        else:
+            self.trainable_tokens_delta.normal_()
+
+    def rows(self) -> Tensor:
+        """The tokens' own rows (tokens, dim)."""
+        W = self.site.matrix()
+        return (W.mT if self.site.kind == "embedding" else W)[self.tokens.to(W.device)]
+
+    def weight(self, W: Tensor) -> Tensor:
+        tokens, new = self.tokens.to(W.device), self.trainable_tokens_delta.to(W.dtype)
+        return W.index_copy(1, tokens, new.T) if self.site.kind == "embedding" else W.index_copy(0, tokens, new)
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        tokens, new, site = self.tokens.to(y.device), self.trainable_tokens_delta.to(y.dtype), self.site
+        if isinstance(site, EmbeddingSite):
+            count = torch.arange(len(tokens), device=y.device)
+            place = torch.full((self.vocabulary,), -1, device=y.device).index_copy(0, tokens, count)[x]
+            rows = site.scaled(torch.nn.functional.embedding(place.clamp_min(0), new))
+            return torch.where((place >= 0)[..., None], rows, y)
+        logits = site.apply(x, new.to(x.dtype)).to(y.dtype)
+        b = site.bias()
+        return y.index_copy(-1, tokens, logits if b is None else logits + b[tokens])

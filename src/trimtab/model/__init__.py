@@ -1,0 +1,1 @@
+"""Floor 3: adapters meet a model."""

@@ -1,0 +1,93 @@
+"""What an adapter trains whole: copies of modules (`modules_to_save`) and of biases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.model.route import Board
+
+
+class SavedModule(nn.Module):
+    """A module of the base and the copies that adapters train of it; the current route says which one runs."""
+
+    def __init__(self, original_module: nn.Module, name: str, board: Board) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.name, self.board = name, board
+
+    def attach(self, adapter: str) -> None:
+        """Make the adapter's copy."""
+        duplicate = copy.deepcopy(self.original_module)
+        duplicate.requires_grad_(True)
+        self.modules_to_save[adapter] = duplicate
+
+    def detach(self, adapter: str) -> None:
+        """Forget the adapter's copy."""
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+
+    def chosen(self) -> nn.Module:
+        """The module that runs outside mixed batches: the copy of the last active adapter that has one."""
+        active, enabled = self.board.route.at(id(self))
+        for name in reversed(active if enabled else ()):
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the copy (or original) that the current route chooses, row by row in a mixed batch."""
+        rows = self.board.now().rows
+        if rows is None:
+            return self.chosen()(*args, **kwargs)
+        x, *rest = args
+        groups, order = rows.split(len(x), x.device)
+        parts: list[Tensor] = []
+        for name, index in groups:
+            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            parts.append(module(x[index], *rest, **kwargs))
+        return torch.cat(parts)[order]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use."""
+        return list(self.board.route.at(id(self))[0])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies trainable or frozen."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.chosen(), name)
+
+
+class SavedBiases:
+    """The base's biases as one adapter trains them: its own parameters stand in for them while it is in use."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        self.originals = {name: module._parameters["bias"] for name, module in modules.items()}
+        self.own = {
+            name: nn.Parameter(bias.detach().clone()) for name, bias in self.originals.items() if bias is not None
+        }
+
+    def switch(self, on: bool) -> None:
+        """Put the adapter's biases in place, or the originals."""
+        for name, module in self.modules.items():
+            module._parameters["bias"] = self.own[name] if on else self.originals[name]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's biases."""
+        return iter(self.own.values())

@@ -1,0 +1,537 @@
+"""Putting adapters into a model and taking them out: match, build, check, swap in. Nothing changes until all is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.config import LayerConfig
+from trimtab.core.method import Method
+from trimtab.core.site import Site, site_class
+from trimtab.core.targets import CONDENSE_FROM, Target, condense, inside, matches, nearest, select, unused_patterns
+from trimtab.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from trimtab.files.codec import EMBEDDINGS, Slot, copy_keys, leaf_keys
+from trimtab.files.store import check_name
+from trimtab.methods import load, method_class
+from trimtab.model.copies import SavedBiases, SavedModule
+from trimtab.model.layer import AdaptedLayer
+from trimtab.model.report import warn
+from trimtab.model.route import Board, unwatch_checkpointing, watch_checkpointing
+
+RESIDENTS = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
+HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass
+class Adapter:
+    """What the model knows of one adapter."""
+
+    name: str
+    config: Any
+    targets: list[Target] = field(default_factory=list)
+    layers: list[AdaptedLayer] = field(default_factory=list)
+    saved: list[SavedModule] = field(default_factory=list)
+    biases: SavedBiases | None = None
+    trainable: bool = False
+    parked: bool = False
+
+
+class Graft:
+    """All adapters of one model. It hangs on the model as `_trimtab`, so that every way to add one finds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.board = Board()
+        self.adapters: dict[str, Adapter] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.saved: dict[str, SavedModule] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.users: dict[int, list[tuple[nn.Module, str]]] = {}  # module id -> every (parent, attribute) that holds it
+        self.owners: dict[int, list[str]] = {}  # parameter id -> the modules that hold it
+        for name, module in model.named_modules():
+            if name:
+                self.modules[name] = module
+            for attribute, child in module.named_children():
+                self.users.setdefault(id(child), []).append((module, attribute))
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(name)
+        self.untied = False  # a merge gave tied layers weights of their own
+        watch_checkpointing(model, self.board)
+
+    @staticmethod
+    def of(model: nn.Module) -> Graft:
+        """The model's graft, made at first."""
+        graft = model.__dict__.get("_trimtab")
+        if graft is None:
+            graft = model.__dict__["_trimtab"] = Graft(model)
+            model.requires_grad_(False)
+        return graft
+
+    # ------------------------------------------------------------------ adding
+    def add(
+        self,
+        name: str,
+        config: Any,
+        tensors: Callable[[list[Slot]], Mapping[str, Tensor]] | None = None,
+        autocast: bool = True,
+        trainable: bool | None = None,
+        strict: bool = False,
+    ) -> Adapter:
+        """Add an adapter.
+
+        Args:
+            name: its name.
+            config: its config; a copy of it is kept, completed from the model.
+            tensors: given the adapter's slots (built without storage), check and return {key on disk: value} to start
+                from; None: start as the config says.
+            autocast: adapters of half-precision layers are kept in fp32.
+            trainable: whether it starts trainable; by default unless the config says `inference_mode`.
+            strict: targets that fit nothing are errors even when others fit.
+        """
+        check_name(name)
+        if name in self.adapters:
+            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        config = config.copy()
+        config.check()
+        method = method_class(config)
+        adapter = Adapter(name, config, trainable=not config.inference_mode if trainable is None else trainable)
+        adapter.targets = self.select(config, method, strict)
+        new: dict[str, AdaptedLayer] = {}
+        saved: dict[str, SavedModule] = {}
+        try:
+            self._build(adapter, method, new, autocast, meta=tensors is not None)
+            self._copy_modules(adapter, saved)
+            self._copy_biases(adapter)
+            if not adapter.layers and not adapter.saved:
+                raise NoMatchingPeftModuleError("The config selects nothing to train: name `target_modules` or `modules_to_save`.")
+            if tensors is not None:
+                slots = [*self.slots(adapter), *self.embeddings(adapter)]
+                values = tensors(slots)
+                lacking = any(s.disk not in values for s in slots if not s.optional)
+                if lacking or method.mutates(adapter.config):  # what the file does not say starts as it would anew
+                    self._materialise(adapter)
+                    self._start(adapter)
+                for slot in slots:
+                    if slot.disk in values:
+                        slot.put(values[slot.disk])
+
+            else:
+                self._start(adapter)
+        except BaseException:
+            for layer in adapter.layers:
+                layer.detach(name)
+            for module in adapter.saved:
+                module.detach(name)
+            raise
+        for path, layer in new.items():
+            self._swap(self.modules[path], layer)
+            self.layers[path] = layer
+        for path, wrapper in saved.items():
+            self._swap(self.modules[path], wrapper)
+            self.saved[path] = wrapper
+        self.adapters[name] = adapter
+        self.set_trainable(name, adapter.trainable)
+        self.settle()
+        return adapter
+
+    def select(self, config: Any, method: type[Method], strict: bool) -> list[Target]:
+        """The modules the config adapts; completes its `target_modules` as it will be saved."""
+        if not isinstance(config, LayerConfig):
+            raise ConfigError(f"{type(config).__name__} does not adapt layers.")
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        if config.target_modules is None and not config.modules_to_save:
+            default = method.targets.get(model_type)
+            if default is None:
+                raise ConfigError(
+                    "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
+                    f"models of type {model_type!r}."
+                )
+            config.target_modules = default if isinstance(default, str) else set(default)
+        kinds = {n: self.kind(m) for n, m in self.modules.items()}
+        linear: list[str] = []
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            head = self._head()
+            linear = [n for n, m in self.modules.items() if kinds[n] == "linear" and m is not head]
+            config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
+        targets = select(kinds, config, strict=strict)
+        for target in targets:
+            if target.kind not in method.kinds:
+                module = self.modules[target.name]
+                raise ConfigError(
+                    f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
+                    f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
+                )
+        if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
+            names = {t.name for t in targets}
+            short = condense(names, (n for n in self.modules if n not in names))
+            if len(short) < len(config.target_modules):
+                config.target_modules = short
+        names = [t.name for t in targets]
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
+                warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, kinds)}")
+        return targets
+
+    @staticmethod
+    def kind(module: nn.Module) -> str | None:
+        """The kind of site a module is."""
+        cls = site_class(module)
+        return cls.kind if cls else None
+
+    def _head(self) -> nn.Module | None:
+        head = getattr(self.model, "get_output_embeddings", None)
+        return head() if head is not None else None
+
+    def _layer(self, path: str, new: dict[str, AdaptedLayer]) -> AdaptedLayer:
+        if path in self.saved:
+            raise ConfigError(f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well.")
+        layer = self.layers.get(path) or new.get(path)
+        if layer is None:
+            layer = new[path] = AdaptedLayer(self.modules[path], path, self.board)
+        return layer
+
+    def _build(self, adapter: Adapter, method: type[Method], new: dict[str, AdaptedLayer], autocast: bool, meta: bool) -> None:
+        """Give each target's layer the adapter's method and its tensors, empty."""
+        plans: dict[str, list[tuple[type[Method], Any, str]]] = {
+            t.name: [(method, adapter.config.resolve(t.name), "")] for t in adapter.targets
+        }
+        for path, config in self._tokens(adapter.config).items():
+            plans.setdefault(path, []).append((load("trainable_tokens", "TrainableTokens"), config, "token_adapter."))
+        homes: dict[int, AdaptedLayer] = {}
+        for path, wanted in plans.items():
+            layer = self._layer(path, new)
+            methods, leaves = [], []
+            for cls, config, prefix in wanted:
+                kind = site_class(layer.base_layer)
+                assert kind is not None
+                site = layer.sites.get("weight") or kind(layer, path)
+                layer.factory = self._factory(site, autocast, meta)
+                one = cls(layer, site, adapter.name, config)
+                tensors = one.build(site, config, None)
+                templates = {one.leaf(prefix + leaf): _parameter(t, site) for leaf, t in tensors.items()}
+                if prefix:  # rows of a tied embedding are trained once
+                    one.home = homes.setdefault(id(layer.base_layer._parameters["weight"]), layer)
+                methods.append(one)
+                leaves.append(templates if one.home is layer else {})
+            layer.attach(adapter.name, methods, leaves)
+            adapter.layers.append(layer)
+
+    @staticmethod
+    def _factory(site: Site, autocast: bool, meta: bool) -> dict[str, Any]:
+        dtype = site.dtype
+        return {
+            "dtype": torch.float32 if (autocast and dtype in HALF) or not dtype.is_floating_point else dtype,
+            "device": torch.device("meta") if meta else site.device,
+        }
+
+    def _tokens(self, config: Any) -> dict[str, Any]:
+        """Embedding path -> config of its trainable tokens, for adapters that train some beside their own change."""
+        wanted = getattr(config, "trainable_token_indices", None)
+        if not wanted:
+            return {}
+        if isinstance(wanted, list):
+            wanted = {self._path(self.model.get_input_embeddings()): wanted}  # type: ignore[operator]
+        cls = load("trainable_tokens", "TrainableTokensConfig")
+        found: dict[str, Any] = {}
+        for key, tokens in wanted.items():
+            paths = [n for n in self.modules if matches({key}, n)]
+            if not paths:
+                raise NoMatchingPeftModuleError(f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], self.modules)}")
+            for path in paths:
+                weight = self.modules[path]._parameters.get("weight")
+                tied = self.owners.get(id(weight), [])
+                for name in [path, *(n for n in tied if n != path and n in self.modules)]:
+                    found[name] = cls(token_indices=list(tokens))
+        return found
+
+    def _path(self, module: nn.Module) -> str:
+        module = getattr(module, "base_layer", module)
+        return next(n for n, m in self.modules.items() if m is module)
+
+    def _copy_modules(self, adapter: Adapter, saved: dict[str, SavedModule]) -> None:
+        """Copy the modules the adapter trains whole."""
+        wanted = set(adapter.config.modules_to_save or ())
+        found: set[str] = set()
+        for path, module in self.modules.items():
+            why = matches(wanted, path)
+            if why is None or isinstance(module, SavedModule | nn.ModuleList | nn.ModuleDict):
+                continue
+            found.add(why)
+            if path in self.layers or any(layer.name == path for layer in adapter.layers):
+                raise ConfigError(f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well.")
+            wrapper = self.saved.get(path)
+            if wrapper is None:
+                wrapper = saved[path] = SavedModule(module, path, self.board)
+            wrapper.attach(adapter.name)
+            adapter.saved.append(wrapper)
+        missed = wanted - found - set(getattr(adapter.config, "heads", ()))
+        if missed:
+            warn(f"`modules_to_save` {sorted(missed)} fit no module of the model.{nearest(missed, dict.fromkeys(self.modules, ''))}")
+
+    def _copy_biases(self, adapter: Adapter) -> None:
+        """Take over the biases the adapter trains."""
+        kind = getattr(adapter.config, "bias", "none")
+        if kind == "none" or not isinstance(kind, str) or not hasattr(adapter.config, "bias"):
+            return
+        if any(a.biases for a in self.adapters.values()):
+            raise ConfigError("Only 1 adapter with bias is supported. When using multiple adapters, set bias to 'none' for all adapters.")
+        adapted = {layer.name for layer in adapter.layers}
+        names = self.modules if kind == "all" else adapted
+        bases = {n: self.modules[n] for n in names}
+        biased = {n: m for n, m in bases.items() if m._parameters.get("bias") is not None and n not in self.saved}
+        adapter.biases = SavedBiases(biased)
+
+    def _start(self, adapter: Adapter) -> None:
+        """Give the tensors their starting values."""
+        with torch.no_grad():
+            for layer in adapter.layers:
+                for method in layer.methods[adapter.name]:
+                    if method.home is layer and (W := method.reset(method.options)) is not None:
+                        layer.mutate(adapter.name, method.site, W)
+
+    @staticmethod
+    def _materialise(adapter: Adapter) -> None:
+        """Give tensors that were built without storage theirs."""
+        for layer in adapter.layers:
+            for method in layer.methods[adapter.name]:
+                for template in method._leaves.values() if method.home is layer else ():
+                    holder, name = _holder(layer, template, adapter.name)
+                    old = holder._parameters.get(name)
+                    if old is not None and old.device.type == "meta":
+                        holder._parameters[name] = nn.Parameter(torch.empty_like(old, device=method.site.device))
+
+    def _swap(self, old: nn.Module, new: nn.Module) -> None:
+        """Put one module where another stands, at every place that holds it."""
+        for parent, attribute in self.users[id(old)]:
+            parent._modules[attribute] = new
+
+    # ------------------------------------------------------------------ tensors by name
+    def slots(self, adapter: Adapter) -> list[Slot]:
+        """Every tensor of an adapter: its key in memory and on disk (without prefix), and where it lives."""
+        slots: list[Slot] = []
+        for layer in adapter.layers:
+            for method in layer.methods[adapter.name]:
+                if method.home is not layer:
+                    continue
+                for template in method._leaves.values():
+                    memory, disk = leaf_keys(layer.name, template, adapter.name)
+                    holder, name = _holder(layer, template, adapter.name)
+                    slots.append(Slot(memory, disk, holder, name))
+        for wrapper in adapter.saved:
+            module = wrapper.modules_to_save[adapter.name]
+            for key in module.state_dict():
+                path, _, name = key.rpartition(".")
+                memory, disk = copy_keys(wrapper.name, key, adapter.name)
+                slots.append(Slot(memory, disk, module.get_submodule(path), name))
+        if adapter.biases is not None:
+            for path in adapter.biases.own:
+                key = f"{path}.base_layer.bias" if path in self.layers or path in {x.name for x in adapter.layers} else f"{path}.bias"
+                slots.append(Slot(key, key, adapter.biases.own, path))
+        return slots
+
+    def embeddings(self, adapter: Adapter) -> list[Slot]:
+        """The base weights of the model's embeddings, which are saved along when they are adapted or resized."""
+        found = []
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            module = getattr(self.model, getter, lambda: None)()
+            if module is None or isinstance(module, SavedModule):
+                continue
+            base = getattr(module, "base_layer", module)
+            path = self._path(base)
+            adapted = path in {layer.name for layer in adapter.layers}
+            key = f"{path}.base_layer.weight" if adapted else f"{path}.weight"
+            if base._parameters.get("weight") is not None:
+                found.append(Slot(key, key, base, "weight", optional=True))
+        return found
+
+    def targets_embeddings(self, adapter: Adapter) -> bool:
+        """Whether the adapter adapts one of the embeddings that PEFT then saves along."""
+        return any(t.name.rsplit(".", 1)[-1] in EMBEDDINGS for t in adapter.targets)
+
+    # ------------------------------------------------------------------ states
+    def set_active(self, names: Sequence[str], trainable: bool | None = True) -> None:
+        """Use these adapters, innermost first, and make them the trainable ones (None: leave that as it is)."""
+        for name in names:
+            self.require(name)
+        before = self.board.route.active
+        self.board.set(active=tuple(names))
+        if trainable is not None:
+            for name in [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before:
+                self.set_trainable(name, False)
+            for name in names:
+                self.set_trainable(name, trainable)
+        self._place_biases()
+        self.settle()
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        self.board.set(enabled=enabled)
+        self._place_biases()
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Make an adapter trainable or frozen, active or not."""
+        adapter = self.require(name)
+        adapter.trainable = trainable
+        for part in (*adapter.layers, *adapter.saved):
+            part.set_requires_grad(name, trainable)
+        for parameter in adapter.biases.parameters() if adapter.biases else ():
+            parameter.requires_grad_(trainable)
+
+    def _place_biases(self) -> None:
+        route = self.board.route
+        for name, adapter in self.adapters.items():
+            if adapter.biases is not None:
+                adapter.biases.switch(route.enabled and name in route.active)
+
+    def settle(self) -> None:
+        """Keep in the module tree the adapters that are in use and the few last used; park the others."""
+        route = self.board.route
+        free = []
+        for name, adapter in self.adapters.items():
+            needed = name in route.active or adapter.trainable or any(name in x.merged_adapters for x in adapter.layers[:1])
+            if needed and adapter.parked:
+                self._move(adapter, "unpark")
+            elif not needed and not adapter.parked and not adapter.saved:
+                free.append(adapter)
+        for adapter in free[: max(0, len(free) - RESIDENTS)]:
+            self._move(adapter, "park")
+
+    @staticmethod
+    def _move(adapter: Adapter, how: str) -> None:
+        for layer in adapter.layers:
+            for leaves in layer.leaves():
+                getattr(leaves, how)(adapter.name)
+        adapter.parked = how == "park"
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name, or an error that lists the ones there are."""
+        if name not in self.adapters:
+            raise AdapterNameError(f"Adapter {name} not found. Known: {list(self.adapters)}.")
+        return self.adapters[name]
+
+    # ------------------------------------------------------------------ merging and taking out
+    def merge(self, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: Callable[[Any], Any] = iter) -> None:
+        """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
+        chosen = list(self.board.route.active if names is None else names)
+        for name in chosen:
+            self.require(name)
+        done: list[AdaptedLayer] = []
+        merged = list(self.merged)
+        if merged and not set(chosen) - set(merged):
+            warn(f"Adapters {chosen} are merged already; nothing was done.")
+            return
+        try:
+            for layer in progress(list(self.layers.values())):
+                layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+                layer.merge(adapter_names=merged)
+            raise
+        if not keep:
+            for layer in done:
+                layer.held = {}
+        self._untie(chosen)
+
+    @property
+    def merged(self) -> list[str]:
+        """The adapters that are merged into the base."""
+        return list(dict.fromkeys(n for layer in self.layers.values() for n in layer.merged_adapters))
+
+    def _untie(self, names: Sequence[str]) -> None:
+        """After a merge: layers that shared a weight may hold different ones now. Say so, and correct the config."""
+        for owners in self.owners.values():
+            if len(owners) < 2:
+                continue
+            changed = {p for p in owners if p in self.layers and self.layers[p].merged_adapters}
+            if not changed:
+                continue
+            weights = {p: self.modules[p]._parameters["weight"] for p in owners}
+            first = next(iter(weights.values()))
+            if all(torch.equal(first, w) for w in weights.values()):  # one delta for both: they stay tied
+                for path in owners:
+                    self.modules[path]._parameters["weight"] = first
+                continue
+            config = getattr(self.model, "config", None)
+            if config is not None and getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+                self.untied = True
+            warn(
+                f"{owners} share one weight, and adapters {list(names)} change it differently at each: after the merge "
+                "each has its own copy, and `tie_word_embeddings` of the model's config is False."
+            )
+
+    def unmerge(self) -> None:
+        """Put the base's original weights back."""
+        if not self.merged:
+            warn("Already unmerged, nothing to do.")
+        for layer in self.layers.values():
+            layer.unmerge()
+        if self.untied:
+            self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+            self.untied = False
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter; layers that have none left become the plain modules they were."""
+        adapter = self.require(name)
+        if name in self.merged:
+            raise ValueError(f"Adapter '{name}' is merged into the base: call unmerge_adapter() first.")
+        if adapter.biases is not None:
+            adapter.biases.switch(False)
+        for part in (*adapter.layers, *adapter.saved):
+            part.detach(name)
+        del self.adapters[name]
+        active = [n for n in self.board.route.active if n != name]
+        if len(active) != len(self.board.route.active):
+            if not active and self.adapters:
+                active = [next(iter(self.adapters))]
+                warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {active[0]}.")
+            self.set_active(active, trainable=adapter.trainable)
+
+    def unload(self, merge: bool = False) -> nn.Module:
+        """Take every adapter out: the model has its own module objects back; with `merge`, the merged weights too."""
+        for adapter in self.adapters.values():
+            if adapter.biases is not None:
+                adapter.biases.switch(merge and adapter.name in self.board.route.active)
+        for layer in self.layers.values():
+            if not merge:
+                layer.restore()
+            self._swap_back(layer, layer.base_layer)
+        for wrapper in self.saved.values():
+            self._swap_back(wrapper, wrapper.chosen() if merge else wrapper.original_module)
+        unwatch_checkpointing(self.model)
+        del self.model.__dict__["_trimtab"]
+        return self.model
+
+    def _swap_back(self, wrapper: nn.Module, module: nn.Module) -> None:
+        original = self.modules[wrapper.name]  # type: ignore[index]
+        for parent, attribute in self.users[id(original)]:
+            parent._modules[attribute] = module
+
+
+def _parameter(tensor: Tensor, site: Site) -> Tensor:
+    """A built tensor as what is stored: floating-point tensors are trained."""
+    if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor
+    parameter = nn.Parameter(tensor)
+    if tensor.device.type == "meta":
+        parameter.target_device = site.device  # type: ignore[attr-defined]
+    return parameter
+
+
+def _holder(layer: AdaptedLayer, template: str, adapter: str) -> tuple[Any, str]:
+    """Where a leaf's tensor is registered: (module, name)."""
+    container, _, rest = template.partition(".{}")
+    module = layer.get_submodule(container)
+    return (module[adapter], rest.removeprefix(".")) if rest else (module, adapter)  # type: ignore[index]
+
+
+def find_graft(model: nn.Module) -> Graft | None:
+    """The graft of a model, or None."""
+    return model.__dict__.get("_trimtab")

@@ -1,0 +1,536 @@
+"""PeftModel: the shell users hold. It adds files, task classes and generation to the tuner below it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.config import PeftConfig
+from trimtab.core.io import split_hub_arguments
+from trimtab.errors import ConfigError
+from trimtab.files import card, store
+from trimtab.files.codec import PREFIX, Slot, fit
+from trimtab.model.convert import subtract_start
+from trimtab.model.graft import Graft, find_graft
+from trimtab.model.report import warn
+from trimtab.model.state import adapter_tensors
+from trimtab.model.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from trimtab.model.tuner import Tuner, tuner_class
+
+# Heads that a task trains whole, whatever the config says.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters.
+
+    Args:
+        model: the base model. It is adapted in place: its parameters are frozen, the layers the config names wrapped.
+        peft_config: the config of the first adapter; a copy is kept.
+        adapter_name: the first adapter's name.
+        autocast_adapter_dtype: keep the adapters of half-precision layers in fp32.
+
+    Attributes:
+        base_model: the tuner, whose `.model` is the Hugging Face model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **adding: Any,
+    ) -> None:
+        super().__init__()
+        self.peft_type = peft_config.peft_type
+        config = self._completed(model, peft_config)
+        self.base_model: Tuner = tuner_class(config.peft_type)(
+            model, config, adapter_name, autocast=autocast_adapter_dtype, **adding
+        )
+        if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+        if _checkpoints(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    def _completed(self, model: nn.Module, config: PeftConfig) -> Any:
+        """A copy of the config, completed from the model and the task."""
+        config = config.copy()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = _name_of(model)
+        heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+        if heads and hasattr(config, "modules_to_save"):
+            saved = list(config.modules_to_save or ())
+            config.modules_to_save = saved + [h for h in heads if h not in saved]
+            config.__dict__["heads"] = heads  # whichever of them the model has
+        return config
+
+    # ------------------------------------------------------------------ what is there
+    @property
+    def graft(self) -> Graft:
+        """The model's adapters."""
+        return self.base_model.graft
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """{adapter: its config}."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use, innermost first."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in use, or the list of them where there are several."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> Any:
+        """The config of the (first) active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of modules that adapters train whole."""
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The number format of the base model."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward pass uses any adapter."""
+        route = self.graft.board.route
+        return route.enabled and bool(route.active)
+
+    def get_base_model(self) -> nn.Module:
+        """The Hugging Face model inside, with the adapters in place."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters)."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """One row for each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model."""
+        return get_model_status(self)
+
+    # ------------------------------------------------------------------ adapters
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True) -> None:
+        """Add a new adapter beside those that are there; it is neither active nor trainable until `set_adapter`.
+
+        Raises:
+            AdapterNameError: the name is taken, or cannot name a module and a folder.
+        """
+        self.base_model.add(
+            adapter_name, self._completed(self.get_base_model(), peft_config), autocast=autocast_adapter_dtype, trainable=False
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter from a folder or the Hub beside those that are there; `set_adapter` activates it.
+
+        Args:
+            strict: raise when the file does not fit the adapter key for key; False loads what fits.
+
+        Raises:
+            AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
+        """
+        hub, overrides = split_hub_arguments(kwargs)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub)
+        if adapter_name in self.peft_config:
+            slots = self.graft.slots(self.graft.require(adapter_name))
+            values = tensors(slots)
+            for slot in slots:
+                if slot.disk in values:
+                    slot.put(values[slot.disk])
+        else:
+            config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
+            config.inference_mode = not is_trainable
+            config = self._completed(self.get_base_model(), config)
+            self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=tensors)
+        if not is_trainable:
+            self.eval()
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use this adapter (or these, the first innermost) and train just it; with `inference_mode`, train none."""
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; if it was active, the first remaining one becomes so."""
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen, whether they are active or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model is the plain base model, even while adapters are merged into it."""
+        graft = self.graft
+        before = graft.board.route
+        graft.set_enabled(False)
+        try:
+            yield
+        finally:
+            graft.board.route = before
+            graft._place_biases()
+
+    # ------------------------------------------------------------------ forward
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's output; in a mixed batch `adapter_names` gives each row its adapter ("__base__": none)."""
+        return self.base_model(*args, adapter_names=self._checked(adapter_names), **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
+        with self.base_model.routed(self._checked(adapter_names)):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
+        if adapter_names is not None and self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        return adapter_names
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients reach the adapters through checkpointed blocks whose inputs are frozen."""
+        quantised = any(getattr(model, f"is_{q}", False) for q in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
+        if not quantised and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        return model
+
+    # ------------------------------------------------------------------ files
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: "default" at the root of the folder, every other in a folder of its name, and a model card.
+
+        No network is used, and no file is left half-written.
+
+        Args:
+            safe_serialization: safetensors; else a pickled `.bin`.
+            selected_adapters: which (all by default).
+            save_embedding_layers: whether the base's embeddings go along; "auto": when adapted or resized.
+            path_initial_model_for_weight_conversion: the folder of the adapter as it started, for one whose start
+                changed the base (PiSSA, OLoRA): what is saved is then a plain LoRA of twice the rank.
+        """
+        root = Path(save_directory)
+        if root.is_file():
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {names}."
+            )
+        if not is_main_process:
+            return
+        files: dict[Path, Any] = {}
+        state = kwargs.get("state_dict")
+        for name in names:
+            config = self.peft_config[name].copy()
+            tensors = adapter_tensors(self.graft, name, save_embedding_layers, state=state, prefix=PREFIX)
+            if path_initial_model_for_weight_conversion is not None:
+                tensors = subtract_start(self.graft, name, config, tensors, path_initial_model_for_weight_conversion)
+            config.inference_mode = True
+            mapping = None
+            if config.task_type is None:
+                base = self.get_base_model()
+                mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+            files |= store.writers(store.folder_of(root, name), config, tensors, safe_serialization, mapping)
+        files |= card.writers(root, self.peft_config[names[0]] if names else None)
+        store.save(files)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card, or bring the data of the one that is there up to date."""
+        store.save(card.writers(Path(output_dir), self.active_peft_config))
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None,
+                    token: str | bool | None = None, revision: str | None = None, create_pr: bool = False, **kwargs: Any) -> Any:
+        """Upload the adapters to a repository on the Hub, made at need; arguments as `save_pretrained` has them."""
+        import tempfile
+
+        from huggingface_hub import create_repo, upload_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            url = create_repo(repo_id, private=private, token=token, exist_ok=True)
+            return upload_folder(
+                repo_id=url.repo_id, folder_path=folder, token=token, revision=revision, create_pr=create_pr,
+                commit_message=commit_message or "Upload adapter",
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        torch_device: str | None = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A model with an adapter loaded from a folder or the Hub.
+
+        Args:
+            model: the base model, adapted in place.
+            model_id: the adapter's folder or Hub id.
+            is_trainable: train it further; else everything is frozen and in evaluation mode.
+            config: used instead of the one in the folder.
+            strict: raise when the file does not fit the adapter key for key; False loads what fits.
+
+        Raises:
+            AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
+        """
+        hub, overrides = split_hub_arguments(kwargs)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
+        elif not isinstance(config, PeftConfig):
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
+        config = config.copy()
+        config.inference_mode = not is_trainable
+        target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), cls)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub)
+        try:
+            adapted = target(model, config, adapter_name, autocast_adapter_dtype, tensors=tensors)
+        except BaseException:
+            discard_empty(model)
+            raise
+        return adapted if is_trainable else adapted.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+        return getattr(self.base_model, name)
+
+
+def _signature(*names: str) -> Any:
+    """Give a task class's forward the arguments of its models, so that trainers see which columns it takes."""
+
+    def decorate(cls: type[PeftModel]) -> type[PeftModel]:
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            return PeftModel.forward(self, *args, **kwargs)
+
+        kinds = inspect.Parameter
+        parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
+        parameters += [kinds(n, kinds.POSITIONAL_OR_KEYWORD, default=None) for n in names]
+        parameters.append(kinds("kwargs", kinds.VAR_KEYWORD))
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        forward.__doc__ = PeftModel.forward.__doc__
+        cls.forward = forward  # type: ignore[method-assign]
+        return cls
+
+    return decorate
+
+
+_ENCODER = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states", "return_dict")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+
+@_signature(*_ENCODER[:3], *_DECODER, *_ENCODER[3:], "task_ids")
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters."""
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; its head is trained and saved whole."""
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; its head is trained and saved whole."""
+
+
+@_signature("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions",
+            "end_positions", "output_attentions", "output_hidden_states", "return_dict", "task_ids")
+class PeftModelForQuestionAnswering(PeftModel):
+    """An extractive question answerer with adapters; its head is trained and saved whole."""
+
+
+@_signature(*_ENCODER[:3], *_ENCODER[4:], "task_ids")
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model whose hidden states are the result, with adapters."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = False,
+) -> PeftModel:
+    """Give a model its first adapter.
+
+    Args:
+        model: the base model; it is adapted in place and frozen.
+        peft_config: what to add; a copy is kept, the object itself is not changed.
+        adapter_name: the adapter's name.
+        mixed: accepted for PEFT's sake: every model here can hold adapters of several methods.
+        autocast_adapter_dtype: keep the adapters of half-precision layers in fp32.
+        revision: the base model's revision on the Hub, noted in the config.
+        strict: `target_modules` entries that fit nothing are errors even when others fit.
+
+    Raises:
+        NoMatchingPeftModuleError: the config's targets fit no module; the nearest names are given.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from trimtab import LoraConfig, get_peft_model
+        >>> model = get_peft_model(GPT2LMHeadModel(GPT2Config()), LoraConfig())
+        >>> model.print_trainable_parameters()
+        trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364
+    """
+    if isinstance(model, PeftModel):
+        warn("The model is a PeftModel already: use its add_adapter() to give it another adapter. Its base model is adapted further.")
+        model = model.get_base_model()
+    if getattr(model, "peft_config", None) is not None and find_graft(model) is not None:
+        warn("The model has adapters already, and this adds one beside them. To change it to another config, call "
+             "`.unload()` first.")
+    if revision is not None:
+        if peft_config.revision is not None and peft_config.revision != revision:
+            warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")
+        peft_config = peft_config.copy()
+        peft_config.revision = revision
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(peft_config.task_type, "value", peft_config.task_type)), PeftModel)
+    try:
+        return cls(model, peft_config, adapter_name, autocast_adapter_dtype, strict=strict)
+    except BaseException:
+        discard_empty(model)
+        raise
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place and return the model itself; `state_dict` says which modules have one."""
+    if peft_config.is_prompt_learning:
+        raise ConfigError("`create_and_replace` does not support prompt learning yet.")
+    if state_dict is not None and hasattr(peft_config, "target_modules"):
+        peft_config = peft_config.copy()
+        peft_config.target_modules = {k.partition(".lora_")[0] for k in state_dict if ".lora_" in k}
+    try:
+        tuner_class(peft_config.peft_type)(model, peft_config, adapter_name)
+    except BaseException:
+        discard_empty(model)
+        raise
+    return model
+
+
+def discard_empty(model: nn.Module) -> None:
+    """After a failed start: leave no trace on the model."""
+    graft = find_graft(model)
+    if graft is not None and not graft.adapters:
+        graft.unload()
+
+
+def reader(
+    model_id: str | os.PathLike[str],
+    device: str | None,
+    key_mapping: Mapping[str, str] | None,
+    strict: bool,
+    ignore_mismatched: bool,
+    hub: Mapping[str, Any],
+) -> Callable[[list[Slot]], dict[str, Tensor]]:
+    """Read an adapter's tensors; the function returned checks them against slots and gives those that fit."""
+    tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
+
+    def values(slots: list[Slot]) -> dict[str, Tensor]:
+        found = fit(slots, tensors)
+        if strict or (found.mismatched and not ignore_mismatched):
+            found.raise_for_faults(f"'{model_id}'", ignore_mismatched)
+        if found.missing:
+            warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
+        if found.unexpected:
+            warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
+        wrong = {key for key, _, _ in found.mismatched}
+        return {k.removeprefix(PREFIX): v for k, v in tensors.items() if k not in wrong}
+
+    return values
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _name_of(model: nn.Module) -> str | None:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "name_or_path", None)
+    return name if isinstance(name, str) and name else None

@@ -1,0 +1,128 @@
+"""What is in a model: the state of each adapted layer, and of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from trimtab.model.graft import Graft, find_graft
+from trimtab.model.layer import AdaptedLayer
+
+
+@dataclass
+class TunerLayerStatus:
+    """The state of one adapted layer."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass
+class TunerModelStatus:
+    """The state of the model: what differs from layer to layer is "irregular"."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Literal["irregular"]
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+def _graft(model: nn.Module) -> tuple[nn.Module, Graft]:
+    base = model
+    while find_graft(base) is None:
+        inner = base._modules.get("base_model", base._modules.get("model"))
+        if inner is None:
+            raise TypeError(f"No adapters found in {type(model).__name__}: is it a PeftModel or a model that has adapters?")
+        base = inner
+    graft = find_graft(base)
+    assert graft is not None
+    return base, graft
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """One row for each adapted layer of a PeftModel, or of a model with injected adapters.
+
+    Raises:
+        TypeError: the model has no adapters.
+    """
+    base, graft = _graft(model)
+    prefix = next((n for n, m in model.named_modules() if m is base), "")
+    rows = []
+    for path, layer in graft.layers.items():
+        tensors = {a: [p for _, p in layer.adapter_parameters(a)] for a in layer.methods}
+        rows.append(
+            TunerLayerStatus(
+                name=".".join(filter(None, (prefix, path))).removeprefix("base_model."),
+                module_type=".".join(dict.fromkeys(graft.adapters[a].config.peft_type.value.lower() for a in layer.methods))
+                + f".{type(layer.base_layer).__name__}",
+                enabled=not layer.disable_adapters,
+                active_adapters=layer.active_adapters,
+                merged_adapters=list(layer.merged_adapters),
+                requires_grad={a: _same([p.requires_grad for p in ps]) for a, ps in tensors.items() if ps},
+                available_adapters=sorted(layer.methods),
+                devices={a: sorted({p.device.type for p in ps}) for a, ps in tensors.items() if ps},
+            )
+        )
+    if not rows and not graft.saved:
+        raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model or contains injected adapters.")
+    return rows
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The state of the whole model."""
+    base, graft = _graft(model)
+    rows = get_layer_status(model)
+    trainable, total = count_parameters(model)
+    names = sorted({a for r in rows for a in r.available_adapters})
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(model._modules.get("base_model", model)).__name__ if model is not base else "None",
+        peft_types={a: graft.adapters[a].config.peft_type.value for a in names},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(rows),
+        enabled=_same([r.enabled for r in rows]),
+        active_adapters=_same([r.active_adapters for r in rows]),
+        merged_adapters=_same([r.merged_adapters for r in rows]),
+        requires_grad={a: _same([r.requires_grad[a] for r in rows if a in r.requires_grad]) for a in names},
+        available_adapters=names,
+        devices={a: sorted({d for r in rows for d in r.devices.get(a, [])}) for a in names},
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a tied one counts once, a sharded one whole, a 4-bit one by what it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if count == 0 and hasattr(parameter, "ds_numel"):
+            count = parameter.ds_numel
+        if type(parameter).__name__ == "Params4bit":
+            storage = getattr(parameter, "quant_storage", None)
+            count = count * 2 * (storage.itemsize if storage is not None else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _same(values: list[Any]) -> Any:
+    return values[0] if all(v == values[0] for v in values) else "irregular"
+
+
+__all__ = ["AdaptedLayer", "TunerLayerStatus", "TunerModelStatus", "count_parameters", "get_layer_status", "get_model_status"]

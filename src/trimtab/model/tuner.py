@@ -1,0 +1,201 @@
+"""The tuner: the model with its adapters, as PEFT's `LoraModel` and its like are. `PeftModel.base_model` is one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from trimtab.core.config import PeftConfig
+from trimtab.files.codec import PREFIXES
+from trimtab.methods import config_class
+from trimtab.model.graft import Adapter, Graft
+from trimtab.model.layer import require_known
+from trimtab.model.report import warn
+from trimtab.model.route import Rows
+
+
+class Tuner(nn.Module):
+    """A model and its adapters of any method.
+
+    Args:
+        model: the model; it is adapted in place, its own parameters frozen.
+        peft_config: a config, or {adapter name: config}.
+        adapter_name: the adapter's name, where one config is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.graft = Graft.of(model)
+        configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        fresh = not self.graft.adapters
+        for name, config in configs.items():
+            self.add(name, config, **kwargs)
+        if fresh and configs:
+            self.graft.set_active([next(iter(configs))], trainable=None)
+        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    # ------------------------------------------------------------------ adapters
+    def add(self, name: str, config: PeftConfig, **kwargs: Any) -> Adapter:
+        """Add an adapter; see `Graft.add`."""
+        prefix = PREFIXES.get(str(getattr(config.peft_type, "value", config.peft_type)), "")
+        if name and name in prefix:
+            warn(f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
+                 "libraries may then take one for the other.")
+        adapter = self.graft.add(name, config, **kwargs)
+        if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
+            self.graft._place_biases()
+        return adapter
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """{adapter: its config}."""
+        return {name: adapter.config for name, adapter in self.graft.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use, innermost first."""
+        return list(self.graft.board.route.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in use, or the list of them where there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the adapted layers."""
+        return list(self.graft.layers)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of adapted parameters that have no layer of their own."""
+        return []
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use one adapter or several (the first innermost) and train just these; with `inference_mode`, train none."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.graft.set_active(names, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        if adapter_name not in self.graft.adapters:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        self.graft.delete(adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on."""
+        self.graft.set_enabled(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the output is the base model's."""
+        self.graft.set_enabled(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen, whether they are active or not."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.graft.set_trainable(name, requires_grad)
+
+    # ------------------------------------------------------------------ merging
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (the active ones by default) into the base; `unmerge_adapter` restores it bit by bit."""
+        self.graft.merge(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's original weights back."""
+        self.graft.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters (the active ones by default) folded into its weights, and nothing else left."""
+        graft = self.graft
+        chosen = list(graft.board.route.active if adapter_names is None else adapter_names)
+        merged = graft.merged
+        if set(chosen) - set(merged) or not merged:
+            graft.merge(chosen, safe_merge, keep=False, progress=_progress(progressbar))
+        graft.board.set(active=tuple(dict.fromkeys([*merged, *chosen])))
+        return graft.unload(merge=True)
+
+    def unload(self) -> nn.Module:
+        """The base model with its own module objects back, as if no adapter had been there."""
+        return self.graft.unload()
+
+    # ------------------------------------------------------------------ forward
+    @contextlib.contextmanager
+    def routed(self, adapter_names: Sequence[str] | None = None, **extras: Any) -> Iterator[None]:
+        """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none)."""
+        if adapter_names is None and not extras:
+            yield
+            return
+        graft, rows = self.graft, None
+        if adapter_names is not None:
+            require_known(adapter_names, graft.adapters)
+            if any(a.biases for a in graft.adapters.values()):
+                raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
+            if graft.merged:
+                raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            rows = Rows(adapter_names)
+        with graft.board.using(replace(graft.board.route, rows=rows, extras=extras)):
+            yield
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        size = batch_size(args, kwargs)
+        if size is not None and size != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {size} respectively."
+            )
+        with self.routed(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+        return getattr(self.model, name)
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of rows of a call's inputs, or None where no tensor tells."""
+    names = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")
+    candidates = [*args[:1], *(kwargs[n] for n in names if kwargs.get(n) is not None), *kwargs.values()]
+    return next((len(v) for v in candidates if isinstance(v, Tensor) and v.ndim), None)
+
+
+def _progress(show: bool) -> Callable[[Any], Any]:
+    if not show:
+        return iter
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc="Merging")
+
+
+_CLASSES: dict[str, type[Tuner]] = {}
+
+
+def tuner_class(peft_type: Any) -> type[Tuner]:
+    """The tuner under the name PEFT gives it for a method (`LoraModel` ...); all are `Tuner`."""
+    name = config_class(str(getattr(peft_type, "value", peft_type))).__name__.removesuffix("Config") + "Model"
+    if name not in _CLASSES:
+        # `trimtab.<name>` finds the class again, for pickle.
+        _CLASSES[name] = type(name, (Tuner,), {"__doc__": Tuner.__doc__, "__module__": "trimtab"})
+    return _CLASSES[name]

@@ -47,15 +47,21 @@ class Method:
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type -> default target_modules
     frozen: ClassVar[frozenset[str]] = frozenset()  # leaves that are kept but never trained
 
-    def __init__(self, layer: Any, site: Site, adapter: str, config: Any) -> None:
+    def __init__(
+        self, layer: Any, site: Site, adapter: str, config: Any, commons: Mapping[str, Any] | None = None
+    ) -> None:
         self.layer, self.site, self.adapter = layer, site, adapter
         self.home = layer  # the layer that keeps the tensors: another one's where two tied layers share them
         self.options = config  # the config as it holds for this site
+        self.commons = {} if commons is None else commons  # name -> {adapter: shared tensor}
         self._leaves: dict[str, str] = {}  # alias -> template
 
     # ------------------------------------------------------------------ to override
-    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
-        """The adapter's tensors by leaf name, empty, each with its shape in a comment; `self.empty` makes them."""
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        """The adapter's tensors by leaf name, empty, each with its shape in a comment; `self.empty` makes them.
+
+        Floating-point tensors become trainable parameters, except the leaves in `frozen`; others become buffers.
+        """
         raise NotImplementedError
 
     def reset(self, config: Any) -> Tensor | None:
@@ -80,8 +86,22 @@ class Method:
 
     @classmethod
     def share(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
-        """Tensors an adapter keeps once for all its sites."""
+        """Tensors an adapter keeps once for all its sites, with their values; a formula reads them by `self.shared`."""
         return {}
+
+    @classmethod
+    def stored(cls, config: Any, name: str) -> bool:
+        """Whether a tensor goes into the adapter's file; one that does not is made anew on load."""
+        return True
+
+    @classmethod
+    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
+        """A term of the loss in training, from all the methods of one adapter."""
+        return None
+
+    @classmethod
+    def step(cls, methods: list[Any], config: Any, t: int) -> None:
+        """What an adapter does after optimiser step `t` (rank schedules); it may change `config`."""
 
     @classmethod
     def mutates(cls, config: Any) -> bool:
@@ -98,6 +118,11 @@ class Method:
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor on the device and in the number format that adapters of this layer have."""
         return torch.empty(*shape, **self.layer.factory)
+
+    def shared(self, name: str) -> Tensor:
+        """A tensor that `share` made for this adapter."""
+        tensor: Tensor = self.commons[name][self.adapter]
+        return tensor
 
     @property
     def training(self) -> bool:

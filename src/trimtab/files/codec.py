@@ -34,7 +34,16 @@ class Slot:
     disk: str
     holder: Any
     name: str
-    optional: bool = False  # the base's own tensor, in the file only where it was saved along
+    optional: bool = False  # the file need not have it
+    shared: bool = False  # belongs to the adapter as a whole: its key stands beside "model.", not below it
+
+    def on_disk(self, prefix: str = "base_model.model.") -> str:
+        """The whole key on disk; `prefix` is what stands before a module's path."""
+        return (prefix.removesuffix("model.") if self.shared else prefix) + self.disk
+
+    def in_memory(self, prefix: str = "base_model.model.") -> str:
+        """The whole key in a state dict of the object whose keys have `prefix`."""
+        return (prefix.removesuffix("model.") if self.shared else prefix) + self.memory
 
     def get(self) -> Tensor:
         """The tensor as it stands."""
@@ -97,7 +106,7 @@ class Fit:
 def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> Fit:
     """Compare the tensors of a file with the slots of an adapter. Nothing is changed."""
     slots = list(slots)
-    wanted = {prefix + s.disk: s for s in slots}
+    wanted = {s.on_disk(prefix): s for s in slots}
     mismatched = [
         (key, tuple(tensors[key].shape), tuple(slot.get().shape))
         for key, slot in wanted.items()
@@ -113,7 +122,7 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
 def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
     """Copy every tensor that has a slot of its shape."""
     for slot in slots:
-        value = tensors.get(prefix + slot.disk)
+        value = tensors.get(slot.on_disk(prefix))
         if value is not None and value.shape == slot.get().shape:
             slot.put(value)
 

@@ -21,7 +21,7 @@ class Dora(LowRank):
     kinds, fused = frozenset({"linear", "embedding"}), True
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
-    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
         return tensors | {"lora_magnitude_vector.weight": self.empty(site.fan_out)}  # (out,)
 

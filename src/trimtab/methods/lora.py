@@ -158,7 +158,7 @@ class Lora(LowRank):
     config, kinds, fused, targets = LoraConfig, frozenset({"linear", "embedding"}), True, TARGETS
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
-    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
         self.biased = config.lora_bias
         if self.biased:

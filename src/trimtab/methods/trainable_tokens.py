@@ -32,7 +32,7 @@ class TrainableTokens(Method):
 
     config, kinds, fused = TrainableTokensConfig, frozenset({"embedding", "linear"}), True
 
-    def build(self, site: Site, config: Any, shared: Any) -> dict[str, Tensor]:
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
         self.vocabulary = site.fan_in if site.kind == "embedding" else site.fan_out
         dim = site.fan_out if site.kind == "embedding" else site.fan_in

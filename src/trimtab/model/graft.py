@@ -19,6 +19,7 @@ from trimtab.files.store import check_name
 from trimtab.methods import load, method_class
 from trimtab.model.copies import SavedBiases, SavedModule
 from trimtab.model.layer import AdaptedLayer
+from trimtab.model.leaves import Leaves
 from trimtab.model.report import warn
 from trimtab.model.route import Board, unwatch_checkpointing, watch_checkpointing
 
@@ -32,12 +33,18 @@ class Adapter:
 
     name: str
     config: Any
+    method: type[Method]
     targets: list[Target] = field(default_factory=list)
     layers: list[AdaptedLayer] = field(default_factory=list)
     saved: list[SavedModule] = field(default_factory=list)
     biases: SavedBiases | None = None
     trainable: bool = False
     parked: bool = False
+
+    @property
+    def methods(self) -> list[Method]:
+        """The adapter's own method at each of its sites."""
+        return [m for layer in self.layers for m in layer.methods[self.name] if isinstance(m, self.method)]
 
 
 class Graft:
@@ -49,6 +56,7 @@ class Graft:
         self.adapters: dict[str, Adapter] = {}
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
+        self.commons: dict[str, Leaves] = {}  # name -> {adapter: tensor} of what adapters keep once for all sites
         self.modules: dict[str, nn.Module] = {}
         self.users: dict[int, list[tuple[nn.Module, str]]] = {}  # module id -> every (parent, attribute) that holds it
         self.owners: dict[int, list[str]] = {}  # parameter id -> the modules that hold it
@@ -99,7 +107,7 @@ class Graft:
         config = config.copy()
         config.check()
         method = method_class(config)
-        adapter = Adapter(name, config, trainable=not config.inference_mode if trainable is None else trainable)
+        adapter = Adapter(name, config, method, trainable=not config.inference_mode if trainable is None else trainable)
         adapter.targets = self.select(config, method, strict)
         new: dict[str, AdaptedLayer] = {}
         saved: dict[str, SavedModule] = {}
@@ -110,16 +118,16 @@ class Graft:
             if not adapter.layers and not adapter.saved:
                 raise NoMatchingPeftModuleError("The config selects nothing to train: name `target_modules` or `modules_to_save`.")
             if tensors is not None:
-                slots = [*self.slots(adapter), *self.embeddings(adapter)]
+                own = self.slots(adapter)
+                slots = [*own, *self.embeddings(adapter)]
                 values = tensors(slots)
-                lacking = any(s.disk not in values for s in slots if not s.optional)
+                lacking = any(s.on_disk() not in values for s in own)
                 if lacking or method.mutates(adapter.config):  # what the file does not say starts as it would anew
                     self._materialise(adapter)
                     self._start(adapter)
                 for slot in slots:
-                    if slot.disk in values:
-                        slot.put(values[slot.disk])
-
+                    if slot.on_disk() in values:
+                        slot.put(values[slot.on_disk()])
             else:
                 self._start(adapter)
         except BaseException:
@@ -127,6 +135,8 @@ class Graft:
                 layer.detach(name)
             for module in adapter.saved:
                 module.detach(name)
+            for leaves in self.commons.values():
+                leaves.remove(name)
             raise
         for path, layer in new.items():
             self._swap(self.modules[path], layer)
@@ -211,15 +221,17 @@ class Graft:
                 assert kind is not None
                 site = layer.sites.get("weight") or kind(layer, path)
                 layer.factory = self._factory(site, autocast, meta)
-                one = cls(layer, site, adapter.name, config)
-                tensors = one.build(site, config, None)
-                templates = {one.leaf(prefix + leaf): _parameter(t, site) for leaf, t in tensors.items()}
+                one = cls(layer, site, adapter.name, config, self.commons)
+                tensors = one.build(site, config)
+                templates = {one.leaf(prefix + n): _parameter(t, site, n in one.frozen) for n, t in tensors.items()}
                 if prefix:  # rows of a tied embedding are trained once
                     one.home = homes.setdefault(id(layer.base_layer._parameters["weight"]), layer)
                 methods.append(one)
                 leaves.append(templates if one.home is layer else {})
             layer.attach(adapter.name, methods, leaves)
             adapter.layers.append(layer)
+        for name, tensor in method.share(adapter.config, [m.site for m in adapter.methods]).items():
+            self.commons.setdefault(name, Leaves()).put(adapter.name, "", tensor)
 
     @staticmethod
     def _factory(site: Site, autocast: bool, meta: bool) -> dict[str, Any]:
@@ -321,7 +333,11 @@ class Graft:
                 for template in method._leaves.values():
                     memory, disk = leaf_keys(layer.name, template, adapter.name)
                     holder, name = _holder(layer, template, adapter.name)
-                    slots.append(Slot(memory, disk, holder, name))
+                    slots.append(Slot(memory, disk, holder, name, optional=not method.stored(adapter.config, template)))
+        for name, leaves in self.commons.items():
+            if adapter.name in leaves:
+                stored = adapter.method.stored(adapter.config, name)
+                slots.append(Slot(f"{name}.{adapter.name}", name, leaves, adapter.name, optional=not stored, shared=True))
         for wrapper in adapter.saved:
             module = wrapper.modules_to_save[adapter.name]
             for key in module.state_dict():
@@ -381,6 +397,9 @@ class Graft:
             part.set_requires_grad(name, trainable)
         for parameter in adapter.biases.parameters() if adapter.biases else ():
             parameter.requires_grad_(trainable)
+        for leaves in self.commons.values():
+            if name in leaves and isinstance(leaves[name], nn.Parameter):
+                leaves[name].requires_grad_(trainable)
 
     def _place_biases(self) -> None:
         route = self.board.route
@@ -486,6 +505,8 @@ class Graft:
             adapter.biases.switch(False)
         for part in (*adapter.layers, *adapter.saved):
             part.detach(name)
+        for leaves in self.commons.values():
+            leaves.remove(name)
         del self.adapters[name]
         active = [n for n in self.board.route.active if n != name]
         if len(active) != len(self.board.route.active):
@@ -515,11 +536,11 @@ class Graft:
             parent._modules[attribute] = module
 
 
-def _parameter(tensor: Tensor, site: Site) -> Tensor:
+def _parameter(tensor: Tensor, site: Site, frozen: bool) -> Tensor:
     """A built tensor as what is stored: floating-point tensors are trained."""
     if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         return tensor
-    parameter = nn.Parameter(tensor)
+    parameter = nn.Parameter(tensor, requires_grad=not frozen)
     if tensor.device.type == "meta":
         parameter.target_device = site.device  # type: ignore[attr-defined]
     return parameter

@@ -181,8 +181,8 @@ class PeftModel(nn.Module):
             slots = self.graft.slots(self.graft.require(adapter_name))
             values = tensors(slots)
             for slot in slots:
-                if slot.disk in values:
-                    slot.put(values[slot.disk])
+                if slot.on_disk() in values:
+                    slot.put(values[slot.on_disk()])
         else:
             config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
             config.inference_mode = not is_trainable
@@ -522,7 +522,7 @@ def reader(
         if found.unexpected:
             warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
         wrong = {key for key, _, _ in found.mismatched}
-        return {k.removeprefix(PREFIX): v for k, v in tensors.items() if k not in wrong}
+        return {k: v for k, v in tensors.items() if k not in wrong}
 
     return values
 

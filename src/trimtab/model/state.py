@@ -61,7 +61,7 @@ def set_peft_model_state_dict(
     if found.mismatched:
         warn(f"Some weights have the wrong shape and were left out: {[k for k, _, _ in found.mismatched]}.")
     fill(slots, peft_model_state_dict, prefix)
-    memory = {prefix + s.disk: prefix + s.memory for s in slots}
+    memory = {s.on_disk(prefix): s.in_memory(prefix) for s in slots}
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
 
 
@@ -70,13 +70,13 @@ def adapter_tensors(
 ) -> dict[str, Tensor]:
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     adapter = graft.require(name)
-    slots = graft.slots(adapter)
+    slots = [s for s in graft.slots(adapter) if not s.optional]
     if embeddings is True or (embeddings == "auto" and _embeddings_changed(graft, adapter)):
         taken = {s.disk for s in slots}
         slots += [s for s in graft.embeddings(adapter) if s.disk not in taken]
     if state is not None:
-        return {prefix + s.disk: state[prefix + s.memory] for s in slots if prefix + s.memory in state}
-    return {prefix + s.disk: s.get() for s in slots}
+        return {s.on_disk(prefix): state[s.in_memory(prefix)] for s in slots if s.in_memory(prefix) in state}
+    return {s.on_disk(prefix): s.get() for s in slots}
 
 
 def _embeddings_changed(graft: Graft, adapter: Adapter) -> bool:

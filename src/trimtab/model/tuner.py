@@ -55,6 +55,7 @@ class Tuner(nn.Module):
             warn(f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
                  "libraries may then take one for the other.")
         adapter = self.graft.add(name, config, **kwargs)
+        self._modules.update(self.graft.commons)
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
             self.graft._place_biases()
         return adapter
@@ -155,7 +156,7 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
         if adapter_names is None:
-            return self.model(*args, **kwargs)
+            return self._penalised(self.model(*args, **kwargs))
         size = batch_size(args, kwargs)
         if size is not None and size != len(adapter_names):
             raise ValueError(
@@ -164,6 +165,25 @@ class Tuner(nn.Module):
             )
         with self.routed(adapter_names):
             return self.model(*args, **kwargs)
+
+    def _penalised(self, outputs: Any) -> Any:
+        """Outputs whose loss, in training, has the active adapters' penalties added."""
+        loss = getattr(outputs, "loss", None)
+        if loss is None or not self.training or not self.graft.board.route.enabled:
+            return outputs
+        for name in self.active_adapters:
+            adapter = self.graft.adapters[name]
+            term = adapter.method.penalty(adapter.methods, adapter.config)
+            if term is not None:
+                loss = loss + term.to(loss.device)
+        outputs.loss = loss
+        return outputs
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it."""
+        for name in self.active_adapters:
+            adapter = self.graft.adapters[name]
+            adapter.method.step(adapter.methods, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from trimtab.methods import METHODS
+
 __version__ = "0.1.0"
 
-# module -> the public names it holds
+# module -> the public names it holds; every method's config is public by its line in the registry
 _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
     "trimtab.methods": ["PeftConfig"],
-    "trimtab.methods.lora": ["LoraConfig", "LoraRuntimeConfig"],
-    "trimtab.methods.trainable_tokens": ["TrainableTokensConfig"],
+    "trimtab.methods.lora": ["LoraRuntimeConfig"],
     "trimtab.model.peft_model": [
         "PeftModel",
         "PeftModelForCausalLM",
@@ -39,11 +40,12 @@ _PUBLIC = {
     ],
     "trimtab.model.state": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
     "trimtab.model.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
-    "trimtab.model.convert": ["prepare_model_for_kbit_training"],
+    "trimtab.model.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
     "trimtab.files.store": ["load_peft_weights"],
     "trimtab.errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+_WHERE |= {config: f"trimtab.methods.{file}" for file, _, config in METHODS.values()}
 
 __all__ = ["__version__", *sorted(_WHERE)]
 
@@ -60,7 +62,6 @@ def __getattr__(name: str) -> Any:
 
 
 def _tuner(name: str) -> Any:
-    from trimtab.methods import METHODS
     from trimtab.model.tuner import tuner_class
 
     for peft_type, (_, _, config) in METHODS.items():

@@ -121,6 +121,8 @@ class PeftConfig:
     class_of: ClassVar[Callable[[str], type[PeftConfig]]]
     # Fields that change nothing yet, with the reason: a non-default value is refused when the adapter is built.
     pending: ClassVar[dict[str, str]] = {}
+    # Fields that map module names or regular expressions to values.
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     # Fields that never reach the file.
     runtime: ClassVar[frozenset[str]] = frozenset()
 

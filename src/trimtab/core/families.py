@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,20 @@ from torch import Tensor
 
 from trimtab.core.method import Method, require_rank
 from trimtab.core.site import Site
+from trimtab.errors import ConfigError, PeftWarning
 
 
 def wide(M: Tensor) -> Tensor:
     """A factor in fp32 at least, for products that end in a weight."""
     return M if M.dtype == torch.float64 else M.float()
+
+
+def no_input(site: Site) -> None:
+    """Speak up about dropout where a method sees no input to drop: PEFT refuses it for parameters, else ignores it."""
+    message = f"`lora_dropout` cannot act on '{site.name}', whose input only its own module sees"
+    if site.kind == "parameter":
+        raise ConfigError(f"{message}: set it to 0 to train this adapter (for inference it loads as it is).")
+    warnings.warn(f"{message}: it is trained without.", PeftWarning, stacklevel=2)
 
 
 class LowRank(Method):
@@ -28,6 +38,8 @@ class LowRank(Method):
         require_rank(r)
         self.r, self.lora_alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
         self.unit = scaling  # what `set_scale` multiplies
+        if dropout and not site.fused and not self.options.inference_mode:
+            no_input(site)
         self.names = ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
         suffix = "" if site.kind == "embedding" else ".weight"
         return {
@@ -40,10 +52,23 @@ class LowRank(Method):
         """(A, B) as the layer holds them now."""
         return getattr(self, self.names[0]), getattr(self, self.names[1])
 
-    def delta(self) -> Tensor:
-        """s·B·A (out, in), formed in fp32 whatever the factors' number format."""
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(A, B) as the matrices (..., r, in) and (..., out, r) they are: what is written into a view reaches the layer."""
         A, B = self.factors
-        return self.scaling * (wide(B).flatten(1) @ wide(A).flatten(1))
+        return self.site.lower(A), self.site.upper(B)
+
+    def put(self, A: Tensor, B: Tensor) -> None:
+        """Store a pair of matrices (..., r, in) and (..., out, r) as the kind of layer keeps them."""
+        for stored, view, M in zip(self.factors, self.matrices, (A, B), strict=True):
+            if view.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+                raise ConfigError(f"'{self.site.name}' cannot keep any B (out, r): choose another `init_lora_weights`.")
+            view.copy_(M)
+
+    def delta(self) -> Tensor:
+        """s·B·A (..., out, in), formed in fp32 whatever the factors' number format."""
+        A, B = self.matrices
+        return self.scaling * (wide(B) @ wide(A))
 
     def drop(self, x: Tensor) -> Tensor:
         """The input after dropout: indices have none."""
@@ -54,10 +79,11 @@ class LowRank(Method):
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The update of an output up to its last product: (h, B) with s·B·A·x = B·h.
 
-        The skinny factors take the input's number format, never the input theirs; indices leave them as they are.
+        Factors in fp32 beside a half-precision input stay so where the site can multiply the two; else the skinny
+        factors take the input's number format, never the input theirs. Indices leave them as they are.
         """
-        A, B = self.factors
-        if x.is_floating_point():
+        A, B = self.matrices
+        if x.is_floating_point() and not (A.dtype == torch.float32 and self.site.widens(x)):
             A, B = A.to(x.dtype), B.to(x.dtype)
         return self.site.apply(x, A) * self.scaling, B
 

@@ -12,6 +12,7 @@ from trimtab.core.config import PeftConfig
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
+INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
 
@@ -44,8 +45,10 @@ class Method:
     fused: bool = False
     mergeable: bool = True
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
-    targets: ClassVar[Mapping[str, Any]] = {}  # model_type -> default target_modules
+    targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     frozen: ClassVar[frozenset[str]] = frozenset()  # leaves that are kept but never trained
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # other fields that follow from the model_type, the same way
+    tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
 
     def __init__(
         self, layer: Any, site: Site, adapter: str, config: Any, commons: Mapping[str, Any] | None = None
@@ -83,6 +86,18 @@ class Method:
     def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
         """The layer's output y and this method's own input x -> the adapted output; `call` holds per-row extras."""
         return y
+
+    def pack(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor `name` -> what of it goes into the file."""
+        return tensor
+
+    def unpack(self, name: str, value: Tensor) -> Tensor:
+        """A value from the file -> the tensor `name`. A value on the meta device is a question about its shape only."""
+        return value
+
+    @classmethod
+    def admit(cls, config: Any, others: list[Any]) -> None:
+        """Raise where a model whose other adapters of this method have the configs `others` cannot take one more."""
 
     @classmethod
     def share(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
@@ -136,6 +151,53 @@ class Method:
         if name not in leaves:
             raise AttributeError(f"{type(self).__name__} has neither an attribute nor a tensor named '{name}'")
         return self.home.tensor(leaves[name], self.adapter)
+
+
+class PromptMethod(torch.nn.Module):
+    """A prompt in front of the model: the site is the model itself.
+
+    A plain prompt (n, dim) goes before the input's embeddings; a `cached` one (n, layers · 2 · dim) stands in every
+    layer's cache of keys and values. The tensors are the module's own parameters.
+    """
+
+    config: ClassVar[type[PeftConfig]] = PeftConfig
+    kinds: ClassVar[frozenset[str]] = frozenset({"model"})
+    cached: ClassVar[bool] = False
+    fused, mergeable = False, False
+
+    def build(self, config: Any) -> None:
+        """Make the parameters, empty, each with its shape in a comment; `config` is complete."""
+        raise NotImplementedError
+
+    def reset(self, config: Any, base: Any) -> None:
+        """Give them their starting values; `base` is the model (its embeddings may be looked at)."""
+        raise NotImplementedError
+
+    def prompt(self) -> Tensor:
+        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`."""
+        raise NotImplementedError
+
+    def restore(self, prompt: Tensor) -> None:
+        """Take a saved prompt as the parameters."""
+        raise NotImplementedError
+
+    @classmethod
+    def admit(cls, config: Any, others: list[Any]) -> None:
+        """Prompts stand beside one another."""
+
+    @classmethod
+    def mutates(cls, config: Any) -> bool:
+        """Prompts leave the base alone."""
+        return False
+
+    @classmethod
+    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
+        """A term of the loss in training."""
+        return None
+
+    @classmethod
+    def step(cls, methods: list[Any], config: Any, t: int) -> None:
+        """What an adapter does after optimiser step `t`."""
 
 
 def require_rank(r: Any, name: str = "r") -> None:

@@ -5,6 +5,9 @@ A kind of layer is one class: how its weight lies in memory, and how the layer m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trimtab.core import weights
+from trimtab.core import kernels, offload, weights
 
 
 class Site:
@@ -25,11 +28,16 @@ class Site:
     """
 
     kind: ClassVar[str]
+    weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named
+    bias_param: ClassVar[str] = "bias"  # the parameter that is added to its products ("": none)
+    fused: ClassVar[bool] = True  # its input and output may be edited instead of its weight
+    reads: ClassVar[frozenset[str]] = frozenset()  # parameters that the model reads off the layer without calling it
+    parts: ClassVar[tuple[str, ...]] = ()  # layers inside that are adapted whenever this one is
     batch: tuple[int, ...] = ()
     flipped = False  # the weight is stored (in, out)
 
-    def __init__(self, owner: Any, name: str, param: str = "weight") -> None:
-        self.owner, self.name, self.param = owner, name, param
+    def __init__(self, owner: Any, name: str, param: str = "") -> None:
+        self.owner, self.name, self.param = owner, name, param or self.weighs
         self.fan_out, self.fan_in = self.shape()
 
     @classmethod
@@ -40,13 +48,20 @@ class Site:
     @property
     def layer(self) -> nn.Module:
         """The frozen layer."""
-        layer: nn.Module = self.owner.base_layer
+        layer: nn.Module = self.owner.frozen
         return layer
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that adapters here may change."""
+        return (self.param, self.bias_param) if self.bias_param else (self.param,)
 
     def stored(self, param: str) -> Tensor | None:
         """The layer's own parameter, as it was before any merge."""
-        held = self.owner.held
-        return held[param] if param in held else getattr(self.layer, param, None)
+        held, layer = self.owner.held, self.layer
+        if param in held:
+            return offload.value(layer, param, held[param], original=True)
+        return offload.value(layer, param, getattr(layer, param, None))
 
     def shape(self) -> tuple[int, int]:
         """(out, in) of the matrix."""
@@ -60,8 +75,7 @@ class Site:
 
     def bias(self) -> Tensor | None:
         """The original bias (out,), or None."""
-        b = self.stored("bias")
-        return None if b is None else b.detach()
+        return self.stored(self.bias_param) if self.bias_param else None  # in the graph: an adapter may train it
 
     def store(self, W: Tensor) -> Tensor:
         """`W` (..., out, in) in the layer's own layout."""
@@ -74,13 +88,29 @@ class Site:
             ReadOnlyWeight: the number format cannot be written.
         """
         weights.write(self.layer, self.param, self.store(W))
-        if b is not None and self.bias() is not None:
-            weights.write(self.layer, "bias", b)
+        if b is None:
+            return
+        if self.bias() is not None:
+            weights.write(self.layer, self.bias_param, b)
+        else:  # the adapter brings a bias of its own
+            self.layer._parameters[self.bias_param] = nn.Parameter(b.to(self.dtype), requires_grad=False)
 
     def run(self, W: Tensor, b: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """The layer's own computation with other parameters."""
-        new = {self.param: self.store(W).to(self.dtype)} | ({} if b is None else {"bias": b.to(self.dtype)})
-        return functional_call(self.layer, new, args, kwargs)
+        if weights.quantised(self.layer, self.param):  # whose own forward takes nothing but its own format
+            x = args[0] if args else next(iter(kwargs.values()))
+            dtype = weights.run_dtype(self.layer, self.param, x)
+            y = self.apply(x.to(dtype) if x.is_floating_point() else x, W.to(dtype))
+            y = y if b is None else y + self.spread(b.to(dtype))
+            return y.to(x.dtype) if x.is_floating_point() else y
+        new = {self.owner.prefix + name: value for name, value in self.named(W, b).items()}
+        with offload.running(self.layer):
+            return functional_call(self.owner.base_layer, new, args, kwargs)
+
+    def named(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """W and b as the layer's own parameters, by name."""
+        new = {self.param: self.store(W).to(self.dtype)}
+        return new if b is None else new | {self.bias_param: b.to(self.dtype)}
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """Multiply by M (k, in) the way the layer multiplies by W."""
@@ -90,9 +120,18 @@ class Site:
         """Multiply the feature axis of an output by M (k', k)."""
         return F.linear(h, M)
 
-    def add(self, y: Tensor, h: Tensor, M: Tensor) -> Tensor:
-        """y + mix(h, M), with one rounding where the layer allows it."""
-        return y + self.mix(h, M)
+    def add(self, y: Tensor, h: Tensor, M: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """y + mix(h, M), with one rounding where the layer allows it; y scaled and shifted by vectors (out,) before."""
+        return self.moved(y, scale, shift) + self.mix(h, M)
+
+    def moved(self, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """scale·y + shift, for vectors (out,) or None."""
+        y = y if scale is None else y * self.spread(scale)
+        return y if shift is None else y + self.spread(shift)
+
+    def widens(self, x: Tensor) -> bool:
+        """Whether `apply` and `add` take factors in fp32 beside an `x` in half precision."""
+        return False
 
     def spread(self, v: Tensor) -> Tensor:
         """A vector (out,) shaped to broadcast along the feature axis of an output."""
@@ -106,6 +145,38 @@ class Site:
         """The shape in which this kind keeps an M (out, r)."""
         return (self.fan_out, r)
 
+    def vector(self) -> tuple[int, ...]:
+        """The shape in which this kind keeps a v (out,)."""
+        return (*self.batch, self.fan_out)
+
+    def lower(self, A: Tensor) -> Tensor:
+        """An M of the shape `down(r)` as the matrix (..., r, in) it is; a view where one can be."""
+        return A
+
+    def upper(self, B: Tensor) -> Tensor:
+        """An M of the shape `up(r)` as the matrix (..., out, r) it is; a view where one can be."""
+        return B
+
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, torch.device]:
+        """How many rows a call of the layer has, and where they are.
+
+        Raises:
+            RouteError: it cannot be known which rows of its arguments belong together.
+        """
+        x = args[0] if args else next(iter(kwargs.values()))
+        return len(x), x.device
+
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with these of its rows only."""
+        if args:
+            return (args[0][rows], *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: kwargs[first][rows]}
+
+    def join(self, parts: Sequence[Any], order: Tensor) -> Any:
+        """The outputs of groups of rows as one, its rows put in `order`."""
+        return torch.cat(list(parts))[order]
+
     @property
     def dtype(self) -> torch.dtype:
         """The number format the layer computes in."""
@@ -114,9 +185,7 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where the layer's weight lives."""
-        weight = self.stored(self.param)
-        assert weight is not None
-        return weight.device
+        return weights.device(self.layer, self.stored(self.param))
 
 
 class LinearSite(Site):
@@ -126,11 +195,22 @@ class LinearSite(Site):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Any nn.Linear."""
-        return isinstance(layer, nn.Linear)
+        """Any nn.Linear, and the packed linear layers of quantisation libraries."""
+        return isinstance(layer, nn.Linear) or weights.packed_linear(layer)
 
-    def add(self, y: Tensor, h: Tensor, M: Tensor) -> Tensor:
-        """y + h Mᵀ, by one addmm where nothing in between can be seen."""
+    def widens(self, x: Tensor) -> bool:
+        """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""
+        return x.dtype in kernels.HALF and not torch.is_autocast_enabled(x.device.type)
+
+    def apply(self, x: Tensor, M: Tensor) -> Tensor:
+        """x Mᵀ."""
+        return kernels.project(x, M) if x.dtype in kernels.HALF and M.dtype == torch.float32 else F.linear(x, M)
+
+    def add(self, y: Tensor, h: Tensor, M: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """y + h Mᵀ (y scaled and shifted before), by one addmm where nothing in between can be seen."""
+        if y.dtype in kernels.HALF and h.dtype == M.dtype == torch.float32:
+            return kernels.add_product(y, h, M, scale, shift)
+        y = self.moved(y, scale, shift)
         if y.dtype == h.dtype == M.dtype and y.is_contiguous() and y.ndim > 1:
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), M.T).view_as(y)
         return y + F.linear(h, M)
@@ -171,9 +251,28 @@ class EmbeddingSite(Site):
         return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
 
 
-SITES: list[type[Site]] = [LinearSite, Conv1DSite, EmbeddingSite]
+# One line a kind of layer: the first that fits is it. Parameters without a layer of their own are named, not found.
+SITES = [
+    "sites.attention:ReadLinearSite",
+    "site:LinearSite",
+    "site:Conv1DSite",
+    "site:EmbeddingSite",
+    "sites.conv:ConvSite",
+    "sites.attention:AttentionSite",
+    "sites.vector:VectorSite",
+]
+NAMED = "sites.parameter:ParameterSite"
 
 
-def site_class(layer: nn.Module) -> type[Site] | None:
-    """The kind of site a layer is, or None where we know none."""
-    return next((cls for cls in SITES if cls.fits(layer)), None)
+@cache
+def _load(line: str) -> type[Site]:
+    file, _, name = line.partition(":")
+    cls: type[Site] = getattr(import_module(f"trimtab.core.{file}"), name)
+    return cls
+
+
+def site_class(layer: nn.Module, param: str | None = None) -> type[Site] | None:
+    """The kind of site a layer is (or a parameter of it that a config names), or None where we know none."""
+    if param is not None:
+        return _load(NAMED)
+    return next((cls for cls in map(_load, SITES) if cls.fits(layer)), None)

@@ -16,11 +16,20 @@ CONDENSE_FROM = 20  # with as many names or more, the file lists the shortest en
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table: a module, its kind of site (None: no kind we know), and the entry that selected it."""
+    """One row of the table: a module, its kind of site (None: no kind we know), and the entry that selected it.
+
+    Where the entry names a parameter, `name` is its path and `param` the last segment of it.
+    """
 
     name: str
     kind: str | None
     why: str
+    param: str = ""
+
+    @property
+    def module(self) -> str:
+        """The path of the module."""
+        return self.name.removesuffix(f".{self.param}") if self.param else self.name
 
 
 def matches(wanted: Any, name: str) -> str | None:
@@ -100,6 +109,22 @@ def select(
         used.add(why)
         found.append(Target(name, kind, why))
     _report(kinds, config, wanted, found, used, excluded, used_exclusions, strict)
+    return found
+
+
+def select_parameters(parameters: Iterable[str], wanted: Collection[str], strict: bool = False) -> list[Target]:
+    """The parameters that `target_parameters` names, by path or ending, in model order.
+
+    Raises:
+        NoMatchingPeftModuleError: with `strict`, some entry fits nothing.
+    """
+    parameters = list(parameters)
+    found = [Target(n, "parameter", why, n.rpartition(".")[2]) for n in parameters if (why := matches(set(wanted), n))]
+    if missed := set(wanted) - {t.why for t in found}:
+        message = f"`target_parameters` {sorted(missed)} fit no parameter of the model.{nearest(missed, parameters)}"
+        if strict:
+            raise NoMatchingPeftModuleError(message)
+        warnings.warn(message, PeftWarning, stacklevel=4)
     return found
 
 

@@ -17,10 +17,30 @@ PREFIX = "base_model.model."  # of every key on disk that belongs to a module of
 ON_DISK = {"lora_magnitude_vector.{}.weight": "lora_magnitude_vector"}
 
 # What the names of a method's tensors start with.
-PREFIXES = {"LORA": "lora_", "TRAINABLE_TOKENS": "trainable_tokens_"}
+PREFIXES = {
+    "ADALORA": "lora_",
+    "IA3": "ia3_",
+    "LN_TUNING": "ln_tuning_",
+    "LOHA": "hada_",
+    "LORA": "lora_",
+    "OFT": "oft_",
+    "PVERA": "pvera_lambda_",
+    "TRAINABLE_TOKENS": "trainable_tokens_",
+    "VERA": "vera_lambda_",
+}
+
+# What PEFT writes beside the tensors it means: with bias="all", biases of modules it saves whole under these names too.
+IGNORED = (".original_module.", ".modules_to_save.")
 
 # Names of embeddings whose base weight is saved along when it is adapted or resized.
 EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+@dataclass
+class Prompt:
+    """Holder of a prompt, which is saved as what comes out of its method."""
+
+    method: Any
 
 
 @dataclass
@@ -36,26 +56,49 @@ class Slot:
     name: str
     optional: bool = False  # the file need not have it
     shared: bool = False  # belongs to the adapter as a whole: its key stands beside "model.", not below it
+    bare: bool = False  # its key has no prefix at all (prompts)
+    method: Any = None  # whose tensor it is, under the name `leaf`: it may keep another shape in memory than on disk
+    leaf: str = ""
 
     def on_disk(self, prefix: str = "base_model.model.") -> str:
         """The whole key on disk; `prefix` is what stands before a module's path."""
-        return (prefix.removesuffix("model.") if self.shared else prefix) + self.disk
+        return self._prefix(prefix) + self.disk
 
     def in_memory(self, prefix: str = "base_model.model.") -> str:
         """The whole key in a state dict of the object whose keys have `prefix`."""
-        return (prefix.removesuffix("model.") if self.shared else prefix) + self.memory
+        return self._prefix(prefix) + self.memory
+
+    def _prefix(self, prefix: str) -> str:
+        return "" if self.bare else prefix.removesuffix("model.") if self.shared else prefix
 
     def get(self) -> Tensor:
         """The tensor as it stands."""
+        if isinstance(self.holder, Prompt):
+            return self.holder.method.prompt()  # type: ignore[no-any-return]
         if isinstance(self.holder, Mapping):
             return self.holder[self.name]  # type: ignore[no-any-return]
         tensor: Tensor = self.holder._parameters.get(self.name)
         return self.holder._buffers[self.name] if tensor is None else tensor
 
+    def packed(self, tensor: Tensor) -> Tensor:
+        """The tensor, or one that stands for it, in its shape on disk."""
+        return tensor if self.method is None else self.method.pack(self.leaf, tensor)
+
+    def unpacked(self, value: Tensor) -> Tensor:
+        """A value from disk in the shape it has here."""
+        return value if self.method is None else self.method.unpack(self.leaf, value)
+
+    def takes(self, value: Tensor) -> bool:
+        """Whether a value from disk fits; nothing is changed."""
+        return self.unpacked(value.to("meta")).shape == self.get().shape
+
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
         """Copy a value into the tensor; one that was built without storage takes the value itself."""
-        old = self.get()
+        if isinstance(self.holder, Prompt):
+            self.holder.method.restore(value)
+            return
+        value, old = self.unpacked(value), self.get()
         if old.device.type != "meta":
             old.copy_(value)
             return
@@ -110,11 +153,11 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
     mismatched = [
         (key, tuple(tensors[key].shape), tuple(slot.get().shape))
         for key, slot in wanted.items()
-        if key in tensors and tensors[key].shape != slot.get().shape
+        if key in tensors and not slot.takes(tensors[key])
     ]
     return Fit(
         missing=[k for k, slot in wanted.items() if k not in tensors and not slot.optional],
-        unexpected=[k for k in tensors if k not in wanted],
+        unexpected=[k for k in tensors if k not in wanted and not any(part in k for part in IGNORED)],
         mismatched=mismatched,
     )
 
@@ -123,7 +166,7 @@ def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PRE
     """Copy every tensor that has a slot of its shape."""
     for slot in slots:
         value = tensors.get(slot.on_disk(prefix))
-        if value is not None and value.shape == slot.get().shape:
+        if value is not None and slot.takes(value):
             slot.put(value)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.families import wide
+
 
 def olora(method: Any) -> Tensor:
     """B = the first r columns of Q, A = the first r rows of R; W keeps the rest."""
-    W, r = method.site.matrix().float(), method.r
+    W, r = wide(method.site.matrix()), method.r
     Q, R = torch.linalg.qr(W)
-    A, B = method.factors
-    A.copy_(R[:r].reshape(A.shape))
-    B.copy_(Q[:, :r].reshape(B.shape))
+    method.put(R[..., :r, :], Q[..., :r])
     return W - method.delta()

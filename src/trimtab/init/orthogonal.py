@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trimtab.core.families import wide
 from trimtab.errors import ConfigError
 
 
@@ -14,7 +15,6 @@ def orthogonal(method: Any) -> None:
     r, site = method.r, method.site
     if r % 2:
         raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
-    A, B = method.factors
-    Q = torch.linalg.qr(torch.rand(r, r)).Q
-    A.copy_((torch.randn(site.fan_in, r // 2) @ Q[0::2]).T.reshape(A.shape) / 10)
-    B.copy_((torch.randn(site.fan_out, r // 2) @ Q[1::2]).reshape(B.shape) / 10)
+    Q = torch.linalg.qr(wide(torch.rand(r, r).to(method.factors[0].dtype))).Q
+    A = (torch.randn(*site.batch, site.fan_in, r // 2).to(Q) @ Q[0::2]).mT / 10
+    method.put(A, (torch.randn(*site.batch, site.fan_out, r // 2).to(Q) @ Q[1::2]) / 10)

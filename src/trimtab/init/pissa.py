@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.families import wide
+
 
 def pissa(method: Any, niter: int | None = None) -> Tensor:
     """s·B·A = the r leading singular directions; W keeps the rest. `niter` takes the fast randomised SVD."""
-    W, r, s = method.site.matrix().float(), method.r, method.scaling
+    W, r, s = wide(method.site.matrix()), method.r, method.scaling
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+        U, S, Vh = U[..., :r], S[..., :r], Vh[..., :r, :]
     else:
-        U, S, V = torch.svd_lowrank(W, r, niter=niter)
-        Vh = V.T
+        with torch.random.fork_rng():  # the same W, the same split: a saved adapter finds the base it was trained on
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(W, r, niter=niter)
+        Vh = V.mT
     root = (S / s).sqrt()
-    A, B = method.factors
-    A.copy_((root[:, None] * Vh).reshape(A.shape))
-    B.copy_((U * root).reshape(B.shape))
+    method.put(root[..., None] * Vh, U * root[..., None, :])
     return W - method.delta()

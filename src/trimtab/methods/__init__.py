@@ -1,18 +1,29 @@
-"""Floor 1: one file a method. The registry: one line a method, loaded when first used."""
+"""Floor 1: one file a method. The registry: one line a method, loaded when first used; torch is not, until then."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import Method
 from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.core.method import Method
 
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
+    "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "IA3": ("ia3", "IA3", "IA3Config"),
+    "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
+    "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
+    "OFT": ("oft", "OFT", "OFTConfig"),
+    "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
+    "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
+    "VERA": ("vera", "Vera", "VeraConfig"),
 }
 
 
@@ -32,6 +43,46 @@ def method_class(config: PeftConfig) -> type[Method]:
             name, _, cls = variant.partition(":")
             return load(name, cls)
     return load(file, method)
+
+
+def default_targets(config: PeftConfig, model_type: str | None) -> Any:
+    """What a config's method, whatever its variant, adapts in models of a type unless told otherwise; or None."""
+    file, method, _ = _row(str(getattr(config.peft_type, "value", config.peft_type)))
+    table = load(file, method).targets
+    return table.get(model_type, table.get("*"))
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one method can do, read off its class.
+
+    Attributes:
+        method: its `peft_type`, or "<peft_type> (<field>)" for a variant that a field of the config chooses.
+        summary: the first line of its file.
+        kinds: the kinds of layers it adapts.
+        fused: one base product serves all rows of a mixed batch; else one for each distinct adapter.
+        mergeable: it folds into the base's weights.
+    """
+
+    method: str
+    summary: str
+    kinds: tuple[str, ...]
+    fused: bool
+    mergeable: bool
+
+
+def capabilities() -> list[Capability]:
+    """The capability table: a row for each method and each variant. Imports every method's file."""
+    rows = []
+    for peft_type, (file, name, _) in METHODS.items():
+        variants = getattr(import_module(f"{__name__}.{file}"), "VARIANTS", {})
+        places = {peft_type: (file, name)}
+        places |= {f"{peft_type} ({field})": tuple(place.split(":")) for field, place in variants.items()}
+        for label, (where, cls) in places.items():
+            method = load(where, cls)
+            summary = str(import_module(f"{__name__}.{where}").__doc__).partition("\n")[0]
+            rows.append(Capability(label, summary, tuple(sorted(method.kinds)), method.fused, method.mergeable))
+    return rows
 
 
 def load(file: str, name: str) -> Any:

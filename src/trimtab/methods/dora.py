@@ -18,41 +18,47 @@ from trimtab.init import mutates, start
 class Dora(LowRank):
     """A magnitude m (out,) and a direction of low rank."""
 
-    kinds, fused = frozenset({"linear", "embedding"}), True
+    kinds, fused = frozenset({"linear", "embedding", "conv", "attention", "parameter"}), True
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
-        return tensors | {"lora_magnitude_vector.weight": self.empty(site.fan_out)}  # (out,)
+        return tensors | {"lora_magnitude_vector.weight": self.empty(*site.vector())}  # (out,)
 
     def reset(self, config: Any) -> Tensor | None:
         W = start(config.init_lora_weights, self)
-        self.lora_magnitude_vector.copy_(self.norm(self.site.matrix() if W is None else W))
+        m = self.norm(self.site.matrix() if W is None else W)
+        self.lora_magnitude_vector.copy_(m.view_as(self.lora_magnitude_vector))
         return W
 
     @torch.no_grad()
     def norm(self, W: Tensor) -> Tensor:
-        """||W + s·B·A|| of each row (out,), without forming the sum."""
-        A, B = (wide(M).flatten(1) for M in self.factors)
+        """||W + s·B·A|| of each row (..., out), without forming the sum."""
+        A, B = (wide(M) for M in self.matrices)
         s, W = self.scaling, wide(W)
-        square = W.square().sum(1) + 2 * s * ((W @ A.T) * B).sum(1) + s * s * ((B @ (A @ A.T)) * B).sum(1)
+        square = W.square().sum(-1) + 2 * s * ((W @ A.mT) * B).sum(-1) + s * s * ((B @ (A @ A.mT)) * B).sum(-1)
         return square.clamp_min(0).sqrt()
 
     def ratio(self) -> Tensor:
-        """m / ||W + s·B·A|| with the base's own W, also where other adapters are stacked below (out,)."""
-        return wide(self.lora_magnitude_vector).flatten() / self.norm(self.site.matrix())
+        """m / ||W + s·B·A|| with the base's own W, also where other adapters are stacked below (..., out)."""
+        norm = self.norm(self.site.matrix())
+        return wide(self.lora_magnitude_vector).view_as(norm) / norm
 
     def weight(self, W: Tensor) -> Tensor:
-        return self.ratio()[:, None] * (W + self.delta())
+        return self.ratio()[..., None] * (W + self.delta())
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        own = self.site.bias()
+        if b is None or own is None:
+            return None if b is None else self.ratio() * b
+        return own + self.ratio() * (b - own)  # what adapters below have added counts as part of the direction
 
     def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        site, g = self.site, self.site.spread(self.ratio().to(y.dtype))
+        site, g = self.site, self.ratio()
         dropped = self.drop(x)
         h, B = self.update(dropped)
+        B = (g[..., None] * B).to(B.dtype)
         if dropped is not x:  # the direction sees the dropped input, the base path the whole one
-            return y + (g - 1) * site.apply(dropped, site.matrix()) + g * site.mix(h, B).to(y.dtype)
+            return site.add(y + site.spread(g - 1) * site.apply(dropped, site.matrix()), h, B)
         b = site.bias()
-        if b is None:
-            return g * site.add(y, h, B)
-        b = site.spread(b)
-        return g * site.add(y - b, h, B) + b
+        return site.add(y, h, B, g, None if b is None else (1 - g) * b)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
 from trimtab.core.site import Site
@@ -19,30 +20,6 @@ from trimtab.init import mutates, start
 
 # Fields of LoraConfig that choose another formula, each in a file of its own.
 VARIANTS = {"use_dora": "dora:Dora"}
-
-TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
-    **dict.fromkeys(
-        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3".split(),
-        ["q_proj", "v_proj"],
-    ),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ["query", "value"]),
-    **dict.fromkeys(
-        ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ["query_key_value"]
-    ),
-    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "mpt": ["Wqkv"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",  # type: ignore[dict-item]
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-}
 
 
 @dataclass
@@ -114,7 +91,6 @@ class LoraConfig(LayerConfig):
         "use_qalora": "QA-LoRA is not built in",
         "qalora_group_size": "QA-LoRA is not built in",
         "layer_replication": "replicating layers is not built in",
-        "target_parameters": "parameters without a layer of their own cannot be adapted",
         "ensure_weight_tying": "adapters of tied embeddings are kept apart",
     }
 
@@ -155,15 +131,15 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
-    config, kinds, fused, targets = LoraConfig, frozenset({"linear", "embedding"}), True, TARGETS
+    config, kinds, fused, targets = LoraConfig, frozenset({"linear", "embedding", "conv", "attention", "parameter"}), True, ATTENTION
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
         self.biased = config.lora_bias
         if self.biased:
-            if site.kind == "embedding":
-                raise ConfigError(f"lora_bias=True is not supported for Embedding: '{site.name}' has no bias.")
+            if site.kind in ("embedding", "parameter"):
+                raise ConfigError(f"lora_bias=True is not supported for an {site.kind}: '{site.name}' has no bias.")
             tensors["lora_B.bias"] = self.empty(site.fan_out)  # (out,)
         return tensors
 
@@ -183,5 +159,4 @@ class Lora(LowRank):
 
     def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
         h, B = self.update(self.drop(x))
-        y = self.site.add(y, h, B)
-        return y + (self.scaling * self.lora_B_bias).to(y.dtype) if self.biased else y
+        return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)

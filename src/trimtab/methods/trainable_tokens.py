@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.core.config import PeftConfig, PeftType, as_set, help_field
-from trimtab.core.method import Method
+from trimtab.core.method import INPUT_EMBEDDING, Method
 from trimtab.core.site import EmbeddingSite, Site
 
 
@@ -21,6 +21,12 @@ class TrainableTokensConfig(PeftConfig):
     target_modules: list[str] | str | None = help_field("The embedding; the model's input embedding when None.", None)
     init_weights: bool = help_field("Start from the tokens' own rows; else random.", True)
 
+    # What other configs for layers have and this one's file does not.
+    exclude_modules: ClassVar[None] = None
+    modules_to_save: ClassVar[None] = None
+    layers_to_transform: ClassVar[None] = None
+    layers_pattern: ClassVar[None] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
@@ -31,6 +37,7 @@ class TrainableTokens(Method):
     """Rows (tokens, dim) that stand in for the embedding's own, and for the tied head's."""
 
     config, kinds, fused = TrainableTokensConfig, frozenset({"embedding", "linear"}), True
+    tied, targets = True, {"*": INPUT_EMBEDDING}
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
@@ -53,6 +60,13 @@ class TrainableTokens(Method):
     def weight(self, W: Tensor) -> Tensor:
         tokens, new = self.tokens.to(W.device), self.trainable_tokens_delta.to(W.dtype)
         return W.index_copy(1, tokens, new.T) if self.site.kind == "embedding" else W.index_copy(0, tokens, new)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        own = self.site.bias()
+        if b is None or self.site.kind == "embedding":
+            return b
+        tokens = self.tokens.to(b.device)  # their logits are the rows' alone, whatever adapters below have added
+        return b.index_copy(0, tokens, (torch.zeros_like(b) if own is None else own.to(b.dtype))[tokens])
 
     def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
         tokens, new, site = self.tokens.to(y.device), self.trainable_tokens_delta.to(y.dtype), self.site

@@ -1,4 +1,4 @@
-"""Adapters and models into other forms: a plain LoRA of one whose start changed the base; a quantised base made ready."""
+"""Adapters and models into other forms: a LoRA of one whose start changed the base, a quantised base made plain."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import weights
 from trimtab.errors import ConfigError
 from trimtab.files.codec import PREFIX
 from trimtab.files.store import load_peft_weights
-from trimtab.model.graft import Graft
+from trimtab.model.graft import Graft, find_graft
+from trimtab.model.layer import first_input
 
 
 def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -52,14 +54,17 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Make a quantised base ready for training: frozen, its norms in fp32, gradient checkpointing on.
 
-    Unlike PEFT, only the norms are upcast: embeddings and heads in half precision stay so, which saves their size again.
+    Unlike PEFT, only the norms are upcast (embeddings and heads in half precision stay so, which saves their size
+    again), and they give back what number format they were given, so nothing else sees a difference.
     """
     model.requires_grad_(False)
     for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
+        own = [p for p in module._parameters.values() if p is not None and p.dtype in (torch.float16, torch.bfloat16)]
+        if own and "norm" in type(module).__name__.lower():
+            for parameter in own:
+                parameter.data = parameter.data.float()
+            module.register_forward_pre_hook(_widen, with_kwargs=True)
+            module.register_forward_hook(_narrow)
     if use_gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             return model
@@ -71,4 +76,62 @@ def prepare_model_for_kbit_training(
     return model
 
 
-__all__ = ["PREFIX", "prepare_model_for_kbit_training", "subtract_start"]
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every quantised Linear and Embedding of a model, adapted or not, by a plain one of the same numbers.
+
+    What a number format that cannot be written needs before a merge, and what keeps a merge from being rounded again.
+
+    Args:
+        model: changed in place; nothing may be merged into it.
+        dtype: of the new weights; by default what each layer computes in.
+    """
+    graft = next(filter(None, map(find_graft, model.modules())), None)
+    if graft is not None and graft.merged:
+        raise ValueError(f"Adapters {graft.merged} are merged into the quantised base: call unmerge_adapter() first.")
+    weights.plain(model, dtype)
+    for path, old in graft.modules.items() if graft is not None else ():
+        if weights.quantised(old):
+            now: Any = graft.model.get_submodule(path)  # type: ignore[union-attr]
+            graft.modules[path] = now._modules.get("base_layer") or now._modules.get("original_module") or now  # type: ignore[union-attr]
+    for module in model.modules():  # what transformers notes of a quantised model, and refuses to save or cast it for
+        if module.__dict__.get("is_quantized"):
+            module.is_quantized = False  # type: ignore[assignment]
+            for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+                module.__dict__.pop(mark, None)
+            config = getattr(module, "config", None)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # type: ignore[union-attr]
+    return model
+
+
+def _widen(norm: Any, args: Any, kwargs: Any) -> Any:
+    """Before an upcast norm: note its input's number format, and upcast that too."""
+    x, args, kwargs = first_input(args, kwargs)
+    norm.__dict__["incoming"] = x.dtype
+    return (x.float(), *args), kwargs
+
+
+def _narrow(norm: Any, args: Any, output: Any) -> Any:
+    """After an upcast norm: its output in its input's number format."""
+    return output.to(norm.__dict__["incoming"]) if isinstance(output, Tensor) else output
+
+
+@torch.no_grad()
+def merge_error(model: nn.Module) -> dict[str, float]:
+    """How much of what was merged is lost to rounding, a merged layer: ||stored - wanted|| / ||wanted - original||.
+
+    1.0 means that rounding to the base's number format is as large as all the adapters changed.
+    """
+    graft = next(filter(None, map(find_graft, model.modules())), None)
+    lost: dict[str, float] = {}
+    for path, layer in graft.layers.items() if graft is not None else ():
+        if not layer.held:
+            continue
+        for site, (W, _) in layer._fold([m for n in layer.merged_adapters for m in layer.methods[n]]).items():
+            stored = weights.read(layer.frozen, getattr(layer.frozen, site.param)).to(W.dtype)
+            change = (W - site.matrix().to(W.dtype)).norm()
+            lost[path] = float((stored - site.store(W)).norm() / change.clamp_min(1e-30))
+    return lost
+
+
+__all__ = ["PREFIX", "dequantize", "merge_error", "prepare_model_for_kbit_training", "subtract_start"]

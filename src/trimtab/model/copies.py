@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import weights
 from trimtab.model.route import Board
 
 
@@ -23,7 +24,7 @@ class SavedModule(nn.Module):
 
     def attach(self, adapter: str) -> None:
         """Make the adapter's copy."""
-        duplicate = copy.deepcopy(self.original_module)
+        duplicate = weights.plain(copy.deepcopy(self.original_module))  # whole numbers cannot be trained
         duplicate.requires_grad_(True)
         self.modules_to_save[adapter] = duplicate
 

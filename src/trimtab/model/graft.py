@@ -9,18 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.config import LayerConfig
-from trimtab.core.method import Method
+from trimtab.core.method import INPUT_EMBEDDING, Method, PromptMethod, leaf_template
 from trimtab.core.site import Site, site_class
-from trimtab.core.targets import CONDENSE_FROM, Target, condense, inside, matches, nearest, select, unused_patterns
+from trimtab.core.targets import (
+    CONDENSE_FROM,
+    Target,
+    condense,
+    inside,
+    matches,
+    nearest,
+    select,
+    select_parameters,
+    unused_patterns,
+)
 from trimtab.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
-from trimtab.files.codec import EMBEDDINGS, Slot, copy_keys, leaf_keys
+from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
 from trimtab.files.store import check_name
-from trimtab.methods import load, method_class
+from trimtab.methods import default_targets, load, method_class
 from trimtab.model.copies import SavedBiases, SavedModule
 from trimtab.model.layer import AdaptedLayer
+from trimtab.model.nesting import Detours, chains, place
 from trimtab.model.leaves import Leaves
-from trimtab.model.report import warn
+from trimtab.model.prompts import complete
+from trimtab.core.report import warn
 from trimtab.model.route import Board, unwatch_checkpointing, watch_checkpointing
 
 RESIDENTS = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
@@ -36,6 +47,7 @@ class Adapter:
     method: type[Method]
     targets: list[Target] = field(default_factory=list)
     layers: list[AdaptedLayer] = field(default_factory=list)
+    prompt: PromptMethod | None = None
     saved: list[SavedModule] = field(default_factory=list)
     biases: SavedBiases | None = None
     trainable: bool = False
@@ -56,18 +68,24 @@ class Graft:
         self.adapters: dict[str, Adapter] = {}
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
+        self.prompts = nn.ModuleDict()
         self.commons: dict[str, Leaves] = {}  # name -> {adapter: tensor} of what adapters keep once for all sites
         self.modules: dict[str, nn.Module] = {}
-        self.users: dict[int, list[tuple[nn.Module, str]]] = {}  # module id -> every (parent, attribute) that holds it
-        self.owners: dict[int, list[str]] = {}  # parameter id -> the modules that hold it
+        self.users: dict[str, list[tuple[nn.Module, str]]] = {}  # path -> every (parent, attribute) that holds the module
+        self.ties: list[list[str]] = []  # the modules that hold one parameter between them
+        paths = {id(module): name for name, module in model.named_modules()}
+        owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             if name:
                 self.modules[name] = module
-            for attribute, child in module.named_children():
-                self.users.setdefault(id(child), []).append((module, attribute))
+            for attribute, child in module._modules.items():
+                if child is not None:
+                    self.users.setdefault(paths[id(child)], []).append((module, attribute))
             for parameter in module._parameters.values():
                 if parameter is not None:
-                    self.owners.setdefault(id(parameter), []).append(name)
+                    owners.setdefault(id(parameter), []).append(name)
+        self.ties = [names for names in owners.values() if len(names) > 1]
+        self.detours = Detours()
         self.untied = False  # a merge gave tied layers weights of their own
         watch_checkpointing(model, self.board)
 
@@ -77,7 +95,6 @@ class Graft:
         graft = model.__dict__.get("_trimtab")
         if graft is None:
             graft = model.__dict__["_trimtab"] = Graft(model)
-            model.requires_grad_(False)
         return graft
 
     # ------------------------------------------------------------------ adding
@@ -107,15 +124,24 @@ class Graft:
         config = config.copy()
         config.check()
         method = method_class(config)
+        method.admit(config, [a.config for a in self.adapters.values() if a.method is method])
         adapter = Adapter(name, config, method, trainable=not config.inference_mode if trainable is None else trainable)
-        adapter.targets = self.select(config, method, strict)
+        if issubclass(method, PromptMethod):
+            adapter.prompt = self._prompt(method, config)
+        else:
+            adapter.targets = self.select(config, method, strict)
         new: dict[str, AdaptedLayer] = {}
         saved: dict[str, SavedModule] = {}
+        free = [] if self.adapters else [p for p in self.model.parameters() if p.requires_grad]
         try:
-            self._build(adapter, method, new, autocast, meta=tensors is not None)
+            for parameter in free:
+                parameter.requires_grad_(False)
+            if adapter.prompt is None:
+                self._build(adapter, method, new, autocast, meta=tensors is not None)
+                self._rename(new)
             self._copy_modules(adapter, saved)
             self._copy_biases(adapter)
-            if not adapter.layers and not adapter.saved:
+            if not adapter.layers and not adapter.saved and adapter.prompt is None:
                 raise NoMatchingPeftModuleError("The config selects nothing to train: name `target_modules` or `modules_to_save`.")
             if tensors is not None:
                 own = self.slots(adapter)
@@ -137,13 +163,19 @@ class Graft:
                 module.detach(name)
             for leaves in self.commons.values():
                 leaves.remove(name)
+            for parameter in free:
+                parameter.requires_grad_(True)
+            self._rename({})
             raise
-        for path, layer in new.items():
-            self._swap(self.modules[path], layer)
-            self.layers[path] = layer
+        for key, layer in new.items():
+            self._swap(layer.path, layer)
+            self.layers[key] = layer
+            self.detours.take(layer.path, self.modules, self.model)
         for path, wrapper in saved.items():
-            self._swap(self.modules[path], wrapper)
+            self._swap(path, wrapper)
             self.saved[path] = wrapper
+        if adapter.prompt is not None:
+            self.prompts[name] = adapter.prompt
         self.adapters[name] = adapter
         self.set_trainable(name, adapter.trainable)
         self.settle()
@@ -151,41 +183,73 @@ class Graft:
 
     def select(self, config: Any, method: type[Method], strict: bool) -> list[Target]:
         """The modules the config adapts; completes its `target_modules` as it will be saved."""
-        if not isinstance(config, LayerConfig):
+        if not hasattr(config, "target_modules"):
             raise ConfigError(f"{type(config).__name__} does not adapt layers.")
         model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        if config.target_modules is None and not config.modules_to_save:
-            default = method.targets.get(model_type)
-            if default is None:
+        if config.target_modules is None and getattr(config, "target_parameters", None):
+            config.target_modules = set()
+        if config.target_modules is None:
+            default = default_targets(config, model_type)
+            if default == INPUT_EMBEDDING:
+                default = [self._path(self.model.get_input_embeddings())]  # type: ignore[operator]
+            if default is None and not config.modules_to_save:
                 raise ConfigError(
                     "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
                     f"models of type {model_type!r}."
                 )
-            config.target_modules = default if isinstance(default, str) else set(default)
+            config.target_modules = default if isinstance(default, str) else set(default or ())
+        for field_name, table in getattr(method, "defaults", {}).items():
+            if getattr(config, field_name) is None:
+                if model_type not in table:
+                    raise ConfigError(f"Please specify `{field_name}` in `peft_config`: there is no default for models of type {model_type!r}.")
+                setattr(config, field_name, set(table[model_type]))
         kinds = {n: self.kind(m) for n, m in self.modules.items()}
         linear: list[str] = []
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             head = self._head()
             linear = [n for n, m in self.modules.items() if kinds[n] == "linear" and m is not head]
             config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
-        targets = select(kinds, config, strict=strict)
+        targets = self._parts(select(kinds, config, strict=strict))
+        if getattr(config, "target_parameters", None):
+            names = [f"{n}.{p}" for n, m in self.modules.items() for p, v in m._parameters.items() if v is not None]
+            targets += select_parameters(names, config.target_parameters, strict)
+            if not targets:
+                raise NoMatchingPeftModuleError(
+                    "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
+                    f"these arguments.{nearest(config.target_parameters, names)}"
+                )
         for target in targets:
             if target.kind not in method.kinds:
-                module = self.modules[target.name]
+                module = self.modules[target.module]
                 raise ConfigError(
                     f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
                     f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
                 )
         if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
-            names = {t.name for t in targets}
-            short = condense(names, (n for n in self.modules if n not in names))
+            wanted = config.target_modules
+            short = condense(wanted, (n for n in self.modules if matches(wanted, n) is None))
             if len(short) < len(config.target_modules):
                 config.target_modules = short
+        if flipped := [site_class(self.modules[t.name]).flipped for t in targets if t.kind == "linear"]:  # type: ignore[union-attr]
+            if getattr(config, "fan_in_fan_out", False) and not any(flipped):
+                warn("`fan_in_fan_out` is True, but the weights of the layers adapted lie (out, in): it is False here.")
+            if hasattr(config, "fan_in_fan_out"):
+                config.fan_in_fan_out = flipped[-1]  # how PEFT notes it
         names = [t.name for t in targets]
-        for field_name in ("rank_pattern", "alpha_pattern"):
+        for field_name in config.patterns:
             if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
                 warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, kinds)}")
         return targets
+
+    def _prompt(self, method: type[PromptMethod], config: Any) -> PromptMethod:
+        """The prompt of an adapter, started as the config says."""
+        complete(config, self.model, method.cached)
+        prompt = method()
+        prompt.build(config)
+        with torch.no_grad():
+            prompt.reset(config, self.model)
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        return prompt.to(embeddings.weight.device)
 
     @staticmethod
     def kind(module: nn.Module) -> str | None:
@@ -197,12 +261,33 @@ class Graft:
         head = getattr(self.model, "get_output_embeddings", None)
         return head() if head is not None else None
 
-    def _layer(self, path: str, new: dict[str, AdaptedLayer]) -> AdaptedLayer:
+    def _parts(self, targets: list[Target]) -> list[Target]:
+        """Without the layers that are adapted along with the one they are part of."""
+        found = {t.name: site_class(self.modules[t.name]) for t in targets}
+        return [t for t in targets if not ((whole := found.get(t.name.rpartition(".")[0])) and t.name.rpartition(".")[2] in whole.parts)]
+
+    def _rename(self, new: Mapping[str, AdaptedLayer]) -> None:
+        """Tell the layers their paths, which change when others come to stand around them."""
+        layers = [*self.layers.values(), *new.values()]
+        around = chains(layers)
+        for layer in layers:
+            layer.name = place(layer, around)
+
+    def _layer(self, key: str, param: str, new: dict[str, AdaptedLayer]) -> AdaptedLayer:
+        """The adapted layer of a module, or of a parameter of it (whose path is then `key`)."""
+        path = key.removesuffix(f".{param}") if param else key
         if path in self.saved:
             raise ConfigError(f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well.")
-        layer = self.layers.get(path) or new.get(path)
-        if layer is None:
-            layer = new[path] = AdaptedLayer(self.modules[path], path, self.board)
+        layer = self.layers.get(key) or new.get(key)
+        if layer is not None:
+            return layer
+        base = self.modules[path]
+        keys = [path, *(f"{path}.{name}" for name in base._parameters)]
+        others = [x for k in keys if (x := self.layers.get(k) or new.get(k))]
+        if others:
+            base = max(others, key=lambda x: len(x.prefix))
+        layer = new[key] = AdaptedLayer(base, path, self.board)
+        layer.param = param
         return layer
 
     def _build(self, adapter: Adapter, method: type[Method], new: dict[str, AdaptedLayer], autocast: bool, meta: bool) -> None:
@@ -210,32 +295,53 @@ class Graft:
         plans: dict[str, list[tuple[type[Method], Any, str]]] = {
             t.name: [(method, adapter.config.resolve(t.name), "")] for t in adapter.targets
         }
+        for target in adapter.targets if method.tied else ():
+            for path in self._tied(target.name):
+                plans.setdefault(path, plans[target.name])
         for path, config in self._tokens(adapter.config).items():
             plans.setdefault(path, []).append((load("trainable_tokens", "TrainableTokens"), config, "token_adapter."))
+        params = {t.name: t.param for t in adapter.targets if t.param}
+        for target in adapter.targets:
+            for part in getattr(site_class(self.modules[target.module], target.param or None), "parts", ()):
+                plans[f"{target.name}.{part}"] = plans[target.name]
         homes: dict[int, AdaptedLayer] = {}
         for path, wanted in plans.items():
-            layer = self._layer(path, new)
+            layer = self._layer(path, params.get(path, ""), new)
             methods, leaves = [], []
             for cls, config, prefix in wanted:
-                kind = site_class(layer.base_layer)
-                assert kind is not None
-                site = layer.sites.get("weight") or kind(layer, path)
+                site = next(iter(layer.sites.values()), None) or self._site(layer, path, new)
                 layer.factory = self._factory(site, autocast, meta)
                 one = cls(layer, site, adapter.name, config, self.commons)
                 tensors = one.build(site, config)
-                templates = {one.leaf(prefix + n): _parameter(t, site, n in one.frozen) for n, t in tensors.items()}
-                if prefix:  # rows of a tied embedding are trained once
-                    one.home = homes.setdefault(id(layer.base_layer._parameters["weight"]), layer)
+                templates = {one.leaf(prefix + leaf_template(n)): _parameter(t, site, n in one.frozen) for n, t in tensors.items()}
+                if cls.tied:
+                    one.home = homes.setdefault(id(layer.frozen._parameters["weight"]), layer)
                 methods.append(one)
                 leaves.append(templates if one.home is layer else {})
             layer.attach(adapter.name, methods, leaves)
             adapter.layers.append(layer)
         for name, tensor in method.share(adapter.config, [m.site for m in adapter.methods]).items():
+            first = adapter.methods[0]
+            tensor = tensor.to(device=first.site.device, dtype=first.layer.factory["dtype"])
             self.commons.setdefault(name, Leaves()).put(adapter.name, "", tensor)
+
+    def _site(self, layer: AdaptedLayer, name: str, new: Mapping[str, AdaptedLayer]) -> Site:
+        """The site of a new layer, whose parameter no other layer may adapt."""
+        cls = site_class(layer.frozen, layer.param or None)
+        assert cls is not None
+        site = cls(layer, name, layer.param)
+        for other in (*self.layers.values(), *new.values()):
+            if other.path == layer.path and site.param in other.sites:
+                raise ConfigError(
+                    f"'{layer.path}.{site.param}' is adapted as a layer (`target_modules`) and by name "
+                    "(`target_parameters`): name it in one of them only."
+                )
+        return site
 
     @staticmethod
     def _factory(site: Site, autocast: bool, meta: bool) -> dict[str, Any]:
-        dtype = site.dtype
+        stored = site.stored(site.param)  # a quantised layer's adapters are fp32: whole numbers cannot be trained
+        dtype = torch.float32 if stored is None else stored.dtype
         return {
             "dtype": torch.float32 if (autocast and dtype in HALF) or not dtype.is_floating_point else dtype,
             "device": torch.device("meta") if meta else site.device,
@@ -255,11 +361,13 @@ class Graft:
             if not paths:
                 raise NoMatchingPeftModuleError(f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], self.modules)}")
             for path in paths:
-                weight = self.modules[path]._parameters.get("weight")
-                tied = self.owners.get(id(weight), [])
-                for name in [path, *(n for n in tied if n != path and n in self.modules)]:
+                for name in [path, *self._tied(path)]:
                     found[name] = cls(token_indices=list(tokens))
         return found
+
+    def _tied(self, path: str) -> list[str]:
+        """The other modules that hold the same weight."""
+        return [n for names in self.ties if path in names for n in names if n != path]
 
     def _path(self, module: nn.Module) -> str:
         module = getattr(module, "base_layer", module)
@@ -274,7 +382,7 @@ class Graft:
             if why is None or isinstance(module, SavedModule | nn.ModuleList | nn.ModuleDict):
                 continue
             found.add(why)
-            if path in self.layers or any(layer.name == path for layer in adapter.layers):
+            if any(layer.path == path for layer in (*self.layers.values(), *adapter.layers)):
                 raise ConfigError(f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well.")
             wrapper = self.saved.get(path)
             if wrapper is None:
@@ -292,10 +400,11 @@ class Graft:
             return
         if any(a.biases for a in self.adapters.values()):
             raise ConfigError("Only 1 adapter with bias is supported. When using multiple adapters, set bias to 'none' for all adapters.")
-        adapted = {layer.name for layer in adapter.layers}
+        adapted = {layer.path for layer in adapter.layers}
         names = self.modules if kind == "all" else adapted
         bases = {n: self.modules[n] for n in names}
-        biased = {n: m for n, m in bases.items() if m._parameters.get("bias") is not None and n not in self.saved}
+        whole = {*self.saved, *(s.name for s in adapter.saved)}
+        biased = {n: m for n, m in bases.items() if m._parameters.get("bias") is not None and not _under(n, whole)}
         adapter.biases = SavedBiases(biased)
 
     def _start(self, adapter: Adapter) -> None:
@@ -317,23 +426,27 @@ class Graft:
                     if old is not None and old.device.type == "meta":
                         holder._parameters[name] = nn.Parameter(torch.empty_like(old, device=method.site.device))
 
-    def _swap(self, old: nn.Module, new: nn.Module) -> None:
-        """Put one module where another stands, at every place that holds it."""
-        for parent, attribute in self.users[id(old)]:
+    def _swap(self, path: str, new: nn.Module) -> None:
+        """Put a module where the one of that path stands, at every place that holds it."""
+        for parent, attribute in self.users[path]:
             parent._modules[attribute] = new
 
     # ------------------------------------------------------------------ tensors by name
     def slots(self, adapter: Adapter) -> list[Slot]:
         """Every tensor of an adapter: its key in memory and on disk (without prefix), and where it lives."""
         slots: list[Slot] = []
+        alone = chains(adapter.layers, adapter.name)
         for layer in adapter.layers:
+            own = place(layer, alone)
             for method in layer.methods[adapter.name]:
                 if method.home is not layer:
                     continue
-                for template in method._leaves.values():
+                for leaf, template in method._leaves.items():
                     memory, disk = leaf_keys(layer.name, template, adapter.name)
+                    disk = disk if own == layer.name else leaf_keys(own, template, adapter.name)[1]
                     holder, name = _holder(layer, template, adapter.name)
-                    slots.append(Slot(memory, disk, holder, name, optional=not method.stored(adapter.config, template)))
+                    stored = method.stored(adapter.config, template)
+                    slots.append(Slot(memory, disk, holder, name, optional=not stored, method=method, leaf=leaf))
         for name, leaves in self.commons.items():
             if adapter.name in leaves:
                 stored = adapter.method.stored(adapter.config, name)
@@ -343,11 +456,15 @@ class Graft:
             for key in module.state_dict():
                 path, _, name = key.rpartition(".")
                 memory, disk = copy_keys(wrapper.name, key, adapter.name)
-                slots.append(Slot(memory, disk, module.get_submodule(path), name))
+                slot = Slot(memory, disk, module.get_submodule(path), name, shared=adapter.prompt is not None)
+                slots.append(slot)
         if adapter.biases is not None:
+            names = {x.path: x.name for x in (*self.layers.values(), *adapter.layers)}
             for path in adapter.biases.own:
-                key = f"{path}.base_layer.bias" if path in self.layers or path in {x.name for x in adapter.layers} else f"{path}.bias"
+                key = f"{names[path]}.base_layer.bias" if path in names else f"{path}.bias"
                 slots.append(Slot(key, key, adapter.biases.own, path))
+        if adapter.prompt is not None:
+            slots.append(Slot(f"prompt_encoder.{adapter.name}", "prompt_embeddings", Prompt(adapter.prompt), "", bare=True))
         return slots
 
     def embeddings(self, adapter: Adapter) -> list[Slot]:
@@ -359,7 +476,7 @@ class Graft:
                 continue
             base = getattr(module, "base_layer", module)
             path = self._path(base)
-            adapted = path in {layer.name for layer in adapter.layers}
+            adapted = path in {layer.path for layer in adapter.layers}
             key = f"{path}.base_layer.weight" if adapted else f"{path}.weight"
             if base._parameters.get("weight") is not None:
                 found.append(Slot(key, key, base, "weight", optional=True))
@@ -367,7 +484,8 @@ class Graft:
 
     def targets_embeddings(self, adapter: Adapter) -> bool:
         """Whether the adapter adapts one of the embeddings that PEFT then saves along."""
-        return any(t.name.rsplit(".", 1)[-1] in EMBEDDINGS for t in adapter.targets)
+        wanted = getattr(adapter.config, "target_modules", None) or ()  # in a regular expression as text
+        return any(name in wanted for name in EMBEDDINGS)
 
     # ------------------------------------------------------------------ states
     def set_active(self, names: Sequence[str], trainable: bool | None = True) -> None:
@@ -397,6 +515,8 @@ class Graft:
             part.set_requires_grad(name, trainable)
         for parameter in adapter.biases.parameters() if adapter.biases else ():
             parameter.requires_grad_(trainable)
+        if adapter.prompt is not None:
+            adapter.prompt.requires_grad_(trainable)
         for leaves in self.commons.values():
             if name in leaves and isinstance(leaves[name], nn.Parameter):
                 leaves[name].requires_grad_(trainable)
@@ -465,9 +585,7 @@ class Graft:
 
     def _untie(self, names: Sequence[str]) -> None:
         """After a merge: layers that shared a weight may hold different ones now. Say so, and correct the config."""
-        for owners in self.owners.values():
-            if len(owners) < 2:
-                continue
+        for owners in self.ties:
             changed = {p for p in owners if p in self.layers and self.layers[p].merged_adapters}
             if not changed:
                 continue
@@ -507,6 +625,8 @@ class Graft:
             part.detach(name)
         for leaves in self.commons.values():
             leaves.remove(name)
+        if adapter.prompt is not None:
+            del self.prompts[name]
         del self.adapters[name]
         active = [n for n in self.board.route.active if n != name]
         if len(active) != len(self.board.route.active):
@@ -523,17 +643,20 @@ class Graft:
         for layer in self.layers.values():
             if not merge:
                 layer.restore()
-            self._swap_back(layer, layer.base_layer)
-        for wrapper in self.saved.values():
-            self._swap_back(wrapper, wrapper.chosen() if merge else wrapper.original_module)
+            self._swap(layer.path, layer.frozen)
+        self.detours.restore()
+        for path, wrapper in self.saved.items():
+            self._swap(path, wrapper.chosen() if merge else wrapper.original_module)
         unwatch_checkpointing(self.model)
-        del self.model.__dict__["_trimtab"]
+        for attribute in ("_trimtab", "peft_config"):
+            self.model.__dict__.pop(attribute, None)
         return self.model
 
-    def _swap_back(self, wrapper: nn.Module, module: nn.Module) -> None:
-        original = self.modules[wrapper.name]  # type: ignore[index]
-        for parent, attribute in self.users[id(original)]:
-            parent._modules[attribute] = module
+
+def _under(name: str, paths: set[str]) -> bool:
+    """Whether the module `name` is one of `paths` or lies below one."""
+    segments = name.split(".")
+    return any(".".join(segments[: i + 1]) in paths for i in range(len(segments)))
 
 
 def _parameter(tensor: Tensor, site: Site, frozen: bool) -> Tensor:
@@ -549,8 +672,10 @@ def _parameter(tensor: Tensor, site: Site, frozen: bool) -> Tensor:
 def _holder(layer: AdaptedLayer, template: str, adapter: str) -> tuple[Any, str]:
     """Where a leaf's tensor is registered: (module, name)."""
     container, _, rest = template.partition(".{}")
-    module = layer.get_submodule(container)
-    return (module[adapter], rest.removeprefix(".")) if rest else (module, adapter)  # type: ignore[index]
+    leaves: Any = layer.get_submodule(container)
+    if rest:
+        return leaves[adapter], rest.removeprefix(".")
+    return (leaves.parked if adapter in leaves.parked else leaves), adapter
 
 
 def find_graft(model: nn.Module) -> Graft | None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import offload, weights
 from trimtab.core.method import Method
 from trimtab.core.site import Site
-from trimtab.errors import AdapterNameError, ReadOnlyWeight
+from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
 from trimtab.model.leaves import Leaves
 from trimtab.model.route import BASE, Board
 
 Stack = list[Method]
+NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
 class View(MutableMapping[str, Any]):
@@ -59,7 +62,8 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, name: str, board: Board) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.name, self.board = name, board
+        self.path, self.param = name, ""  # the layer in the base model, and the parameter where a config names one
+        self.name, self.board = name, board  # the path of this module, among others that wrap the same layer or one around it
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}
         self.merged_adapters: list[str] = []
@@ -67,6 +71,19 @@ class AdaptedLayer(nn.Module):
         self.pristine: dict[str, Any] = {}  # the parameters before an initialisation changed them ...
         self.mutator: str | None = None  # ... for this adapter
         self.factory: dict[str, Any] = {}  # device and dtype of tensors being built
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The layer itself, below every other AdaptedLayer that adapts another parameter of it."""
+        layer = self.base_layer
+        while isinstance(layer, AdaptedLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of the frozen layer's parameters, seen from `base_layer`."""
+        return f"base_layer.{self.base_layer.prefix}" if isinstance(self.base_layer, AdaptedLayer) else ""
 
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +109,7 @@ class AdaptedLayer(nn.Module):
         if not stack:
             return self.base_layer(*args, **kwargs)
         for method in stack:
-            if not method.fused:
+            if not (method.fused and method.site.fused):
                 return self._reparametrised(stack, *args, **kwargs)
         x, args, kwargs = first_input(args, kwargs)
         inputs = self._befores(stack, x)
@@ -118,10 +135,26 @@ class AdaptedLayer(nn.Module):
 
     def _reparametrised(self, stack: Stack, *args: Any, **kwargs: Any) -> Any:
         """The layer run with the stack's weights: the spelling that every method has."""
-        (site, (W, b)), *more = self._fold(stack).items()
-        if more:
-            raise NotImplementedError(f"layer '{self.name}' has several adapted parameters")
+        ((site, (W, b)),) = self._fold(self._below(stack)).items()
         return site.run(W, b, *args, **kwargs)
+
+    def _below(self, stack: Stack) -> Stack:
+        """The stack with those that are merged into what is to be changed, innermost first."""
+        return [m for n in self.merged_adapters for m in self.methods[n]] + stack if self.held else stack
+
+    def read(self, name: str) -> Any:
+        """A parameter as the model must see it where it reads the layer's without calling it."""
+        route = self.board.now()
+        active, enabled = route.at(id(self))
+        own = {**offload.parameters(self.frozen), **({} if enabled else {**self.held, **self.pristine})}
+        stack = self._stack(active) if enabled else []
+        if enabled and route.rows is not None and not self.methods.keys().isdisjoint(route.rows.names):
+            raise RouteError(f"'{self.name}' is read, not called: it cannot know which rows belong to which adapter.")
+        alone = self.mutator is not None and self.mutator not in active and not self.held
+        with self._parameters_of(self.pristine) if enabled and alone else contextlib.nullcontext():
+            for site, (W, b) in self._fold(self._below(stack) if stack else []).items():
+                own.update(site.named(W, b))
+        return own[name]
 
     def _fold(self, stack: Stack) -> dict[Site, tuple[Tensor, Tensor | None]]:
         """The weights (in fp32 at least) and biases that a stack makes of the originals."""
@@ -139,11 +172,14 @@ class AdaptedLayer(nn.Module):
         """Rows go to adapters by the plan: one base product for all rows whose methods are fused."""
         if self.merged_adapters:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
-        x, args, kwargs = first_input(args, kwargs)
-        groups, order = route.rows.split(len(x), x.device)
+        site = next(iter(self.sites.values()))
+        groups, order = route.rows.split(*site.rows(args, kwargs))
         stacks = [self._stack((name,)) for name, _ in groups]
         if not any(stacks) and self.mutator is None:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        if not site.fused:
+            return site.join([self._alone(n, *site.cut(args, kwargs, rows)) for n, rows in groups], order)
+        x, args, kwargs = first_input(args, kwargs)
         fused = [all(m.fused for m in s) and self.mutator in (None, name) for s, (name, _) in zip(stacks, groups, strict=True)]
         xs = [x[rows] for _, rows in groups]
         inputs = [self._befores(s, part) if f else [part] for s, part, f in zip(stacks, xs, fused, strict=True)]
@@ -163,6 +199,12 @@ class AdaptedLayer(nn.Module):
                 parts.append(self._run(stacks[i], extras, xs[i], *args, **kwargs))
         return torch.cat(parts)[order]
 
+    def _alone(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output for rows of one adapter, here and in every layer inside."""
+        board = self.board
+        with board.using(replace(board.route, active=() if name == BASE else (name,), rows=None, overrides={}), restored=board.restored):
+            return self(*args, **kwargs)
+
     def _original(self, *args: Any, **kwargs: Any) -> Any:
         """The untouched base, bit by bit, even while adapters are merged into it."""
         if not self.held and not self.pristine:
@@ -178,13 +220,14 @@ class AdaptedLayer(nn.Module):
     @contextlib.contextmanager
     def _parameters_of(self, parameters: dict[str, Any]) -> Iterator[None]:
         """The base layer with other parameter objects, inside the block."""
-        own, held = dict(self.base_layer._parameters), self.held
-        self.base_layer._parameters.update(parameters)
+        layer = self.frozen
+        own, held = {k: v for k, v in offload.parameters(layer).items() if k in parameters}, self.held
+        weights.install(layer, parameters)
         self.held = {}
         try:
             yield
         finally:
-            self.base_layer._parameters.update(own)
+            weights.install(layer, own)
             self.held = held
 
     # ------------------------------------------------------------------ merging
@@ -220,7 +263,8 @@ class AdaptedLayer(nn.Module):
             for W, b in folded.values():
                 if not torch.isfinite(W).all() or (b is not None and not torch.isfinite(b).all()):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {new} seems to be broken")
-        held = self.held or {k: v for k, v in self.base_layer._parameters.items()}
+        own = offload.parameters(self.frozen)
+        held = self.held or {k: own.get(k) for site in folded for k in site.params if k in own}
         for site, (W, b) in folded.items():
             site.write(W, b)
         self.held = held if keep else {}
@@ -230,15 +274,15 @@ class AdaptedLayer(nn.Module):
         """Put the original parameter objects back."""
         if self.merged_adapters and not self.held:
             raise ReadOnlyWeight(f"Layer '{self.name}' was merged with keep=False: its original weight is gone.")
-        self.base_layer._parameters.update(self.held)
+        weights.install(self.frozen, self.held)
         self.held, self.merged_adapters = {}, []
 
     def restore(self) -> nn.Module:
         """The base layer as it was before any adapter came."""
         if self.held:
             self.unmerge()
-        self.base_layer._parameters.update(self.pristine)
-        return self.base_layer
+        weights.install(self.frozen, self.pristine)
+        return self.frozen
 
     def mutate(self, adapter: str, site: Site, W: Tensor) -> None:
         """Give the base layer the weight that an adapter's initialisation leaves of it, and keep the pristine one."""
@@ -247,7 +291,7 @@ class AdaptedLayer(nn.Module):
                 f"Layer '{self.name}': adapter '{self.mutator}' has changed the base's weights at its start; a second "
                 f"such adapter ('{adapter}') needs a base of its own."
             )
-        self.pristine = {site.param: self.base_layer._parameters[site.param]}
+        self.pristine = {site.param: offload.parameters(self.frozen)[site.param]}
         site.write(W, None)
         self.mutator = adapter
 
@@ -271,7 +315,7 @@ class AdaptedLayer(nn.Module):
         if adapter in self.merged_adapters:
             raise ValueError(f"Adapter '{adapter}' is merged into the base: call unmerge_adapter() first.")
         if self.mutator == adapter:
-            self.base_layer._parameters.update(self.pristine)
+            weights.install(self.frozen, self.pristine)
             self.pristine, self.mutator = {}, None
         self.methods.pop(adapter, None)
         for leaves in self.leaves():
@@ -341,7 +385,7 @@ class AdaptedLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer."""
-        return self.base_layer
+        return self.frozen
 
     def _scaled(self, change: Callable[[Any], float], names: Sequence[str]) -> None:
         for method in (m for n in names for m in self.methods.get(n, ()) if "scaling" in m.views):
@@ -364,8 +408,10 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", {}):
+            if name.startswith("__") or name in NOT_OURS or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
+        if any(name in site.reads for site in self.__dict__.get("sites", {}).values()):
+            return self.read(name)
         for methods in self.__dict__.get("methods", {}).values():
             if any(name in m.views for m in methods):
                 return View(self, name)
@@ -375,7 +421,7 @@ class AdaptedLayer(nn.Module):
         for kept in (self.held, self.pristine):
             for parameter in kept.values():
                 if parameter is not None:
-                    parameter.data = fn(parameter.data)
+                    weights.moved(parameter, fn)
         super()._apply(fn, recurse)
         return self
 

@@ -17,9 +17,10 @@ from trimtab.core.io import split_hub_arguments
 from trimtab.errors import ConfigError
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX, Slot, fit
+from trimtab.model import prompts
 from trimtab.model.convert import subtract_start
 from trimtab.model.graft import Graft, find_graft
-from trimtab.model.report import warn
+from trimtab.core.report import warn
 from trimtab.model.state import adapter_tensors
 from trimtab.model.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from trimtab.model.tuner import Tuner, tuner_class
@@ -60,6 +61,7 @@ class PeftModel(nn.Module):
         self.base_model: Tuner = tuner_class(config.peft_type)(
             model, config, adapter_name, autocast=autocast_adapter_dtype, **adding
         )
+        self.prompt_encoder = self.graft.prompts
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
         if _checkpoints(model):
@@ -218,12 +220,42 @@ class PeftModel(nn.Module):
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's output; in a mixed batch `adapter_names` gives each row its adapter ("__base__": none)."""
+        adapter = self._prompt(adapter_names)
+        if adapter is not None:
+            kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
+            args, kwargs = (), prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs)
         return self.base_model(*args, adapter_names=self._checked(adapter_names), **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
+        adapter = self._prompt(adapter_names)
+        if adapter is not None:
+            return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs)
         with self.base_model.routed(self._checked(adapter_names)):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
+        """The active adapter that is a prompt, or None."""
+        route = self.graft.board.route
+        prompts = self.graft.prompts
+        found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
+        if len(found) > 1 or (found and adapter_names is not None):
+            raise ValueError("One prompt can be active at a time, and none in a mixed batch (`adapter_names`).")
+        return found[0] if found else None
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
+        """The active prompt for `batch_size` rows: embeddings (rows, tokens, dim), or a cache of keys and values."""
+        adapter = self._prompt(None)
+        if adapter is None:
+            raise ValueError("No prompt is active.")
+        if adapter.prompt.cached:
+            return prompts.prefilled(adapter.prompt.prompt(), adapter.config, self.get_base_model(), batch_size)
+        return adapter.prompt.prompt().expand(batch_size, -1, -1)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The prompt of an adapter as it is saved: (tokens, dim), or (tokens, layers · 2 · dim)."""
+        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr]
+        return prompt
 
     def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
         if adapter_names is not None and self.training:

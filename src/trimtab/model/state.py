@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.files.codec import PREFIX, fill, fit
 from trimtab.model.graft import Adapter, Graft, find_graft
-from trimtab.model.report import warn
+from trimtab.core.report import warn
 
 
 def get_peft_model_state_dict(
@@ -73,10 +73,16 @@ def adapter_tensors(
     slots = [s for s in graft.slots(adapter) if not s.optional]
     if embeddings is True or (embeddings == "auto" and _embeddings_changed(graft, adapter)):
         taken = {s.disk for s in slots}
-        slots += [s for s in graft.embeddings(adapter) if s.disk not in taken]
+        some = graft.targets_embeddings(adapter)  # then just the adapted ones; else, resized or on demand, all
+        slots += [
+            s for s in graft.embeddings(adapter)
+            if s.disk not in taken and (not some or s.disk.endswith(".base_layer.weight"))
+        ]  # fmt: skip
     if state is not None:
-        return {s.on_disk(prefix): state[s.in_memory(prefix)] for s in slots if s.in_memory(prefix) in state}
-    return {s.on_disk(prefix): s.get() for s in slots}
+        found = {s.on_disk(prefix): s.get() for s in slots if s.bare}
+        held = [(s, s.in_memory(prefix)) for s in slots if s.in_memory(prefix) in state]
+        return found | {s.on_disk(prefix): s.packed(state[key]) for s, key in held}
+    return {s.on_disk(prefix): s.packed(s.get()) for s in slots}
 
 
 def _embeddings_changed(graft: Graft, adapter: Adapter) -> bool:

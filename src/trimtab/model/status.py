@@ -64,13 +64,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     base, graft = _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is base), "")
     rows = []
-    for path, layer in graft.layers.items():
+    for layer in graft.layers.values():
         tensors = {a: [p for _, p in layer.adapter_parameters(a)] for a in layer.methods}
         rows.append(
             TunerLayerStatus(
-                name=".".join(filter(None, (prefix, path))).removeprefix("base_model."),
+                name=".".join(filter(None, (prefix, layer.name))).removeprefix("base_model."),
                 module_type=".".join(dict.fromkeys(graft.adapters[a].config.peft_type.value.lower() for a in layer.methods))
-                + f".{type(layer.base_layer).__name__}",
+                + f".{type(layer.frozen).__name__}",
                 enabled=not layer.disable_adapters,
                 active_adapters=layer.active_adapters,
                 merged_adapters=list(layer.merged_adapters),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.files.codec import PREFIXES
 from trimtab.methods import config_class
+from trimtab.model.combine import Recipe, combine
 from trimtab.model.graft import Adapter, Graft
 from trimtab.model.layer import require_known
-from trimtab.model.report import warn
+from trimtab.core.report import warn
 from trimtab.model.route import Rows
 
 
@@ -79,12 +80,13 @@ class Tuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the adapted layers."""
-        return list(self.graft.layers)
+        parts = {f"{x.path}.{p}" for x in self.graft.layers.values() for s in x.sites.values() for p in s.parts}
+        return [key for key, layer in self.graft.layers.items() if not layer.param and key not in parts]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """The paths of adapted parameters that have no layer of their own."""
-        return []
+        return [key for key, layer in self.graft.layers.items() if layer.param]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter or several (the first innermost) and train just these; with `inference_mode`, train none."""
@@ -109,6 +111,42 @@ class Tuner(nn.Module):
         """Make adapters trainable or frozen, whether they are active or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.graft.set_trainable(name, requires_grad)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others; it is neither active nor trainable until `set_adapter` says so.
+
+        Args:
+            adapters: the adapters' names; where the ranks differ, use "cat" or a type that ends in "svd".
+            weights: one a name; a negative one subtracts.
+            adapter_name: the new adapter's name.
+            combination_type: "cat" (the exact weighted sum, at the sum of the ranks), "svd" (its best approximation of
+                a given rank), "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" (of the factors), or one
+                of the last four with "_svd" (of the deltas). The formulas are in `trimtab.model.combine`.
+            svd_rank: the rank that SVDs are cut to; by default the largest of the adapters'.
+            svd_clamp: cut the factors' entries at plus and minus this quantile.
+            svd_full_matrices: without effect: the thin SVD gives the same factors.
+            svd_driver: the driver of `torch.linalg.svd`, for CUDA.
+            density: the share of entries that pruning keeps, in (0, 1].
+            majority_sign_method: how TIES elects signs, "total" (by magnitude) or "frequency".
+
+        Raises:
+            ValueError: adapters, ranks, weights or settings that cannot be combined, or a name that is taken.
+        """
+        recipe = Recipe(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        config, tensors = combine(self.graft, adapters, weights, adapter_name, recipe)
+        self.add(adapter_name, config, tensors=tensors, trainable=False)
 
     # ------------------------------------------------------------------ merging
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:

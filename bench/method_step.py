@@ -1,0 +1,130 @@
+"""Time and memory of one training step of each method on SmolLM2-135M, relative to LoRA's, ours and PEFT's.
+
+    python bench/method_step.py [--tokens 256] [--rounds 5] [--write]
+
+Time: all arms in one process on one copy of the base's weights, interleaved forwards and backwards (ABBA), medians.
+Memory: the growth of the peak resident size over two steps, each arm in a fresh process.
+Without the `peft` package the columns of PEFT stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore")
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA r16": ("LoraConfig", {"r": 16, "target_modules": LINEAR}),
+    "DoRA r16": ("LoraConfig", {"r": 16, "target_modules": LINEAR, "use_dora": True}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA r256": ("VeraConfig", {"r": 256, "target_modules": LINEAR}),
+    "OFT block 32": ("OFTConfig", {"oft_block_size": 32, "target_modules": LINEAR}),
+    "LoHa r8": ("LoHaConfig", {"r": 8, "target_modules": LINEAR}),
+    "AdaLoRA r12": ("AdaLoraConfig", {"init_r": 12, "total_step": 1000, "tinit": 200, "tfinal": 500, "target_modules": LINEAR}),
+    "LN tuning": ("LNTuningConfig", {"target_modules": NORMS}),
+    "prompt tuning 16": ("PromptTuningConfig", {"num_virtual_tokens": 16}),
+    "prefix tuning 16": ("PrefixTuningConfig", {"num_virtual_tokens": 16}),
+}
+
+
+def base_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.files.sources import resolve_base
+
+    return AutoModelForCausalLM.from_pretrained(resolve_base("smollm2-135m-instruct"))
+
+
+def adapted(library: str, method: str, base: Any) -> Any:
+    """A model with the method's adapter, on the base's own weight tensors."""
+    name, fields = METHODS[method]
+    module = __import__(library)
+    shared = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    return module.get_peft_model(shared, getattr(module, name)(task_type="CAUSAL_LM", **fields)).train()
+
+
+def step(model: Any, ids: Any) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def batch(tokens: int) -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    return torch.randint(0, 49000, (2, tokens // 2))
+
+
+def memory(library: str, method: str, tokens: int) -> float:
+    """Peak resident growth over two steps, in MB, in this process."""
+    model, ids = adapted(library, method, base_model()), batch(tokens)
+    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    fields = lambda: dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())  # noqa: E731
+    before = int(fields()["VmRSS"].split()[0])
+    for _ in range(2):
+        step(model, ids)
+    return (int(fields()["VmHWM"].split()[0]) - before) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
+    parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(memory(*options.memory_of, options.tokens))
+        return
+    libraries = ["trimtab"] + (["peft"] if importlib.util.find_spec("peft") else [])
+    base, ids = base_model(), batch(options.tokens)
+    arms = {(library, m): adapted(library, m, base) for m in METHODS for library in libraries}
+    times: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    for round_ in range(options.rounds + 1):
+        order = list(arms) if round_ % 2 else list(reversed(arms))
+        for arm in order:
+            start = time.perf_counter()
+            step(arms[arm], ids)
+            if round_:  # the first round warms up
+                times[arm].append(time.perf_counter() - start)
+        print(f"round {round_} of {options.rounds}", file=sys.stderr)
+    del arms
+    peaks = {}
+    for arm in times:
+        command = [sys.executable, __file__, "--tokens", str(options.tokens), "--memory-of", *arm]
+        peaks[arm] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    lora = statistics.median(times["trimtab", "LoRA r16"])
+    rows = []
+    for method in METHODS:
+        mine = statistics.median(times["trimtab", method])
+        row = [method, f"{mine * 1000:.0f} ms", f"{mine / lora:.2f}", f"{peaks['trimtab', method]:.0f} MB"]
+        if "peft" in libraries:
+            theirs = statistics.median(times["peft", method])
+            row += [f"{theirs / lora:.2f}", f"{theirs / mine:.2f}", f"{peaks['peft', method]:.0f} MB"]
+        rows.append(row)
+    head = ["method", "step", "relative to our LoRA", "peak growth"]
+    head += ["PEFT relative to our LoRA", "PEFT / ours", "PEFT peak growth"] if "peft" in libraries else []
+    from bench import report
+
+    text = report.table(head, rows)
+    title = f"One training step of each method, SmolLM2-135M, fp32, 2 x {options.tokens // 2} tokens"
+    if options.write:
+        report.write("method_step", title, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

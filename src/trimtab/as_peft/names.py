@@ -1,0 +1,127 @@
+"""What `peft` and its modules answer: tables, and rules that follow the registry of methods."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import trimtab
+from trimtab.as_peft import classes
+from trimtab.methods import METHODS, config_class
+
+# The modules of peft that are no method's. A package answers for what its modules hold, as in peft.
+MODULES = {
+    "peft": "auto config functional helpers import_utils mapping mapping_func mixed_model optimizers peft_model tuners utils",
+    "peft.tuners": "lycoris_utils mixed tuners_utils",
+    "peft.tuners.mixed": "model",
+    "peft.tuners.lora": "aqlm arrow awq bnb conversion corda dora eetq eva gptq hqq inc intruders loraga monteclora te torchao"
+    " tp_layer variants velora",
+    "peft.optimizers": "lorafa loraplus riemannian",
+    "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
+    " quantization_utils save_and_load transformers_weight_conversion warning",
+}
+
+# peft's name: where trimtab has it, under which name.
+ALIASES = {
+    "BaseTuner": "trimtab.model.tuner:Tuner",
+    "BaseTunerLayer": "trimtab.model.layer:AdaptedLayer",
+    "ModulesToSaveWrapper": "trimtab.model.copies:SavedModule",
+    "AuxiliaryTrainingWrapper": "trimtab.model.copies:SavedModule",
+    "TrainableTokensWrapper": "trimtab.as_peft.classes:TokensWrapper",
+    "PeftMixedModel": "trimtab.model.peft_model:PeftModel",  # every model can hold adapters of several methods
+    "MixedModel": "trimtab.model.tuner:Tuner",
+    "SAFETENSORS_WEIGHTS_NAME": "trimtab.files.store:WEIGHTS",
+    "WEIGHTS_NAME": "trimtab.files.store:PICKLED",
+    "CONFIG_NAME": "trimtab.core.config:CONFIG_NAME",
+    "PeftConfigMixin": "trimtab.core.config:PeftConfig",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "trimtab.core.targets:CONDENSE_FROM",
+}
+
+# Modules that answer for whatever public name they have.
+SOURCES = ("trimtab.as_peft.constants", "trimtab.as_peft.functions", "trimtab.as_peft.weights", "trimtab.as_peft.packages")
+
+# Where a method's default targets are.
+MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
+
+
+@cache
+def prefixes() -> dict[str, str]:
+    """{peft_type: what the names of the method's classes start with}, for the methods there are."""
+    return {peft_type: row[2].removesuffix("Config") for peft_type, row in METHODS.items()}
+
+
+@cache
+def paths() -> dict[str, bool]:
+    """{module path: whether it is a package}."""
+    found = {package: True for package in MODULES}
+    for package, names in MODULES.items():
+        for name in names.split():
+            found.setdefault(f"{package}.{name}", False)
+    for peft_type in METHODS:
+        package = f"peft.tuners.{peft_type.lower()}"
+        found[package] = True
+        found |= {f"{package}.{name}": False for name in ("config", "layer", "model")}
+    return found
+
+
+def is_module(path: str) -> bool:
+    """Whether peft's module of that path is answered for."""
+    return path in paths()
+
+
+def is_package(path: str) -> bool:
+    """Whether it has modules below it."""
+    return paths()[path]
+
+
+def find(path: str, name: str) -> Any:
+    """The object that `name` stands for in peft's module `path`.
+
+    Raises:
+        KeyError: trimtab has none.
+    """
+    if name in ALIASES:
+        module, _, attribute = ALIASES[name].partition(":")
+        return getattr(import_module(module), attribute)
+    method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
+    if method in METHODS and (base := classes.base_of(prefixes()[method], name)) is not None:
+        return classes.layer_class(method, name, base)
+    for peft_type, prefix in prefixes().items():
+        if name == f"{prefix}Layer":
+            return classes.layer_class(peft_type, name, ())
+        if name == METHODS[peft_type][2]:
+            return config_class(peft_type)
+        if name == MAPPING.format(peft_type.replace("_", "")):
+            return _targets(peft_type)
+    if hasattr(trimtab, name) and name in {*trimtab.__all__, *models()}:
+        return getattr(trimtab, name)
+    for source in SOURCES:
+        module_ = import_module(source)
+        if name in module_.__all__:
+            return getattr(module_, name)
+    raise KeyError(name)
+
+
+def models() -> list[str]:
+    """The names of the methods' tuners."""
+    return [f"{prefix}Model" for prefix in prefixes().values()]
+
+
+def names_of(path: str) -> list[str]:
+    """The names of peft's module `path` that `dir()` and `import *` show: those that are trimtab's own."""
+    own = [name for name in trimtab.__all__ if not name.startswith("_")]
+    own += [row[2] for row in METHODS.values()] + models()
+    if path == "peft":
+        return sorted({*own, "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel"})
+    children = [p.rpartition(".")[2] for p in paths() if p.rpartition(".")[0] == path]
+    return sorted({*own, *ALIASES, *children, *(n for s in SOURCES for n in import_module(s).__all__)})
+
+
+def _targets(peft_type: str) -> dict[str, Any]:
+    from trimtab.methods import load
+
+    file, method, _ = METHODS[peft_type]
+    return dict(load(file, method).targets)
+
+

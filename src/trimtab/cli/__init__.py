@@ -1,0 +1,38 @@
+"""The `trimtab` command. One file a verb; heavy imports are inside the verbs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.demo import demo
+from trimtab.cli.version import show_version, version
+from trimtab.errors import PeftError
+
+app = typer.Typer(
+    name="trimtab",
+    help="Adapt large frozen models with a few trained parameters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(version)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Adapt large frozen models with a few trained parameters."""
+
+
+def main() -> None:
+    """Entry point of the console script. Errors that trimtab raises on purpose end in one message, not a traceback."""
+    try:
+        app()
+    except PeftError as e:
+        print(f"trimtab: {e}", file=sys.stderr)
+        sys.exit(1)

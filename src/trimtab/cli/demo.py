@@ -1,0 +1,26 @@
+"""trimtab demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for adapter, metrics and loss plot.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="Packaged model, local folder, GGUF file, or Hub id.")] = (
+        "smollm2-135m-instruct"
+    ),
+    data: Annotated[Path | None, typer.Option(help="Folder with {train,valid,test}.jsonl. Default: addresses.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to train on. Default: 400, fewer on a slow machine.")] = 0,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 2.0,
+) -> None:
+    """Fine-tune a LoRA on real data, show what it learned, and load it again in a fresh process.
+
+    About 6 minutes on 2 cores; no GPU and no hub is needed.
+    """
+    from trimtab.train.demo import run
+
+    raise typer.Exit(run(out=out, base=model, data=data, rows=rows, epochs=epochs))

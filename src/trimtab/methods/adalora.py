@@ -1,0 +1,193 @@
+"""AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512).   W' = W + s B diag(E) A,   s = alpha / r at the start (eq. 3).
+
+Training adds γ Σ ||A Aᵀ - I|| + ||Bᵀ B - I|| (eq. 4, without the squares) and, step by step, sets the E_i of least
+importance to zero (eq. 8 to 12) until the budget is reached: call `update_and_allocate(step)` after every optimiser step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import PeftType, default_of, help_field
+from trimtab.core.families import wide
+from trimtab.core.method import Method, require_rank
+from trimtab.core.report import warn
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+from trimtab.methods.lora import LoraConfig  # PEFT's file of this method has the fields of a LoRA, and more
+
+EXCEPT = "mistral mixtral stablelm blip-2 chatglm falcon RefinedWeb RefinedWebModel mpt btlm codegen phi rwkv rwkv7".split()
+TARGETS = {
+    **{model: names for model, names in ATTENTION.items() if model not in [*EXCEPT, "xlm-roberta", "electra", "layoutlm"]},
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "roberta": ["query", "key", "value", "dense"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+}
+IGNORED = ("r", "use_rslora", "alpha_pattern", "lora_bias")  # as PEFT ignores them
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """The configuration of an AdaLoRA adapter; of LoRA's fields `r` gives way to `init_r` and `target_r`."""
+
+    target_r: int = help_field("The average rank at the end.", 8)
+    init_r: int = help_field("The rank of every layer at the start.", 12)
+    tinit: int = help_field("Steps before ranks are cut.", 0)
+    tfinal: int = help_field("Steps at the end with the ranks as they are.", 0)
+    deltaT: int = help_field("Steps between two cuts.", 1)
+    beta1: float = help_field("How much of the old sensitivity its average keeps.", 0.85)
+    beta2: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
+    orth_reg_weight: float = help_field("The weight γ of the penalty.", 0.5)
+    total_step: int | None = help_field("The number of steps of the whole training.", None)
+    rank_pattern: dict[str, list[bool]] | None = help_field("What is left of each layer's rank.", None)  # type: ignore[assignment]
+
+    patterns: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADALORA
+        if self.use_dora:
+            raise ConfigError(f"{self.peft_type} does not support DoRA.")
+        if self.init_lora_weights == "loftq":
+            raise ConfigError(f"{self.peft_type} does not support LoftQ.")
+        if self.total_step is None or self.total_step <= 0:
+            raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ConfigError(
+                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
+                "`total_step`."
+            )
+        fields = self.__dataclass_fields__
+        if unread := [name for name in IGNORED if getattr(self, name) != default_of(fields[name])]:
+            warn(f"Note that {unread} are not used in AdaLora and will be ignored; the initial rank is `init_r`.", UserWarning)
+
+    def resolve(self, name: str) -> AdaLoraConfig:
+        """This config itself: the ranks of all modules are kept in it."""
+        return self
+
+
+class AdaLora(Method):
+    """A singular value decomposition whose values E are cut by importance."""
+
+    config, kinds, fused, targets = AdaLoraConfig, frozenset({"linear", "conv"}), True, TARGETS
+    views, frozen = ("lora_alpha", "scaling"), frozenset({"ranknum"})
+
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        require_rank(config.init_r, "init_r")
+        self.key = f"{site.name}.lora_E"
+        left = (config.rank_pattern or {}).get(self.key)
+        r = config.init_r if left is None else sum(left)
+        self.lora_alpha = config.lora_alpha
+        self.scaling = self.unit = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
+        self.sensitivity: dict[str, Tensor] = {}
+        self.uncertainty: dict[str, Tensor] = {}
+        return {
+            "lora_A": self.empty(r, site.fan_in),  # (r, in)
+            "lora_E": self.empty(r, 1),  # (r, 1)
+            "lora_B": self.empty(site.fan_out, r),  # (out, r)
+            "ranknum": self.empty(1),  # (1,)
+        }
+
+    def reset(self, config: Any) -> None:
+        A, E, B = self.lora_A, self.lora_E, self.lora_B
+        self.ranknum.fill_(config.init_r)
+        for tensor in (A, E, B):
+            tensor.normal_()
+        if config.init_lora_weights:
+            E.zero_()
+            A.normal_(0, 0.02)
+            B.normal_(0, 0.02)
+
+    @classmethod
+    def stored(cls, config: Any, name: str) -> bool:
+        return not name.startswith("ranknum")
+
+    def s(self) -> Tensor:
+        """alpha over the rank at the start (1,)."""
+        scale: Tensor = self.scaling / (self.ranknum + 1e-5)
+        return scale
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.s() * (wide(self.lora_B) @ (wide(self.lora_A) * self.lora_E))
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        x = F.dropout(x, self.options.lora_dropout, self.training)
+        EA = (self.s() * self.lora_E * self.lora_A).to(x.dtype)
+        return self.site.add(y, self.site.apply(x, EA), self.lora_B.to(x.dtype))
+
+    @classmethod
+    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
+        products = [P for m in methods for P in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
+        norms = [torch.linalg.norm(P - torch.eye(len(P), device=P.device, dtype=P.dtype)) for P in products]
+        weight: float = config.orth_reg_weight
+        return weight * torch.stack([n.to(norms[0].device) for n in norms]).mean() if norms and weight > 0 else None
+
+    # ------------------------------------------------------------------ the budget
+    @classmethod
+    def step(cls, methods: list[Any], config: Any, t: int) -> None:
+        end = config.total_step - config.tfinal
+        if t < end or t == end:
+            for m in methods:
+                m.observe(config.beta1, config.beta2)
+        if t == end or (config.tinit < t < end and t % config.deltaT == 0):
+            first = sum(len(m.lora_E) for m in methods)
+            last = config.target_r * len(methods)
+            ratio = 1 - (t - config.tinit) / (end - config.tinit)
+            cut = first - int((first - last) * ratio**3 + last)  # eq. 12: the budget falls as a cubic
+            if cut > 0:
+                scores = [m.importance() for m in methods]
+                limit = torch.cat(scores).kthvalue(cut).values
+                config.rank_pattern = {m.key: (s > limit).tolist() for m, s in zip(methods, scores, strict=True)}
+                cls.mask(methods, config)
+        elif t > end:
+            cls.mask(methods, config)
+
+    @torch.no_grad()
+    def observe(self, beta1: float, beta2: float) -> None:
+        """Take the last gradient into the averages I (eq. 9) and U (eq. 10)."""
+        for name in ("lora_A", "lora_E", "lora_B"):
+            w = getattr(self, name)
+            now = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()
+            I, U = (d.get(name, torch.zeros_like(w)) for d in (self.sensitivity, self.uncertainty))
+            self.sensitivity[name] = I = beta1 * I + (1 - beta1) * now
+            self.uncertainty[name] = beta2 * U + (1 - beta2) * (now - I).abs()
+
+    def importance(self) -> Tensor:
+        """S (r,) of each triplet: that of E_i, and the means of those of row A_i and column B_i (eq. 8 and 11)."""
+        A, E, B = (self.sensitivity[n] * self.uncertainty[n] for n in ("lora_A", "lora_E", "lora_B"))
+        return E.flatten() + torch.stack([A.mean(1), B.mean(0)], 1).sum(1)
+
+    @staticmethod
+    @torch.no_grad()
+    def mask(methods: list[Any], config: Any) -> None:
+        """Set to zero what the pattern leaves out, where it has not been cut off already."""
+        for m in methods:
+            left = (config.rank_pattern or {}).get(m.key, [])
+            if len(left) == len(m.lora_E):
+                m.lora_E.masked_fill_(~torch.tensor(left, device=m.lora_E.device)[:, None], 0)
+
+    # ------------------------------------------------------------------ the file has what is left
+    def pack(self, name: str, tensor: Tensor) -> Tensor:
+        left = (self.options.rank_pattern or {}).get(self.key, [])
+        if name == "ranknum" or len(left) != len(self.lora_E):
+            return tensor
+        keep = torch.tensor(left, device=tensor.device)
+        return tensor[:, keep] if name == "lora_B" else tensor[keep]
+
+    def unpack(self, name: str, value: Tensor) -> Tensor:
+        r, axis = len(self.lora_E), 1 if name == "lora_B" else 0
+        k = value.shape[axis] if value.ndim == 2 else r
+        if k >= r:
+            return value
+        if value.device.type != "meta":  # an earlier state comes back: it has the first k triplets, the others are nothing
+            self.options.rank_pattern = {**(self.options.rank_pattern or {}), self.key: [i < k for i in range(r)]}
+        return F.pad(value, (0, r - k) if axis else (0, 0, 0, r - k))

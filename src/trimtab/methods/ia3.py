@@ -1,0 +1,105 @@
+"""IA3 (Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3).   W' = diag(l) W;   feed-forward: W' = W diag(l)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from trimtab.core.config import LayerConfig, PeftType, as_set, help_field
+from trimtab.core.method import Method
+from trimtab.core.site import Site
+from trimtab.core.targets import matches
+from trimtab.errors import ConfigError
+
+# model_type -> (what scales its output, what scales its input: the feed-forward part)
+DEFAULTS: dict[str, tuple[list[str], list[str]]] = {
+    "t5": (["k", "v"], ["wo"]),
+    "mt5": (["k", "v", "wi_1"], []),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+    "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
+    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
+    **dict.fromkeys(
+        ["gpt_neox", "RefinedWeb", "RefinedWebModel", "falcon"], (["query_key_value"], ["dense_4h_to_h"])
+    ),
+    "roberta": (["key", "value"], ["output.dense"]),
+    "bert": (["key", "value"], ["output.dense"]),
+    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
+    "deberta": (["in_proj"], ["output.dense"]),
+    "opt": (["q_proj", "k_proj"], ["fc2"]),
+    "bart": (["q_proj", "v_proj"], ["fc2"]),
+    "phi": (["q_proj", "v_proj"], ["fc2"]),
+    "gptj": (["q_proj", "v_proj"], ["fc_out"]),
+    "gpt_neo": (["q_proj", "v_proj"], ["c_proj"]),
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
+    "mixtral": (["k_proj", "v_proj"], ["w2"]),
+    **dict.fromkeys("llama4 gemma gemma2 gemma3_text qwen2 qwen3".split(), (["q_proj", "v_proj"], ["down_proj"])),
+}
+
+
+@dataclass
+class IA3Config(LayerConfig):
+    """The configuration of an IA3 adapter."""
+
+    feedforward_modules: list[str] | str | None = help_field("Those of `target_modules` that scale their input.", None)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    init_ia3_weights: bool = help_field("Start from ones; else random.", True)
+
+    layers_to_transform: ClassVar[None] = None  # type: ignore[misc]
+    layers_pattern: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IA3
+        self.feedforward_modules = as_set(self.feedforward_modules)
+        wanted, inputs = self.target_modules, self.feedforward_modules
+        if isinstance(wanted, set) and isinstance(inputs, set) and not inputs <= wanted:
+            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+
+
+class IA3(Method):
+    """One scale l for each output, or for each input of a feed-forward layer."""
+
+    config, kinds, fused = IA3Config, frozenset({"linear", "conv"}), True
+    targets = {model: [*outputs, *inputs] for model, (outputs, inputs) in DEFAULTS.items()}
+    defaults = {"feedforward_modules": {model: inputs for model, (_, inputs) in DEFAULTS.items()}}
+
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        self.on_input = matches(config.feedforward_modules, site.name) is not None
+        if site.kind == "conv":
+            layer: Any = site.layer
+            ones = [1] * len(layer.kernel_size)
+            return {"ia3_l": self.empty(1, layer.in_channels if self.on_input else layer.out_channels, *ones)}  # (1, n, 1, ...)
+        if self.on_input:
+            return {"ia3_l": self.empty(1, site.fan_in)}  # (1, in)
+        return {"ia3_l": self.empty(site.fan_out, 1)}  # (out, 1)
+
+    def reset(self, config: Any) -> None:
+        if config.init_ia3_weights:
+            self.ia3_l.fill_(1)
+        else:
+            self.ia3_l.normal_()
+
+    def scale(self, x: Tensor) -> Tensor:
+        """x with its feature axis scaled by l."""
+        return x * self.site.spread(self.ia3_l.flatten().to(x.dtype))
+
+    def weight(self, W: Tensor) -> Tensor:
+        l = self.ia3_l.flatten()
+        if not self.on_input:
+            return W * l[:, None]
+        groups = getattr(self.site.layer, "groups", 1)  # of a convolution: rows of a group see its channels only
+        each = l.view(groups, -1).repeat_interleave(self.site.fan_in * groups // math.prod(l.shape), 1)
+        return W * each.repeat_interleave(self.site.fan_out // groups, 0)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return b if self.on_input or b is None else b * self.ia3_l.flatten()
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.scale(x) if self.on_input else x
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        return y if self.on_input else self.scale(y)

@@ -1,0 +1,110 @@
+"""LoHa (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, eq. 4).   W' = W + s (w1_a w1_b) ∘ (w2_a w2_b),   s = alpha / r.
+
+Convolutions may keep each factor as t ×₁ w_a ×₂ w_b, with a core t (r, r, kernel) (proposition 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
+from trimtab.core.families import Delta, wide
+from trimtab.core.method import require_rank
+from trimtab.core.site import Site
+
+
+@dataclass
+class LoHaConfig(LayerConfig):
+    """The configuration of a LoHa adapter."""
+
+    r: int = help_field("The rank of each factor; of their product up to r².", 8)
+    alpha: int = help_field("The scale is alpha / r.", 8)
+    rank_dropout: float = help_field("The share of rows of dW that are left out, in training.", 0.0)
+    module_dropout: float = help_field("The share of forwards in which a layer goes unadapted, in training.", 0.0)
+    use_effective_conv2d: bool = help_field("Keep the factors of convolutions with a kernel as cores.", False)
+    init_weights: bool = help_field("Start from dW = 0; else random.", True)
+    rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
+    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOHA
+
+    def resolve(self, name: str) -> LoHaConfig:
+        """This config with the rank and alpha that the patterns give the module `name`."""
+        own = self.shallow()
+        own.r = self.rank_pattern.get(match_pattern(self.rank_pattern, name) or "", self.r)
+        own.alpha = self.alpha_pattern.get(match_pattern(self.alpha_pattern, name) or "", self.alpha)
+        return own
+
+
+class LoHa(Delta):
+    """A delta of full size as the elementwise product of two of low rank."""
+
+    config, kinds, fused, targets = LoHaConfig, frozenset({"linear", "conv"}), True, ATTENTION
+    views = ("r", "alpha", "scaling")
+
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        require_rank(config.r)
+        self.r, self.alpha, self.scaling = config.r, config.alpha, config.alpha / config.r
+        self.unit = self.scaling  # what `set_scale` multiplies
+        r, out, into = self.r, site.fan_out, site.fan_in
+        kernel = [*getattr(site.layer, "kernel_size", ())]
+        if not config.use_effective_conv2d or math.prod(kernel) == 1:
+            self.names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+            return {
+                "hada_w1_a": self.empty(out, r),  # (out, r)
+                "hada_w1_b": self.empty(r, into),  # (r, in)
+                "hada_w2_a": self.empty(out, r),  # (out, r)
+                "hada_w2_b": self.empty(r, into),  # (r, in)
+            }
+        channels = into // math.prod(kernel)
+        kernel += [1] * (len(kernel) == 1)  # as PEFT keeps it
+        self.names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+        return {
+            "hada_w1_a": self.empty(r, out),  # (r, out)
+            "hada_w1_b": self.empty(r, channels),  # (r, channels)
+            "hada_w2_a": self.empty(r, out),  # (r, out)
+            "hada_w2_b": self.empty(r, channels),  # (r, channels)
+            "hada_t1": self.empty(r, r, *kernel),  # (r, r, ...)
+            "hada_t2": self.empty(r, r, *kernel),  # (r, r, ...)
+        }
+
+    def reset(self, config: Any) -> None:
+        for name in self.names:
+            if name == "hada_w2_b" and config.init_weights:
+                self.hada_w2_b.zero_()
+            else:
+                nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
+
+    def form(self, *tensors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """dW (out, in) in fp32 at least, from the factors in the order of `names`."""
+        w1_a, w1_b, w2_a, w2_b, *cores = (wide(t) for t in tensors)
+        if cores:
+            w1, w2 = (
+                torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1)
+                for t, a, b in zip(cores, (w1_a, w2_a), (w1_b, w2_b), strict=True)
+            )
+        else:
+            w1, w2 = w1_a @ w1_b, w2_a @ w2_b
+        dW = self.scaling * w1 * w2
+        return dW if rows is None else dW * rows[:, None]
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.form(*(getattr(self, n) for n in self.names))
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        rows = None
+        if self.training:
+            if self.options.module_dropout and torch.rand(1) < self.options.module_dropout:
+                return y
+            if self.options.rank_dropout:
+                kept = (torch.rand(self.site.fan_out, device=y.device) > self.options.rank_dropout).float()
+                rows = kept / kept.mean().clamp_min(1 / len(kept))
+        return self.plus_delta(y, x, lambda *t: self.form(*t, rows=rows), *(getattr(self, n) for n in self.names))

@@ -1,0 +1,131 @@
+"""OFT (Qiu et al. 2023, https://arxiv.org/abs/2306.07280, eq. 3 and section 3.3).   W' = W Rᵀ,   R = diag(R_1 ... R_n).
+
+Each block is a Cayley transform of a skew-symmetric Q, R_i = (I - Q)(I + Q)⁻¹, or (the default, from
+https://arxiv.org/abs/2506.19847) its inverse by the Neumann series, (I + Q)(I + Q + Q² + ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.families import wide
+from trimtab.core.method import Method
+from trimtab.core.report import warn
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+
+
+@dataclass
+class OFTConfig(LayerConfig):
+    """The configuration of an OFT adapter: give the number of blocks (`r`) or their size, and 0 for the other."""
+
+    r: int = help_field("The number of blocks.", 0)
+    oft_block_size: int = help_field("The size of a block.", 32)
+    module_dropout: float = help_field("The share of blocks that are the identity, in training.", 0.0)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    bias: Literal["none", "all", "oft_only"] = help_field("Which biases of the base are trained too.", "none")
+    init_weights: bool = help_field("Start from the identity; else random.", True)
+    coft: bool = help_field("Keep every Q within a ball (constrained OFT).", False)
+    eps: float = help_field("The radius of that ball, over the root of the number of blocks.", 6e-5)
+    block_share: bool = help_field("One block for all.", False)
+    use_cayley_neumann: bool = help_field("The Neumann series instead of a solve.", True)
+    num_cayley_neumann_terms: int = help_field("How many of its terms.", 5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.OFT
+
+    def check(self) -> None:
+        """Raise for numbers that cannot work together."""
+        super().check()
+        r, b = self.r, self.oft_block_size
+        if r and b:
+            raise ConfigError(
+                f"You can only specify either r ({r}) or oft_block_size ({b}), but not both simultaneously, because "
+                "r x oft_block_size == in_features. Set the other to 0."
+            )
+        if r < 0 or b < 0 or not r + b:
+            raise ConfigError(f"Either `r` or `oft_block_size` must be positive. Currently, r = {r} and oft_block_size = {b}.")
+
+
+class OFT(Method):
+    """The layer's input rotated block by block (an embedding's output, which is all it has)."""
+
+    config, kinds, fused, targets = OFTConfig, frozenset({"linear", "conv", "embedding"}), True, ATTENTION
+
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        self.fused = site.kind != "conv"  # patches overlap: they are rotated by way of the weight
+        size = site.fan_out if site.kind == "embedding" else site.fan_in
+        given, name = (config.r, "r") if config.r else (config.oft_block_size, "oft_block_size")
+        fits = nearest_divisor(size, given)
+        if fits != given:
+            warn(f"Invalid `{name}` ({given})! Adjusted `{name}` to ({fits}).", UserWarning)
+        self.b = size // fits if config.r else fits
+        self.n = size // self.b
+        self.leaf_name = "oft_embedding_R" if site.kind == "embedding" else "oft_R"
+        blocks = 1 if config.block_share else self.n
+        return {f"{self.leaf_name}.weight": self.empty(blocks, self.b * (self.b - 1) // 2)}  # (n, b (b - 1) / 2)
+
+    def reset(self, config: Any) -> None:
+        v = getattr(self, self.leaf_name)
+        if config.init_weights:
+            v.zero_()
+        else:
+            v.normal_(0, 0.1)
+
+    def rotation(self, x: Tensor, drop: bool = False) -> Tensor:
+        """The blocks R (n, b, b), formed in fp32 at least, in the number format of `x`."""
+        v, b, config = getattr(self, self.leaf_name), self.b, self.options
+        if config.coft:
+            v = self.projected(v)
+        v = wide(v)
+        rows, columns = torch.triu_indices(b, b, 1, device=v.device)
+        Q = v.new_zeros(len(v), b, b).index_put((torch.arange(len(v), device=v.device)[:, None], rows, columns), v)
+        Q, R = Q - Q.mT, torch.eye(b, dtype=v.dtype, device=v.device)
+        I, terms = R, config.num_cayley_neumann_terms
+        if not config.use_cayley_neumann:
+            R = torch.linalg.solve(I + Q, I - Q, left=False)
+        elif terms > 2:
+            for _ in range(max(2, terms - 2)):  # I + Q + Q² + ... by Horner's rule, with as many terms as PEFT takes
+                R = I + Q @ R
+            R = (I + Q) @ R
+        elif terms == 2:
+            R = I + 2 * Q
+        if drop and config.module_dropout and self.training:
+            kept = torch.rand(len(R), 1, 1, device=R.device) >= config.module_dropout
+            R = torch.where(kept, R, I)
+        return R.to(x.dtype).expand(self.n, b, b)
+
+    def projected(self, v: Tensor) -> Tensor:
+        """`v` with every Q cut to the ball ||Q|| <= eps / sqrt(n); in training the tensor itself is."""
+        with torch.no_grad():
+            radius = self.options.eps / len(v) ** 0.5
+            cut = (radius / (2**0.5 * wide(v).norm(dim=1, keepdim=True))).clamp_max(1).to(v.dtype)
+            if self.training:
+                v.mul_(cut)
+        return v if self.training else v * cut
+
+    def turn(self, x: Tensor, R: Tensor) -> Tensor:
+        """x (..., n b) times diag(R_1 ... R_n)."""
+        return torch.einsum("...nk,nkc->...nc", x.unflatten(-1, (self.n, self.b)), R).flatten(-2)
+
+    def weight(self, W: Tensor) -> Tensor:
+        R = self.rotation(W)
+        return self.turn(W.mT, R).mT if self.site.kind == "embedding" else self.turn(W, R.mT)
+
+    def before(self, x: Tensor) -> Tensor:
+        return x if self.site.kind == "embedding" else self.turn(x, self.rotation(x, drop=True))
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        return self.turn(y, self.rotation(y, drop=True)) if self.site.kind == "embedding" else y
+
+
+def nearest_divisor(size: int, given: int) -> int:
+    """The divisor of `size` nearest to `given`, the smaller of two."""
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - given), d))

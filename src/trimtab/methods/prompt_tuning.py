@@ -1,0 +1,74 @@
+"""Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2).   Pr(Y | [P; X]),   P trained."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.config import PeftType, PromptLearningConfig, help_field
+from trimtab.core.method import PromptMethod
+from trimtab.errors import ConfigError
+
+
+class PromptTuningInit(str, enum.Enum):
+    """How a prompt starts: as the embeddings of a text, of tokens drawn from the vocabulary, or at random."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """The configuration of a trained prompt."""
+
+    prompt_tuning_init: PromptTuningInit | str = help_field("TEXT, SAMPLE_VOCAB or RANDOM.", PromptTuningInit.RANDOM)
+    prompt_tuning_init_text: str | None = help_field("The text to start from.", None)
+    tokenizer_name_or_path: str | None = help_field("The tokenizer that reads the text.", None)
+    tokenizer_kwargs: dict[str, Any] | None = help_field("Arguments of its from_pretrained.", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PROMPT_TUNING
+        self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        if self.prompt_tuning_init == PromptTuningInit.TEXT:
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}.")
+        elif self.tokenizer_kwargs:
+            raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+
+
+class PromptTuning(PromptMethod):
+    """P (virtual tokens, dim)."""
+
+    config = PromptTuningConfig
+
+    def build(self, config: Any) -> None:
+        total = config.num_virtual_tokens * config.num_transformer_submodules
+        self.embedding = nn.Embedding(total, config.token_dim)  # (n, dim)
+
+    def reset(self, config: Any, base: Any) -> None:
+        count, table = len(self.embedding.weight), base.get_input_embeddings()
+        if config.prompt_tuning_init == PromptTuningInit.RANDOM:
+            nn.init.normal_(self.embedding.weight)
+            return
+        if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
+            tokens = torch.randint(0, table.num_embeddings, (count,))
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+            text = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+            tokens = torch.tensor((text * (count // len(text) + 1))[:count])
+        self.embedding.weight.data.copy_(table(tokens.to(table.weight.device)).detach())
+
+    def prompt(self) -> Tensor:
+        return self.embedding.weight
+
+    def restore(self, prompt: Tensor) -> None:
+        self.embedding.weight.data.copy_(prompt)

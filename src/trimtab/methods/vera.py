@@ -1,0 +1,116 @@
+"""VeRA (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, eq. 2).   W' = W + diag(b) B diag(d) A,   A and B random, frozen, shared.
+
+Every layer takes the first columns of A and the first rows of B, which are as large as its largest layer needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.families import wide
+from trimtab.core.method import Method, require_rank
+from trimtab.core.report import warn
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+
+
+@dataclass
+class VeraConfig(LayerConfig):
+    """The configuration of a VeRA adapter."""
+
+    r: int = help_field("The rank; as the projections are not trained, it can be large.", 256)
+    projection_prng_key: int = help_field("The seed that A and B are drawn from.", 0)
+    save_projection: bool = help_field("Keep A and B in the file; else they are drawn again on load.", True)
+    vera_dropout: float = help_field("Dropout on the adapter's input, in training.", 0.0)
+    d_initial: float = help_field("What d starts from.", 0.1)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    bias: str = help_field("Which biases of the base are trained too: none, all or vera_only.", "none")
+    init_weights: bool = help_field("Start from b = 0; else from b = 1 and a random d.", True)
+
+    exclude_modules: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VERA
+        if not self.save_projection:
+            warn(
+                "Specified to not save vera_A and vera_B within the state dictionary, instead they will be restored "
+                "using the PRNG key stored in `config.projection_prng_key`.",
+                UserWarning,
+            )
+
+
+class Vera(Method):
+    """Two vectors a layer, d (r,) and b (out,), between two projections that an adapter keeps once."""
+
+    config, kinds, fused = VeraConfig, frozenset({"linear"}), True
+    targets = {**ATTENTION, "phi": ["q_proj", "v_proj"]}
+
+    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+        return {
+            "vera_lambda_b": self.empty(site.fan_out),  # (out,)
+            "vera_lambda_d": self.empty(config.r),  # (r,)
+        }
+
+    def reset(self, config: Any) -> None:
+        if config.init_weights:
+            self.vera_lambda_b.zero_()
+            self.vera_lambda_d.fill_(config.d_initial)
+        else:
+            self.vera_lambda_b.fill_(1)
+            self.vera_lambda_d.normal_()
+
+    @classmethod
+    def admit(cls, config: Any, others: list[Any]) -> None:
+        for other in others:
+            if other.projection_prng_key != config.projection_prng_key:
+                raise ConfigError(
+                    f"Vera PRNG initialisation key must be the same for all adapters. Got {config.projection_prng_key=} "
+                    f"but previous config had {other.projection_prng_key}."
+                )
+            if other.save_projection != config.save_projection:
+                raise ConfigError(
+                    "VeRA projection weights must be saved for all adapters or none, but got multiple different values: "
+                    f"{sorted({other.save_projection, config.save_projection})}"
+                )
+
+    @classmethod
+    def share(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
+        require_rank(config.r)
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+
+        def draw(*shape: int) -> Tensor:
+            bound = (6 / shape[1]) ** 0.5  # Kaiming, for a variance of 2 / fan-in
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        return {  # as exact as the base's own numbers, as PEFT draws them
+            "vera_A": draw(config.r, max(s.fan_in for s in sites)).to(sites[0].dtype),  # (r, max in)
+            "vera_B": draw(max(s.fan_out for s in sites), config.r).to(sites[0].dtype),  # (max out, r)
+        }
+
+    @classmethod
+    def stored(cls, config: Any, name: str) -> bool:
+        return config.save_projection or name not in ("vera_A", "vera_B")
+
+    @property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """(A (r, in), B (out, r)) of this layer."""
+        return self.shared("vera_A")[:, : self.site.fan_in], self.shared("vera_B")[: self.site.fan_out]
+
+    def weight(self, W: Tensor) -> Tensor:
+        A, B = self.projections
+        b, d = wide(self.vera_lambda_b), wide(self.vera_lambda_d)
+        return W + (b[:, None] * wide(B)) @ (d[:, None] * wide(A))
+
+    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+        A, B = self.projections
+        x = F.dropout(x, self.options.vera_dropout, self.training)
+        h = self.vera_lambda_d.to(x.dtype) * self.site.apply(x, A.to(x.dtype))
+        return y + self.vera_lambda_b.to(x.dtype) * self.site.mix(h, B.to(x.dtype))

@@ -1,0 +1,176 @@
+"""Prompts in front of the model: how one enters a forward pass, and how `generate` starts from it.
+
+For generation the prompt is run (or written) into the cache first; its places in the ids are filled with tokens that
+are cut off again, so that the generation loop itself needs no change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.method import PromptMethod
+from trimtab.errors import ConfigError
+
+Inputs = dict[str, Any]
+
+
+def complete(config: Any, model: Any, cached: bool) -> None:
+    """Fill the fields of a prompt's config that come from the model.
+
+    Raises:
+        ConfigError: the model's config does not tell them, or the number of virtual tokens is missing.
+    """
+    if not config.num_virtual_tokens or config.num_virtual_tokens < 0:
+        raise ConfigError(f"`num_virtual_tokens` should be a positive number, not {config.num_virtual_tokens}.")
+    facts = getattr(model, "config", None)
+    facts = getattr(facts, "text_config", None) or facts
+
+    def fact(field: str, *names: str) -> int:
+        value = getattr(config, field)
+        if value is None:
+            value = next((v for n in names if (v := getattr(facts, n, None)) is not None), None)
+        if value is None:
+            raise ConfigError(f"Please specify `{field}` in `peft_config`: the model's config does not tell it.")
+        return int(value)
+
+    given = config.token_dim
+    config.num_layers = fact("num_layers", "num_hidden_layers", "num_layers", "n_layer")
+    config.token_dim = fact("token_dim", "hidden_size", "n_embd", "d_model")
+    heads = config.num_attention_heads
+    config.num_attention_heads = fact("num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+    kv_heads = getattr(facts, "num_key_value_heads", None)
+    if cached and given is None and heads is None and isinstance(kv_heads, int):
+        width = getattr(facts, "head_dim", None) or config.token_dim // config.num_attention_heads
+        config.num_attention_heads, config.token_dim = kv_heads, width * kv_heads
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim
+
+
+def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs) -> Inputs:
+    """A forward call's inputs with the prompt in front."""
+    inputs = dict(inputs)
+    rows, device = _shape(inputs)
+    count, decodes = config.num_virtual_tokens, bool(getattr(base.config, "is_encoder_decoder", False))
+    if method.cached:
+        if inputs.get("past_key_values") is not None:
+            raise ValueError("A prefix fills the cache: `past_key_values` cannot be passed as well.")
+        inputs["past_key_values"] = prefilled(method.prompt(), config, base, rows)
+        _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
+        return inputs
+    tokens = inputs.pop("input_ids", None)
+    embeds = inputs.get("inputs_embeds")
+    if embeds is None:
+        embeds = base.get_input_embeddings()(tokens)
+    prompt = method.prompt()[:count].to(embeds)
+    inputs["inputs_embeds"] = torch.cat([prompt.expand(rows, -1, -1), embeds], 1)
+    _extend(inputs, "attention_mask", count, 1)
+    _extend(inputs, "token_type_ids", count, 0)
+    labels = inputs.get("labels")
+    if not decodes and isinstance(labels, Tensor) and labels.shape == embeds.shape[:2]:
+        _extend(inputs, "labels", count, -100)
+    places = inputs.get("position_ids")
+    if places is not None:
+        ahead = torch.arange(count, device=device).expand(len(places), -1)
+        inputs["position_ids"] = torch.cat([ahead, places + count], 1)
+    return inputs
+
+
+def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], kwargs: Inputs) -> Any:
+    """`base.generate` from the prompt on; the ids returned are those of a call without prompt."""
+    inputs = dict(kwargs)
+    if args:
+        inputs["input_ids"] = args[0]
+        args = args[1:]
+    if "inputs" in inputs:
+        inputs["input_ids"] = inputs.pop("inputs")
+    decodes, count = bool(getattr(base.config, "is_encoder_decoder", False)), config.num_virtual_tokens
+    if not method.cached and (decodes or inputs.get("input_ids") is None):
+        rows, device = _shape(inputs)
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        inputs.setdefault("attention_mask", torch.ones(ids.shape[:2], dtype=torch.long, device=device))
+        return base.generate(*args, **enter(method, config, base, inputs))
+    field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")
+    settings = inputs.get("generation_config") or base.generation_config
+    rows, device = _shape(inputs)
+    if inputs.get(field) is None:  # a decoder starts from its start token
+        start = settings.decoder_start_token_id
+        start = base.config.decoder_start_token_id if start is None else start
+        inputs[field] = torch.full((rows, 1), start, dtype=torch.long, device=device)
+    ids = inputs[field]
+    if inputs.get(mask) is None:
+        inputs[mask] = torch.ones_like(ids)
+    # Places of the prompt hold a token the row has anyway, so that processors that look at the ids see nothing new.
+    inputs[field] = torch.cat([ids[:, -1:].expand(-1, count), ids], 1)
+    _extend(inputs, mask, count, 1)
+    copies = max(_setting("num_beams", inputs, settings), _setting("num_return_sequences", inputs, settings))
+    inputs["past_key_values"] = _cache(method, config, base, rows * copies)
+    for name in ("max_length", "min_length"):
+        if inputs.get(name) is not None:
+            inputs[name] += count
+    if inputs.get("generation_config") is not None and inputs["generation_config"].max_new_tokens is None:
+        inputs["generation_config"] = changed = copy.deepcopy(inputs["generation_config"])
+        if changed.max_length is not None:
+            changed.max_length += count
+    elif "max_length" not in inputs and "max_new_tokens" not in inputs and settings.max_new_tokens is None and settings.max_length:
+        inputs["max_length"] = settings.max_length + count
+    out = base.generate(*args, **inputs)
+    if isinstance(out, Tensor):
+        return out[:, count:]
+    out.sequences = out.sequences[:, count:]
+    return out
+
+
+def prefilled(prompt: Tensor, config: Any, base: Any, rows: int) -> Any:
+    """A cache of keys and values (n, layers · 2 · heads · head dim) for `rows` rows."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    shape = (2 * config.num_layers, config.num_attention_heads, -1)
+    pairs = prompt.unflatten(1, shape).permute(1, 2, 0, 3)[:, None].expand(-1, rows, -1, -1, -1).to(base.dtype)
+    decodes = getattr(base.config, "is_encoder_decoder", False)
+    cache = DynamicCache() if decodes else DynamicCache(config=base.config)
+    # Where encoder and decoder both count as submodules, PEFT deals four entries a layer out of the prompt repeated
+    # twice: two for self-attention, two for the cross-attention that ignores them. Adapters are trained with that.
+    each = 2 * config.num_transformer_submodules
+    for layer in range(config.num_layers):
+        first = each * layer % len(pairs)
+        cache.update(pairs[first], pairs[first + 1], layer)
+    return EncoderDecoderCache(cache, DynamicCache()) if decodes else cache
+
+
+@torch.no_grad()
+def _cache(method: PromptMethod, config: Any, base: Any, rows: int) -> Any:
+    """The cache after the prompt: written for a prefix, computed for a prompt of embeddings."""
+    if method.cached:
+        return prefilled(method.prompt(), config, base, rows)
+    embeds = method.prompt()[: config.num_virtual_tokens].to(base.get_input_embeddings().weight.dtype)
+    cache = base(inputs_embeds=embeds[None], use_cache=True).past_key_values
+    if rows > 1:
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _setting(name: str, inputs: Inputs, settings: Any) -> int:
+    value = inputs.get(name)
+    return int((getattr(settings, name, None) if value is None else value) or 1)
+
+
+def _shape(inputs: Inputs) -> tuple[int, torch.device]:
+    given = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    if given is None:
+        raise ValueError("A prompt needs `input_ids` or `inputs_embeds` to stand in front of.")
+    return len(given), given.device
+
+
+def _extend(inputs: Inputs, name: str, count: int, value: int) -> None:
+    """Put `count` times `value` in front of each row of an input, where it was given."""
+    given = inputs.get(name)
+    if given is not None:
+        inputs[name] = torch.cat([given.new_full((len(given), count), value), given], 1)

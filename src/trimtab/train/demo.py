@@ -1,0 +1,246 @@
+"""`trimtab demo`: a LoRA on a real model and real data, from nothing to a saved adapter that a fresh process loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from trimtab.files.sources import resolve_base
+from trimtab.train.data import DataError, Example, encode_rows, read_rows
+from trimtab.train.generate import complete, exact_match, generate_ids, references
+from trimtab.train.loop import TrainingArguments, TrainResult, evaluate, loss_of, train
+from trimtab.train.plot import plot_losses
+from trimtab.train.progress import clock
+
+ROWS = 400  # what the figures in the README are for
+TRAIN_SECONDS = 270.0  # what training may take before the demo takes fewer rows
+MIN_ROWS, MIN_TEST_ROWS = 48, 20
+VALID_ROWS, TEST_ROWS = 40, 100
+SYSTEM = ""  # the chat template would introduce the model at length, in every row
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ARGS: dict[str, Any] = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "lr_scheduler_type": "linear"}
+
+# What the fresh process runs: everything one needs to use a saved adapter.
+RELOAD = """
+import json, sys
+from trimtab import AutoPeftModelForCausalLM
+from trimtab.train.generate import generate_ids
+folder, prompts, pad_id, max_new_tokens = json.load(sys.stdin)
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+print(json.dumps(generate_ids(model, prompts, pad_id, max_new_tokens)))
+"""
+
+
+@dataclass
+class Score:
+    """How the model does on rows it never saw."""
+
+    loss: float  # nats a trained token, on the valid rows
+    answers: list[str]  # to the test rows
+    exact: float  # share of the answers that are right to the character
+
+
+@dataclass
+class Task:
+    """The data as the demo uses it."""
+
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+    prompts: list[str]  # of the test rows, as text
+    expected: list[str]
+
+    @property
+    def longest_answer(self) -> int:
+        return 8 + max(len(e.ids) - e.prompt_length for e in (*self.train, *self.test))
+
+    def first(self, rows: int, share: float = 1.0) -> Task:
+        """The same with fewer rows to train on, and a share of those to be tested on."""
+        n = max(MIN_TEST_ROWS, round(share * len(self.test)))
+        return replace(self, train=self.train[:rows], test=self.test[:n], prompts=self.prompts[:n],
+                       expected=self.expected[:n])  # fmt: skip
+
+
+def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> int:
+    """Run the demo; returns the exit code."""
+    from trimtab import LoraConfig, get_peft_model
+
+    began = time.monotonic()
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+    folder = resolve_base(base)
+    model, tokenizer = load(folder)
+    task = load_task(data or default_data(), tokenizer)
+    console.print(f"Base model: {base} ({sum(p.numel() for p in model.parameters()):,} parameters, {folder})")
+    console.print(f"Task: {len(task.train)} rows to learn from, {len(task.test)} to be tested on, for example")
+    console.print(f"  {task.prompts[0]}\n  -> {task.expected[0]}", markup=False)
+
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(**LORA))
+    model.print_trainable_parameters()
+    args = TrainingArguments(**ARGS, num_train_epochs=epochs, output_dir=str(out))
+    task = task.first(rows) if rows else affordable(model, task, args, console)
+
+    console.print("\nBefore: scoring the base model")
+    with model.disable_adapter():
+        before = score(model, tokenizer, task)
+    console.print(f"  held-out loss {before.loss:.3f}, exact match {before.exact:.0%}")
+
+    scale = LORA["lora_alpha"] / LORA["r"]
+    console.print(
+        f"\nTraining: {len(task.train)} rows x {epochs:g} passes, r={LORA['r']}, scale alpha/r={scale:g}, "
+        f"learning rate {args.learning_rate:g}, batches of {args.per_device_train_batch_size}"
+    )
+    result = train(model, task.train, args, valid=task.valid, pad_id=pad_id(tokenizer))
+    if result.interrupted:
+        console.print("Interrupted.")
+        return 130
+
+    console.print("\nAfter: scoring the adapter, merged into the base meanwhile: generation is faster so")
+    model.merge_adapter()
+    after = score(model, tokenizer, task, loss=result.eval_losses[-1][1])
+    model.unmerge_adapter()  # the base is again what it was, bit for bit
+    adapter = out / "adapter"
+    model.save_pretrained(adapter)
+    show(console, task, before, after, result)
+    show_files(console, adapter, Path(folder), plot_losses(result, out / "loss.png", base, before.loss))
+    same = reload_is_equal(model, tokenizer, task, adapter, console)
+    console.print(f"Done in {clock(time.monotonic() - began)} (min:s).")
+    return 0 if same else 1
+
+
+def load(folder: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it takes a second; the demo's own lines say enough
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def pad_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def default_data() -> Path:
+    """The US addresses: in the source tree, or in the installed package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parents[2] / "examples/data/addresses", here / "addresses"):
+        if (folder / "train.jsonl").is_file():
+            return folder
+    raise DataError("The demo's data is not installed. Name a folder with train, valid and test.jsonl: --data FOLDER")
+
+
+def load_task(folder: Path, tokenizer: Any) -> Task:
+    rows = {split: read_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    valid, test = rows["valid"][:VALID_ROWS], rows["test"][:TEST_ROWS]
+    examples = {
+        split: encode_rows(part, tokenizer, system=SYSTEM) for split, part in (("valid", valid), ("test", test))
+    }
+    prompts = [str(row.get("prompt", row)) for row in test]
+    return Task(
+        train=encode_rows(rows["train"], tokenizer, system=SYSTEM),
+        **examples,
+        prompts=prompts,
+        expected=references(tokenizer, examples["test"]),
+    )
+
+
+def affordable(model: nn.Module, task: Task, args: TrainingArguments, console: Console) -> Task:
+    """As much of the task as this machine can train on in `TRAIN_SECONDS`, by timing a few small steps."""
+    examples = task.train[:ROWS]
+    timed = [examples[i : i + 4] for i in range(0, min(len(examples), 20), 4)]
+    if len(timed) < 2:
+        return task
+    model.train()
+    loss_of(model, timed[0]).backward()  # the first one warms up
+    start = time.perf_counter()
+    for batch in timed[1:]:
+        loss_of(model, batch).backward()
+    rate = sum(len(e.ids) for batch in timed[1:] for e in batch) / (time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    seconds = args.num_train_epochs * sum(len(e.ids) for e in examples) / rate
+    console.print(f"This machine trains about {rate:,.0f} tokens/s: {clock(seconds)} for {len(examples)} rows.")
+    share = min(1.0, TRAIN_SECONDS / seconds)
+    if share == 1.0:
+        return task.first(len(examples))
+    rows = min(len(examples), max(MIN_ROWS, int(share * len(examples))))
+    task = task.first(rows, share)
+    console.print(
+        f"[bold]That is long: {rows} rows to learn from and {len(task.test)} to be tested on, then. "
+        f"Expect a lower score.[/bold] (--rows {len(examples)} takes all.)"
+    )
+    return task
+
+
+def score(model: nn.Module, tokenizer: Any, task: Task, loss: float | None = None) -> Score:
+    if loss is None:
+        loss = evaluate(model, task.valid, pad_id=pad_id(tokenizer))
+    answers = complete(model, tokenizer, task.test, task.longest_answer)
+    return Score(loss, answers, exact_match(answers, task.expected))
+
+
+def show(console: Console, task: Task, before: Score, after: Score, result: TrainResult) -> None:
+    """The two scores, and the answers to the first three test rows side by side."""
+    console.print(
+        f"  {result.tokens:,} tokens in {clock(result.seconds)} (min:s), {result.tokens_per_second:,.0f} tokens/s\n"
+    )
+    table = Table("", "before", "after")
+    table.add_row(f"held-out loss ({len(task.valid)} rows)", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row(f"exact match ({len(task.test)} rows)", f"{before.exact:.0%}", f"[bold]{after.exact:.0%}[/bold]")
+    console.print(table)
+    table = Table("prompt", "before", "after", show_lines=True)
+    for prompt, expected, old, new in list(zip(task.prompts, task.expected, before.answers, after.answers))[:3]:
+        verdict = "\n[green]right[/green]" if new == expected else f"\n[yellow]expected[/yellow] {escape(expected)}"
+        table.add_row(escape(prompt), escape(old[:200]), escape(new) + verdict)
+    console.print(table)
+
+
+def show_files(console: Console, adapter: Path, base: Path, plot: Path) -> None:
+    small = size(adapter)
+    line = f"Adapter:   {adapter} ({small / 1e6:.1f} MB"
+    if base.is_dir():
+        line += f"; the base is {size(base) / 1e6:.1f} MB, {size(base) / small:.0f} times as large"
+    console.print(line + ")")
+    console.print(f"Loss plot: {plot}\nMetrics:   {plot.parent / 'metrics.jsonl'}")
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def reload_is_equal(model: nn.Module, tokenizer: Any, task: Task, adapter: Path, console: Console) -> bool:
+    """Whether a fresh process that loads the adapter answers with the very same tokens."""
+    prompts = [e.ids[: e.prompt_length] for e in task.test[:3]]
+    here = generate_ids(model, prompts, pad_id(tokenizer), task.longest_answer)
+    question = json.dumps([str(adapter), prompts, pad_id(tokenizer), task.longest_answer])
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD],
+        input=question,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
+    if done.returncode:
+        console.print(f"A fresh process could not load the adapter:\n{done.stderr.strip()[-3000:]}", markup=False)
+        return False
+    there = json.loads(done.stdout.splitlines()[-1])
+    if there != here:
+        console.print("A fresh process loaded the adapter and generated OTHER tokens: this is a bug.", style="bold red")
+        return False
+    console.print(
+        "A fresh process loaded it with AutoPeftModelForCausalLM.from_pretrained and generated the same "
+        f"{sum(map(len, there))} tokens."
+    )
+    return True

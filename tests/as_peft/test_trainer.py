@@ -1,0 +1,105 @@
+"""The Hugging Face Trainer with adapters: columns, checkpoints, resuming, the best model, gradient checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from tests.as_peft import tiny
+
+
+def data(rows: int = 16, unused: bool = True) -> Dataset:
+    ids = tiny.batch(rows).tolist()
+    columns = {"input_ids": ids, "labels": ids, "attention_mask": [[1] * 8] * rows}
+    return Dataset.from_dict(columns | ({"text": ["not a column of the model"] * rows} if unused else {}))
+
+
+def arguments(folder: Path, **changes) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "report_to": [], "use_cpu": True, "save_steps": 2, "seed": 3,
+    }
+    return TrainingArguments(**settings | changes)
+
+
+def adapted(**config) -> PeftModel:
+    return get_peft_model(tiny.llama(), LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, **{"target_modules": ["q_proj", "v_proj"], **config}))
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_training_changes_only_the_adapter_and_drops_unused_columns(tmp_path):
+    model = adapted()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=8, learning_rate=5e-2), train_dataset=data(4))
+    trainer.train()
+    assert trainer._signature_columns[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values"]
+    assert len(losses(trainer)) == 8
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+
+
+def test_checkpoints_hold_the_adapter_only_and_resume_where_they_stopped(tmp_path):
+    whole = Trainer(model=adapted(), args=arguments(tmp_path / "whole", max_steps=4), train_dataset=data())
+    whole.train()
+    folder = tmp_path / "whole" / "checkpoint-2"
+    names = {p.name for p in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"} <= names
+    assert "model.safetensors" not in names
+    resumed = Trainer(model=adapted(), args=arguments(tmp_path / "again", max_steps=4), train_dataset=data())
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert resumed.state.global_step == 4
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], abs=1e-6)
+    ours = dict(resumed.model.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(parameter, ours[name], atol=1e-6, rtol=0)
+
+
+def test_the_best_model_comes_back_at_the_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-2, "save_total_limit": 2}
+    trainer = Trainer(model=adapted(), args=arguments(tmp_path, **settings), train_dataset=data(), eval_dataset=data(8))
+    # The learning rate explodes after step 2, so that the best model is not the last.
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0 if step < 2 else 1e4)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = min(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path, reentrant):
+    plain = Trainer(model=adapted(), args=arguments(tmp_path / "plain"), train_dataset=data())
+    plain.train()
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checked = Trainer(model=adapted(), args=arguments(tmp_path / "checked", **settings), train_dataset=data())
+    checked.train()
+    assert losses(checked) == pytest.approx(losses(plain), abs=1e-6)
+
+
+def test_a_classifier_trains_and_saves_its_head(tmp_path):
+    model = get_peft_model(tiny.bert(), LoraConfig(task_type=TaskType.SEQ_CLS, r=4))
+    rows = Dataset.from_dict({"input_ids": tiny.batch(16).tolist(), "label": [i % 2 for i in range(16)]})
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+    trainer.save_model()
+    again = PeftModel.from_pretrained(tiny.bert(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tiny.batch()).logits, trainer.model.eval()(tiny.batch()).logits)
+
+
+def test_the_model_card_names_the_adapter(tmp_path):
+    trainer = Trainer(model=adapted(), args=arguments(tmp_path, max_steps=1), train_dataset=data())
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny")
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()

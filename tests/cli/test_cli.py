@@ -1,0 +1,110 @@
+"""The command: quick help, one message for an error, and the demo from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+MAIN = [sys.executable, "-c", "import sys; sys.argv[0] = 'trimtab'; from trimtab.cli import main; main()"]
+
+
+def trimtab(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    whole = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **env}
+    return subprocess.run([*MAIN, *args], capture_output=True, text=True, check=False, env=whole)
+
+
+def test_help_names_the_verbs_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from trimtab.cli import main; sys.argv = ['trimtab', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'safetensors', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
+    assert "version" in done.stdout
+
+
+def test_help_is_fast() -> None:
+    def processor_seconds() -> float:  # not wall time: the tests run beside others
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = usage.ru_utime + usage.ru_stime
+        assert trimtab("--help").returncode == 0
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime - before
+
+    assert min(processor_seconds() for _ in range(5)) < 0.5  # 0.25 s on a quiet 2-core machine
+
+
+def test_version() -> None:
+    assert trimtab("--version").stdout.strip() == version("trimtab")
+    lines = trimtab("version").stdout.splitlines()
+    assert lines[0] == f"trimtab {version('trimtab')}"
+    assert f"torch {version('torch')}" in lines
+
+
+def test_an_unknown_option_and_a_missing_file_are_one_message(tmp_path) -> None:
+    done = trimtab("demo", "--rowz", "3")
+    assert done.returncode == 2
+    assert "--rowz" in done.stderr
+    done = trimtab("demo", "--model", str(tmp_path / "no.gguf"))
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"trimtab: There is no file {tmp_path / 'no.gguf'}."
+
+
+@pytest.fixture
+def tiny_base(tmp_path):
+    """A random Llama with a byte tokenizer and a chat template, and rows to learn."""
+    torch.manual_seed(0)
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=256, bos_token_id=None, pad_token_id=256, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(16)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_the_demo_from_end_to_end(tiny_base) -> None:
+    out = tiny_base / "out"
+    args = ["--model", str(tiny_base / "base"), "--data", str(tiny_base / "data"), "--out", str(out), "--epochs", "3"]
+    done = trimtab("demo", *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("trainable params:", "held-out loss", "exact match", "before", "after", "times as large", "loss.png"):
+        assert words in done.stdout, words
+    assert "AutoPeftModelForCausalLM.from_pretrained" in done.stdout
+    assert "generated the same" in done.stdout
+    assert all(words in done.stderr for words in ("step 6/6", "tokens/s", "left"))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 6 + 3
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", str(tiny_base / "base"))
+    weights = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+
+    shutil.rmtree(out)
+    done = trimtab("demo", *args, "--rows", "4")  # a rerun, with fewer rows
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 rows x 3 passes" in done.stdout

@@ -1,0 +1,152 @@
+"""One row a method: the smallest configs that show all it can do. A new method adds its row; the tests do the rest.
+
+Which layers of the toy model a case runs on follows from its method's `kinds`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.models import SITES, tokens, toy
+from trimtab import PeftModel, get_peft_model
+from trimtab.methods import METHODS, config_class, method_class
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to test.
+
+    Attributes:
+        name: what the test is called.
+        peft_type: the method's.
+        options: fields of its config, beside `target_modules`.
+        identity: it promises to change nothing at the start.
+        mutates: its start changes the base's weights (and what is promised holds for the sum).
+        sites: only these layers, where a field narrows what the method can do.
+    """
+
+    name: str
+    peft_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    identity: bool = True
+    mutates: bool = False
+    sites: tuple[str, ...] | None = None
+
+    def config(self, *names: str, **more: Any) -> Any:
+        """The config for these layers (all it can adapt, by default)."""
+        names = names or self.names
+        return config_class(self.peft_type)(target_modules=list(names), **{**self.options, **more})
+
+    @property
+    def method(self) -> Any:
+        """The class that does it."""
+        return method_class(config_class(self.peft_type)(**self.options))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers of the toy that its method can adapt."""
+        able = tuple(name for name, kind in SITES.items() if kind in self.method.kinds)
+        return able if self.sites is None else tuple(n for n in able if n in self.sites)
+
+
+LINEAR = ("up", "down", "head")
+
+CASES = [
+    Case("lora", "LORA", {"r": 3, "lora_alpha": 5}),
+    Case("lora-rslora", "LORA", {"r": 2, "lora_alpha": 3, "use_rslora": True}),
+    Case("lora-dropout", "LORA", {"r": 2, "lora_dropout": 0.4}),
+    Case("lora-bias", "LORA", {"r": 2, "lora_bias": True}, sites=LINEAR),
+    Case("lora-random", "LORA", {"r": 2, "init_lora_weights": False}, identity=False),
+    Case("lora-gaussian", "LORA", {"r": 2, "init_lora_weights": "gaussian"}),
+    Case("lora-orthogonal", "LORA", {"r": 2, "init_lora_weights": "orthogonal"}),
+    Case("lora-pissa", "LORA", {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}, mutates=True),
+    Case("lora-pissa-niter", "LORA", {"r": 2, "init_lora_weights": "pissa_niter_4"}, mutates=True),
+    Case("lora-olora", "LORA", {"r": 2, "lora_alpha": 3, "init_lora_weights": "olora"}, mutates=True),
+    Case("dora", "LORA", {"r": 3, "lora_alpha": 5, "use_dora": True}),
+    Case("dora-dropout", "LORA", {"r": 2, "use_dora": True, "lora_dropout": 0.4}),
+    Case("dora-pissa", "LORA", {"r": 2, "use_dora": True, "init_lora_weights": "pissa"}, mutates=True),
+    Case("lora-tokens", "LORA", {"r": 2, "trainable_token_indices": {"embed": [1, 5]}}, sites=LINEAR),
+    Case("tokens", "TRAINABLE_TOKENS", {"token_indices": [1, 2, 5]}),
+]
+BY_NAME = {case.name: case for case in CASES}
+# One case of each formula: for tests that are quadratic, or compile.
+FORMULAS = [BY_NAME[name] for name in ("lora", "lora-bias", "dora", "lora-tokens", "tokens")]
+
+
+def pairs(cases: list[Case] | None = None) -> list[Any]:
+    """(case, layer of the toy) as pytest parameters."""
+    import pytest
+
+    return [pytest.param(c, site, id=f"{c.name}-{site}") for c in cases or CASES for site in c.names]
+
+
+def adapted(case: Case, *names: str, dtype: torch.dtype = torch.float32, moved: bool = True, **more: Any) -> PeftModel:
+    """The toy with one adapter on these layers, in evaluation mode; `moved`: with its tensors as after training."""
+    model = get_peft_model(toy(dtype), case.config(*names, **more)).eval()
+    if moved:
+        move(model, "default")
+    return model
+
+
+def also(model: PeftModel, name: str, case: Case, *names: str) -> None:
+    """A second adapter, moved as well."""
+    model.add_adapter(name, case.config(*names))
+    model.eval()
+    move(model, name)
+
+
+@torch.no_grad()
+def move(model: PeftModel, adapter: str) -> None:
+    """Change an adapter's tensors as training would, each in its own way."""
+    for key, tensor in tensors(model, adapter).items():
+        seed = zlib.crc32(f"{adapter}.{key}".encode())
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+        tensor.add_(0.3 * noise.to(tensor.dtype))
+
+
+def tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """The trained tensors of an adapter by their names in the model."""
+    return {n: p for n, p in model.named_parameters() if adapter in n.split(".")}
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Equal up to a few roundings of `dtype`, measured on the scale of the whole tensor."""
+    limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    scale = float(expected.detach().double().abs().max())
+    error = float((actual.detach().double() - expected.detach().double()).abs().max())
+    assert error <= limit * max(scale, 1.0), f"off by {error:.2e} on a scale of {scale:.2e}"
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs differ by more than rounding."""
+    return bool((a - b).abs().max() > 1e-3)
+
+
+def ids() -> Tensor:
+    """The input of all contract tests."""
+    return tokens()
+
+
+def layer_of(model: PeftModel, site: str) -> nn.Module:
+    """The adapted layer of that name."""
+    return model.get_base_model().get_submodule(site)
+
+
+def covered() -> set[str]:
+    """The methods that have a row."""
+    return {case.peft_type for case in CASES}
+
+
+def missing() -> set[str]:
+    """The methods of layers that have none."""
+    layers = {t for t in METHODS if "model" not in method_class(config_class(t)()).kinds}
+    return layers - covered()

@@ -1,0 +1,391 @@
+"""What every method promises at every kind of layer in every number format. Rows: tests/contract/cases.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contract.cases import (
+    BY_NAME,
+    CASES,
+    DTYPES,
+    FORMULAS,
+    Case,
+    adapted,
+    also,
+    close,
+    differs,
+    ids,
+    layer_of,
+    missing,
+    move,
+    pairs,
+    tensors,
+)
+from tests.models import assert_untouched, snapshot, toy
+from trimtab import PeftModel, get_peft_model
+from trimtab.methods.lora import VARIANTS
+
+everywhere = pytest.mark.parametrize(("case", "site"), pairs())
+formulas_everywhere = pytest.mark.parametrize(("case", "site"), pairs(FORMULAS))
+formats = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def base_output(dtype: torch.dtype = torch.float32) -> Tensor:
+    return toy(dtype)(ids())
+
+
+def test_every_method_has_a_row() -> None:
+    assert not missing(), f"add a row for each to {Case.__module__}"
+    for field in VARIANTS:
+        assert any(case.options.get(field) for case in CASES), f"no row sets `{field}`"
+
+
+# ---------------------------------------------------------------------- start
+@everywhere
+@formats
+def test_identity_at_start(case: Case, site: str, dtype: torch.dtype) -> None:
+    expected = base_output(dtype)
+    out = adapted(case, site, dtype=dtype, moved=False)(ids())
+    if case.identity:
+        close(out, expected, dtype)
+    else:
+        assert differs(out, expected)
+
+
+@everywhere
+def test_moving_it_changes_the_output(case: Case, site: str) -> None:
+    """Without this, every equality below could hold for a method that does nothing."""
+    model = adapted(case, site)
+    assert differs(model(ids()), base_output())
+
+
+# ---------------------------------------------------------------------- merging
+@everywhere
+@formats
+def test_forward_equals_merged(case: Case, site: str, dtype: torch.dtype) -> None:
+    model = adapted(case, site, dtype=dtype)
+    expected = model(ids())
+    assert expected.dtype == dtype
+    model.merge_adapter()
+    close(model(ids()), expected, dtype)
+
+
+@everywhere
+@formats
+def test_unmerge_and_disable_are_bit_exact(case: Case, site: str, dtype: torch.dtype) -> None:
+    base, bits = base_output(dtype), toy(dtype).state_dict()
+    model = adapted(case, site, dtype=dtype)
+    layer, before = layer_of(model, site), model(ids())
+    parameters = dict(layer.base_layer._parameters)
+    with model.disable_adapter():
+        assert torch.equal(model(ids()), base)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(ids()), base), "disabled while merged"
+    model.unmerge_adapter()
+    assert dict(layer.base_layer._parameters) == parameters, "the very objects come back"
+    if not case.mutates:
+        for name, parameter in layer.base_layer._parameters.items():
+            assert parameter is None or torch.equal(parameter, bits[f"{site}.{name}"])
+    assert torch.equal(model(ids()), before)
+
+
+@everywhere
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(case: Case, site: str) -> None:
+    model = adapted(case, site)
+    expected = model(ids())
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    assert torch.equal(model(ids()), expected)
+    name, tensor = next((n, t) for n, t in tensors(model).items() if n.startswith(f"base_model.model.{site}."))
+    kept = tensor.detach().clone()
+    tensor.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not layer_of(model, site).merged, name
+    tensor.data.copy_(kept)
+    assert torch.equal(model(ids()), expected)
+
+
+@everywhere
+def test_delta_weight_is_what_merging_adds(case: Case, site: str) -> None:
+    model = adapted(case, site)
+    layer = layer_of(model, site)
+    before = layer.base_layer.weight.detach().clone()
+    delta = layer.get_delta_weight("default")
+    model.merge_adapter()
+    close(layer.base_layer.weight, before + delta, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@formulas_everywhere
+@pytest.mark.parametrize("second", FORMULAS, ids=lambda c: c.name)
+def test_two_stacked_equal_merged_in_that_order(case: Case, site: str, second: Case, dtype: torch.dtype) -> None:
+    if site not in second.names:
+        second = BY_NAME["lora"]
+    model = adapted(case, site, dtype=dtype)
+    also(model, "second", second, site)
+    for order in (["default", "second"], ["second", "default"]):
+        model.set_adapter(order)
+        model.eval()
+        stacked = model(ids())
+        model.merge_adapter(order)
+        close(model(ids()), stacked, dtype)
+        model.unmerge_adapter()
+        model.merge_adapter(order[:1])  # the first merged, the second on top of it
+        close(model(ids()), stacked, dtype)
+        model.unmerge_adapter()
+        assert torch.equal(model(ids()), stacked)
+
+
+# ---------------------------------------------------------------------- the two spellings
+@everywhere
+@formats
+def test_fused_spelling_equals_weight_spelling(case: Case, site: str, dtype: torch.dtype) -> None:
+    assert case.method.fused, "a method without a fused spelling has nothing to compare"
+    model = adapted(case, site, dtype=dtype)
+    layer, seen = layer_of(model, site), []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(ids())
+    (x,) = seen
+    stack = layer._stack(["default"])
+    results = []
+    for spelling in (lambda v: layer(v), lambda v: layer._reparametrised(stack, v)):
+        model.zero_grad()
+        v = x.clone().requires_grad_(x.is_floating_point())
+        y = spelling(v)
+        y.float().square().sum().backward()
+        results.append((y, v.grad, {n: t.grad for n, t in tensors(model).items() if f".{site}." in n}))
+    (y1, x1, g1), (y2, x2, g2) = results
+    close(y1, y2, dtype)
+    if x1 is not None:
+        close(x1, x2, dtype)
+    assert g1
+    for name, gradient in g1.items():
+        close(gradient, g2[name], torch.float32 if dtype == torch.float64 else dtype)
+
+
+# ---------------------------------------------------------------------- mixed batches
+@everywhere
+def test_mixed_rows_equal_each_alone(case: Case, site: str) -> None:
+    other = BY_NAME["lora"] if case.mutates or site == "embed" else BY_NAME["dora"]
+    model = adapted(case, site)
+    also(model, "second", other, site)
+    x, names = ids(), ["second", "default", "__base__", "default"]
+    base = base_output()
+    mixed = model(x, adapter_names=names)
+    weight = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(3))
+    model.set_requires_grad(["default", "second"], True)
+    (model(x, adapter_names=names) * weight).sum().backward()
+    together = {n: p.grad.clone() for a in ("default", "second") for n, p in tensors(model, a).items()}
+    for name in ("default", "second"):
+        rows = [i for i, n in enumerate(names) if n == name]
+        model.set_adapter(name)
+        model.zero_grad()
+        alone = model(x[rows])
+        close(mixed[rows], alone, torch.float32)
+        (alone * weight[rows]).sum().backward()
+        for key, parameter in tensors(model, name).items():
+            close(together[key], parameter.grad, torch.float32)
+    close(mixed[[2]], base[[2]], torch.float32)
+
+
+# ---------------------------------------------------------------------- files
+@everywhere
+@formats
+def test_save_and_load_give_the_same(case: Case, site: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(case, site, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(99)  # nothing that is loaded may depend on chance
+    loaded = PeftModel.from_pretrained(toy(dtype), tmp_path)
+    assert torch.equal(loaded(ids()), model(ids()))
+    assert tensors(loaded).keys() == tensors(model).keys()
+    assert not any(p.requires_grad for p in loaded.parameters())
+    beside = adapted(BY_NAME["lora"], "up", dtype=dtype)
+    if not (case.mutates and site == "up"):
+        beside.load_adapter(tmp_path, "again")
+        beside.set_adapter("again")
+        assert torch.equal(beside(ids()), model(ids()))
+
+
+# ---------------------------------------------------------------------- training
+@everywhere
+@formats
+def test_gradients_reach_the_adapter_only(case: Case, site: str, dtype: torch.dtype) -> None:
+    model = adapted(case, site, dtype=dtype).train()
+    model(ids()).float().square().sum().backward()
+    trained = tensors(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in trained), name
+        assert (parameter.grad is not None) == (name in trained), name
+    for name, parameter in trained.items():
+        assert parameter.grad.abs().max() > 0, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize(("case", "site"), pairs([c for c in CASES if c.options.get("lora_dropout")]))
+def test_dropout_acts_in_training_only(case: Case, site: str) -> None:
+    model = adapted(case, site)
+    plain = model(ids())
+    assert torch.equal(model(ids()), plain)
+    none = adapted(case, site, lora_dropout=0.0)
+    assert torch.equal(none(ids()), plain)
+    model.train()
+    torch.manual_seed(1)
+    first = model(ids())
+    torch.manual_seed(1)
+    assert torch.equal(model(ids()), first), "the same seed, the same mask"
+    if site in ("embed", "scaled"):  # indices are not dropped
+        assert torch.equal(first, plain)
+    else:
+        assert differs(first, plain)
+        assert differs(model(ids()), first)
+        with model.disable_adapter():
+            assert torch.equal(model(ids()), base_output())
+
+
+@everywhere
+def test_a_few_steps_lower_the_loss(case: Case, site: str) -> None:
+    model = adapted(case, site, moved=False)
+    goal = torch.randn(model(ids()).shape, generator=torch.Generator().manual_seed(5))
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(15):
+        loss = (model(ids()) - goal).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 1e-3
+
+
+# ---------------------------------------------------------------------- coming and going
+@everywhere
+def test_unload_gives_back_the_very_model(case: Case, site: str) -> None:
+    base = toy()
+    expected, before = base(ids()), snapshot(base)
+    model = get_peft_model(base, case.config(site))
+    move(model, "default")
+    also(model, "second", BY_NAME["lora"], "up", "head")
+    if not case.mutates:
+        model.set_adapter(["default", "second"])
+    model.train()
+    model(ids()).sum().backward()
+    model.eval().merge_adapter()
+    after = model.unload()
+    assert after is base
+    assert_untouched(base, before)
+    assert not any(p.requires_grad for p in base.parameters())
+    assert torch.equal(base(ids()), expected)
+
+
+@everywhere
+@formats
+def test_merge_and_unload_leaves_the_plain_model_with_other_weights(case: Case, site: str, dtype: torch.dtype) -> None:
+    base = toy(dtype)
+    before = snapshot(base)
+    model = get_peft_model(base, case.config(site)).eval()
+    move(model, "default")
+    expected = model(ids())
+    after = model.merge_and_unload()
+    assert after is base
+    assert snapshot(base)["modules"] == before["modules"]
+    assert snapshot(base)["attributes"] == before["attributes"]
+    assert {n for n, _ in base.named_parameters()} - {f"{site}.bias"} == {*before["parameters"]} - {f"{site}.bias"}
+    close(base(ids()), expected, dtype)
+
+
+@everywhere
+def test_delete_leaves_the_others(case: Case, site: str) -> None:
+    model = adapted(BY_NAME["lora"], "up", "head")
+    expected = model(ids())
+    names = [n for n, _ in model.named_parameters()]
+    if not (case.mutates and site == "up"):
+        also(model, "second", case, site)
+        model.set_adapter("second")
+        assert differs(model(ids()), expected)
+        model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model(ids()), expected)
+    assert {n.replace("base_layer.", "") for n, _ in model.named_parameters()} == {n.replace("base_layer.", "") for n in names}
+
+
+# ---------------------------------------------------------------------- copies
+def pickled(model: PeftModel) -> PeftModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+def torch_saved(model: PeftModel) -> PeftModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@everywhere
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, torch_saved], ids=["deepcopy", "pickle", "torch.save"])
+def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> None:
+    model = adapted(case, site)
+    expected = model(ids())
+    twin = duplicate(model)
+    assert type(twin) is type(model)
+    assert torch.equal(twin(ids()), expected)
+    move(twin, "default")
+    assert differs(twin(ids()), expected)
+    assert torch.equal(model(ids()), expected)
+    with twin.disable_adapter():
+        assert torch.equal(twin(ids()), base_output())
+        assert torch.equal(model(ids()), expected), "the copy has a route of its own"
+    also(twin, "second", BY_NAME["lora"], "head")
+    assert list(model.peft_config) == ["default"]
+    twin.merge_adapter()
+    base = twin.unload()
+    assert torch.equal(base(ids()), base_output())
+    assert {n for n, _ in base.named_modules()} == {n for n, _ in toy().named_modules()}
+    assert torch.equal(model(ids()), expected)
+
+
+# ---------------------------------------------------------------------- compiled
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_compiles_in_one_graph(case: Case) -> None:
+    torch._dynamo.reset()
+    model = adapted(case)
+    also(model, "second", BY_NAME["lora"], "up", "head")
+    base = base_output()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for name in ("default", "second", "default"):
+            model.set_adapter(name)
+            model.eval()
+            close(compiled(ids()), model(ids()), torch.float32)
+        with model.disable_adapter():
+            assert torch.equal(compiled(ids()), base)
+        close(compiled(ids()), model(ids()), torch.float32)
+        model.merge_adapter()
+        close(compiled(ids()), model(ids()), torch.float32)
+        with model.disable_adapter():
+            assert torch.equal(compiled(ids()), base), "disabled while merged"
+
+
+def test_compiles_for_training_with_inductor() -> None:
+    torch._dynamo.reset()
+    model = adapted(BY_NAME["lora"]).train()
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        out = run(ids())
+        out.square().sum().backward()
+        results.append((out, {n: p.grad.clone() for n, p in tensors(model).items()}))
+    close(results[1][0], results[0][0], torch.float32)
+    for name, gradient in results[0][1].items():
+        close(results[1][1][name], gradient, torch.float32)

@@ -1,0 +1,133 @@
+"""Prompts by themselves: padding, training, switching, several kinds of adapter on one model, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+KINDS = [PromptTuningConfig, PrefixTuningConfig]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=64, pad_token_id=0, eos_token_id=None)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def adapted(kind, **fields):
+    return get_peft_model(llama(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **fields)).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_row_generates_what_it_does_alone(kind):
+    model = adapted(kind)
+    row = torch.tensor([[7, 8, 9]])
+    batch = torch.cat([torch.tensor([[0, 0, 7, 8, 9]]), torch.tensor([[3, 4, 5, 6, 7]])])
+    mask = (batch != 0).long()
+    alone = model.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=5, do_sample=False)
+    both = model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    assert torch.equal(both[0, 5:], alone[0, 3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_generated_token_is_the_forward_s(kind):
+    model = adapted(kind)
+    ids = torch.tensor([[7, 8, 9, 10]])
+    want = model(input_ids=ids).logits[:, -1].argmax(-1)
+    assert model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)[0, -1] == want
+    assert model.generate(input_ids=ids, max_length=6, do_sample=False).shape == (1, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_prompt_trains_and_the_loss_falls(kind):
+    model = adapted(kind)
+    ids = torch.randint(3, 60, (4, 6))
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(n.startswith("prompt_encoder.default.") for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disable_and_switch(kind):
+    base, ids = llama(), torch.randint(3, 60, (2, 5))
+    want = base(input_ids=ids).logits
+    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    first = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, want)
+    model.add_adapter("other", kind(task_type="CAUSAL_LM", num_virtual_tokens=6))
+    assert torch.equal(model(input_ids=ids).logits, first)
+    model.set_adapter("other")
+    assert not torch.equal(model(input_ids=ids).logits[:, -1], first[:, -1])
+    assert [n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad] == ["other"]
+    model.delete_adapter("other")
+    assert torch.equal(model(input_ids=ids).logits, first)
+
+
+def test_a_prompt_and_a_lora_together(tmp_path):
+    model = adapted(PromptTuningConfig)
+    model.add_adapter("lora", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+    ids = torch.randint(3, 60, (2, 5))
+    alone = model(input_ids=ids).logits
+    model.set_adapter(["default", "lora"])
+    both = model(input_ids=ids).logits
+    assert not torch.allclose(both, alone)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    loaded.load_adapter(tmp_path / "lora", "lora")
+    loaded.set_adapter(["default", "lora"])
+    assert torch.allclose(loaded(input_ids=ids).logits, both, atol=1e-6)
+
+
+def test_starts():
+    base = llama()
+    drawn = get_peft_model(copy.deepcopy(base), PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"))  # fmt: skip
+    rows = drawn.prompt_encoder["default"].embedding.weight
+    table = base.get_input_embeddings().weight
+    assert all((table == row).all(1).any() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        (PromptTuningConfig, {"num_virtual_tokens": None}, "num_virtual_tokens"),
+        (PromptTuningConfig, {"prompt_tuning_init": "TEXT"}, "tokenizer_name_or_path"),
+        (PromptTuningConfig, {"tokenizer_kwargs": {"a": 1}}, "tokenizer_kwargs"),
+    ],
+)
+def test_errors_name_the_field(kind, fields, words):
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(llama(), kind(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **fields}))
+
+
+def test_a_prompt_has_no_place_in_a_mixed_batch():
+    with pytest.raises(ValueError, match="adapter_names"):
+        adapted(PromptTuningConfig)(input_ids=torch.randint(3, 60, (1, 3)), adapter_names=["default"])
+
+
+def test_a_projected_prefix_is_loaded_for_use_not_for_training(tmp_path):
+    model = adapted(PrefixTuningConfig, prefix_projection=True)
+    ids = torch.randint(3, 60, (2, 5))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+    with pytest.raises(RuntimeError, match="prefix_projection"):
+        PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)

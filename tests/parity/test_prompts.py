@@ -1,0 +1,125 @@
+"""Prompt tuning and prefix tuning against the installed peft: outputs, gradients, generation, files both ways."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import trimtab
+
+SMALL = {"vocab_size": 64, "eos_token_id": None}
+LLAMA = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, pad_token_id=0, **SMALL)  # fmt: skip
+BASES = {
+    "llama": (lambda: LlamaForCausalLM(LLAMA), "CAUSAL_LM"),
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, pad_token_id=0, **SMALL)), "CAUSAL_LM"),
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **SMALL)
+        ),
+        "SEQ_2_SEQ_LM",
+    ),
+    "bert": (
+        lambda: BertForSequenceClassification(
+            BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+        ),
+        "SEQ_CLS",
+    ),
+}
+METHODS = {
+    "prompt": ("PromptTuningConfig", {}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+}
+GENERATION = [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"repetition_penalty": 1.3}]
+
+
+def sharp(name):
+    """A tiny model whose logits are far apart, so that greedy choices do not hang on rounding."""
+    torch.manual_seed(0)
+    base = BASES[name][0]().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(3)
+    return base
+
+
+def inputs(task):
+    torch.manual_seed(1)
+    ids = torch.randint(3, 60, (2, 4))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "SEQ_CLS":
+        return batch | {"labels": torch.tensor([0, 1])}
+    return batch | {"labels": ids} | ({"decoder_attention_mask": torch.ones_like(ids)} if task == "SEQ_2_SEQ_LM" else {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base_name", BASES)
+def test_theirs_loads_here_and_ours_there(base_name, method, tmp_path):
+    base, task = sharp(base_name), BASES[base_name][1]
+    cls, fields = METHODS[method]
+    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, cls)(task_type=task, num_virtual_tokens=5, **fields))
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours = trimtab.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    read = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    assert read[0] == read[1]
+    batch = inputs(task)
+    a, b, c = (m(**batch) for m in (theirs, ours, back))
+    assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(a.logits, c.logits, atol=1e-5)
+    assert torch.allclose(a.loss, b.loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("base_name", ["llama", "gpt2", "t5"])
+def test_generation(base_name, method, tmp_path):
+    base, task = sharp(base_name), BASES[base_name][1]
+    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, METHODS[method][0])(task_type=task, num_virtual_tokens=5))
+    theirs.eval().save_pretrained(tmp_path)
+    ours = trimtab.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    batch = {k: v for k, v in inputs(task).items() if k in ("input_ids", "attention_mask")}
+    for arguments in GENERATION:
+        arguments = {"max_new_tokens": 6, "do_sample": False} | arguments
+        want = theirs.generate(**batch, **arguments)
+        assert torch.equal(ours.generate(**batch, **arguments), want)
+    assert torch.equal(
+        ours.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False),
+        theirs.generate(**batch, max_new_tokens=6, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base_name", ["llama", "t5", "bert"])
+def test_gradients_and_names(base_name, method):
+    base, task = sharp(base_name), BASES[base_name][1]
+    cls, fields = METHODS[method]
+    models = []
+    for library in (peft, trimtab):
+        model = library.get_peft_model(copy.deepcopy(base), getattr(library, cls)(task_type=task, num_virtual_tokens=5, **fields))
+        models.append(model.eval())
+    trained = [
+        {n.replace("base_model.model.", "base_model."): p for n, p in m.named_parameters() if p.requires_grad} for m in models
+    ]
+    assert trained[0].keys() == trained[1].keys()
+    with torch.no_grad():
+        for name, parameter in trained[1].items():
+            parameter.copy_(trained[0][name])
+    for model in models:
+        model(**inputs(task)).loss.backward()
+    for name, parameter in trained[0].items():
+        assert torch.allclose(parameter.grad, trained[1][name].grad, atol=1e-5), name

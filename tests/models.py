@@ -46,6 +46,7 @@ class Toy(nn.Module):
 SITES: dict[str, str] = {
     "embed": "embedding",
     "scaled": "embedding",
+    "norm": "vector",
     "up": "linear",
     "down": "linear",
     "head": "linear",

@@ -72,7 +72,7 @@ def quantise(layer: nn.Linear, name: str) -> nn.Module:
 
 
 def net(name: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> Net:
-    """The same net every time, its `up` quantised; in training mode, since LLM.int8() rounds its input in evaluation."""
+    """The same net every time, its `up` quantised; in training mode: in evaluation, LLM.int8() rounds its input too."""
     torch.manual_seed(3)
     model = Net(bias).to(dtype)
     model.up = quantise(model.up, name)

@@ -65,10 +65,13 @@ def test_checkpoints_hold_the_adapter_only_and_resume_where_they_stopped(tmp_pat
 
 def test_the_best_model_comes_back_at_the_end(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-2, "save_total_limit": 2}
-    trainer = Trainer(model=adapted(), args=arguments(tmp_path, **settings), train_dataset=data(), eval_dataset=data(8))
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     # The learning rate explodes after step 2, so that the best model is not the last.
-    trainer.create_optimizer_and_scheduler(4)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0 if step < 2 else 1e4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 1e4)
+    trainer = Trainer(
+        model=model, args=arguments(tmp_path, **settings), train_dataset=data(), eval_dataset=data(8), optimizers=(optimizer, schedule)
+    )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = min(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)

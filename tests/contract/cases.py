@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.models import SITES, tokens, toy
 from trimtab import PeftModel, get_peft_model
-from trimtab.methods import METHODS, config_class, method_class
+from trimtab.methods import METHODS, config_class, load, method_class
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -74,10 +74,24 @@ CASES = [
     Case("dora-pissa", "LORA", {"r": 2, "use_dora": True, "init_lora_weights": "pissa"}, mutates=True),
     Case("lora-tokens", "LORA", {"r": 2, "trainable_token_indices": {"embed": [1, 5]}}, sites=LINEAR),
     Case("tokens", "TRAINABLE_TOKENS", {"token_indices": [1, 2, 5]}),
+    Case("ia3", "IA3", {"feedforward_modules": ".*down"}),
+    Case("loha", "LOHA", {"r": 2, "alpha": 3}),
+    Case("loha-dropout", "LOHA", {"r": 2, "rank_dropout": 0.4}),
+    Case("ln-tuning", "LN_TUNING"),
+    Case("oft", "OFT", {"oft_block_size": 2}),
+    Case("oft-cayley", "OFT", {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False}),
+    Case("oft-constrained", "OFT", {"oft_block_size": 2, "coft": True, "eps": 1.0}),
+    Case("oft-shared", "OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.4}),
+    Case("vera", "VERA", {"r": 4}),
+    Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
+    Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 # One case of each formula: for tests that are quadratic, or compile.
-FORMULAS = [BY_NAME[name] for name in ("lora", "lora-bias", "dora", "lora-tokens", "tokens")]
+FORMULAS = [
+    BY_NAME[name]
+    for name in ("lora", "lora-bias", "dora", "lora-tokens", "tokens", "ia3", "loha", "ln-tuning", "oft", "vera", "adalora")
+]
 
 
 def pairs(cases: list[Case] | None = None) -> list[Any]:
@@ -148,5 +162,5 @@ def covered() -> set[str]:
 
 def missing() -> set[str]:
     """The methods of layers that have none."""
-    layers = {t for t in METHODS if "model" not in method_class(config_class(t)()).kinds}
+    layers = {t for t, (file, method, _) in METHODS.items() if "model" not in load(file, method).kinds}
     return layers - covered()

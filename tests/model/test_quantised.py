@@ -370,7 +370,7 @@ def test_prepare_for_training(name: str) -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", ["bnb-nf4-double", "bnb-int8", "torchao-int8", "torchao-int4"])
 def test_trains(name: str, kind: str) -> None:
-    """QLoRA in small: the loss falls, only the adapter has gradients, the base keeps its bits; merging keeps the gain."""
+    """QLoRA in small: the loss falls, only adapters have gradients, the base keeps its bits; a merge keeps the gain."""
     torch.manual_seed(0)
     base = quantised_model(llama(hidden_size=64, intermediate_size=64), name)
     base.lm_head.weight.data.mul_(8)  # large enough to tell tokens apart

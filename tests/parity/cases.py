@@ -88,6 +88,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "init_orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 4}),
     "init_pissa": ("llama", {"init_lora_weights": "pissa", "r": 4}),
     "init_pissa_gpt2": ("gpt2", {"init_lora_weights": "pissa", "r": 4, "lora_alpha": 6}),
+    "init_pissa_toy": ("toy", {"init_lora_weights": "pissa", "r": 4, "target_modules": SITES}),
     "init_olora": ("llama", {"init_lora_weights": "olora", "r": 4}),
     "dora_pissa": ("llama", {"use_dora": True, "init_lora_weights": "pissa", "r": 4}),
     # tasks

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.demo import demo
+from trimtab.cli.methods import methods
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(methods)
 app.command()(version)
 
 

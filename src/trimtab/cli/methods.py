@@ -6,15 +6,15 @@ import typer
 
 
 def methods() -> None:
-    """Show what each method can do: the layers it adapts, mixed batches, merging."""
+    """Show what each method can do: its formula, the layers it adapts, mixed batches, merging."""
     from rich.console import Console
     from rich.table import Table
 
     from trimtab.methods import capabilities
 
-    table = Table("method", "layers", "mixed batch", "merges", "source")
+    table = Table("method", "formula", "layers", "base products of a mixed batch", "merges")
     for row in capabilities():
-        batch = "one base product" if row.fused else "one per adapter"
-        table.add_row(row.method, ", ".join(row.kinds), batch, "yes" if row.mergeable else "no", row.summary)
+        batch = "one" if row.fused else "one an adapter"
+        table.add_row(row.method, row.formula, ", ".join(row.kinds), batch, "yes" if row.mergeable else "no")
     Console().print(table)
     raise typer.Exit

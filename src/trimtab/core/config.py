@@ -256,7 +256,12 @@ class PeftConfig:
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         if path is None:
             raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        return cls.from_dict({**cls.from_json_file(path), **overrides}, f"'{path}'")
+        content = cls.from_json_file(path)
+        kind = overrides.get("peft_type", content.get("peft_type"))
+        target = cls if kind is None else PeftConfig.class_of(str(getattr(kind, "value", kind)))
+        known = {f.name for f in dataclasses.fields(target)} | set(content)
+        overrides = {k: v for k, v in overrides.items() if k in known}  # callers pass arguments for other loaders along
+        return cls.from_dict({**content, **overrides}, f"'{path}'")
 
     @classmethod
     def _get_peft_type(cls, model_id: str, **kwargs: Any) -> str:

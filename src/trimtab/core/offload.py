@@ -7,6 +7,7 @@ layer stands in front of that map, so that the original stays where it is.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,6 +72,19 @@ def install(layer: nn.Module, changed: Mapping[str, Any]) -> None:
     found.weights_map = over if over.own else over.below
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy with all its weights there, whatever hooks keep those of the module."""
+    hooks = {id(h): None for m in module.modules() if (h := m.__dict__.get("_hf_hook")) is not None}
+    duplicate = copy.deepcopy(module, hooks)  # type: ignore[arg-type]  # a hook is copied as None
+    for old, new in zip(module.modules(), duplicate.modules(), strict=True) if hooks else ():
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            new.__dict__.pop(name, None)
+        for name, parameter in old._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                new._parameters[name] = nn.Parameter(value(old, name, parameter).detach().clone())
+    return duplicate
+
+
 @contextlib.contextmanager
 def running(layer: nn.Module) -> Iterator[None]:
     """Inside the block all of the layer's weights are there, and its forward leaves them alone."""
@@ -80,7 +94,7 @@ def running(layer: nn.Module) -> Iterator[None]:
         return
     found.pre_forward(layer)
     hooked = layer.__dict__["forward"]
-    layer.forward = layer._old_forward
+    layer.forward = layer._old_forward  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -35,6 +35,8 @@ class Site:
     parts: ClassVar[tuple[str, ...]] = ()  # layers inside that are adapted whenever this one is
     batch: tuple[int, ...] = ()
     flipped = False  # the weight is stored (in, out)
+    groups = 1  # of a convolution: each sees its own part of the input
+    kernel: tuple[int, ...] = ()  # of a convolution
 
     def __init__(self, owner: Any, name: str, param: str = "") -> None:
         self.owner, self.name, self.param = owner, name, param or self.weighs
@@ -148,6 +150,10 @@ class Site:
     def vector(self) -> tuple[int, ...]:
         """The shape in which this kind keeps a v (out,)."""
         return (*self.batch, self.fan_out)
+
+    def dense(self, M: Tensor) -> Tensor:
+        """A matrix (out, in/groups) of what each group sees as the matrix (out, in) it stands for."""
+        return M
 
     def lower(self, A: Tensor) -> Tensor:
         """An M of the shape `down(r)` as the matrix (..., r, in) it is; a view where one can be."""

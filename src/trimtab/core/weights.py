@@ -360,7 +360,9 @@ def run_dtype(layer: nn.Module, param: str, x: Tensor) -> torch.dtype:
 
 def device(layer: nn.Module, weight: Tensor | None) -> torch.device:
     """Where a weight lives, or the layer where it has none of that name."""
-    tensors = (t for t in (weight, *layer.parameters(), *layer.buffers()) if t is not None)
+    if weight is not None:
+        return weight.device
+    tensors = (t for t in (*layer.parameters(), *layer.buffers()))
     return next((t.device for t in tensors), torch.device("cpu"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import offload
 from trimtab.errors import AdapterFileError
 
 PREFIX = "base_model.model."  # of every key on disk that belongs to a module of the base model
@@ -31,6 +32,10 @@ PREFIXES = {
 
 # What PEFT writes beside the tensors it means: with bias="all", biases of modules it saves whole under these names too.
 IGNORED = (".original_module.", ".modules_to_save.")
+
+# PEFT 0.21 adds the update of an attention's output projection to its weight twice, in every forward and merge: what
+# its files mean by B is twice their B. Here W' = W + s·B·A, so B is halved on disk; both libraries then compute the same.
+ADDED = {"lora_B": 2}
 
 # Names of embeddings whose base weight is saved along when it is adapted or resized.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -78,15 +83,26 @@ class Slot:
         if isinstance(self.holder, Mapping):
             return self.holder[self.name]  # type: ignore[no-any-return]
         tensor: Tensor = self.holder._parameters.get(self.name)
-        return self.holder._buffers[self.name] if tensor is None else tensor
+        return self.holder._buffers[self.name] if tensor is None else offload.value(self.holder, self.name, tensor)
 
     def packed(self, tensor: Tensor) -> Tensor:
         """The tensor, or one that stands for it, in its shape on disk."""
-        return tensor if self.method is None else self.method.pack(self.leaf, tensor)
+        if self.method is None:
+            return tensor
+        packed: Tensor = self.method.pack(self.leaf, tensor)
+        return packed if (times := self._times) == 1 else packed / times
 
     def unpacked(self, value: Tensor) -> Tensor:
         """A value from disk in the shape it has here."""
-        return value if self.method is None else self.method.unpack(self.leaf, value)
+        if self.method is None:
+            return value
+        unpacked: Tensor = self.method.unpack(self.leaf, value)
+        return unpacked if (times := self._times) == 1 else unpacked * times
+
+    @property
+    def _times(self) -> int:
+        """How often PEFT adds the product this tensor is a factor of to the weight."""
+        return ADDED.get(self.leaf.partition(".")[0], 1) if self.method.site.reads else 1
 
     def takes(self, value: Tensor) -> bool:
         """Whether a value from disk fits; nothing is changed."""
@@ -99,8 +115,11 @@ class Slot:
             self.holder.method.restore(value)
             return
         value, old = self.unpacked(value), self.get()
+        if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own, kept elsewhere
+            offload.install(self.holder, {self.name: nn.Parameter(value.to(old.dtype), requires_grad=False)})
+            return
         if old.device.type != "meta":
-            old.copy_(value)
+            old.copy_(sharded(value, old))
             return
         new = value.to(dtype=old.dtype, device=getattr(old, "target_device", value.device))
         new = new.clone() if new is value else new
@@ -108,6 +127,20 @@ class Slot:
             self.holder._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
         else:
             self.holder._buffers[self.name] = new
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole: those that are sharded over processes are gathered, in which every process takes part."""
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in tensors.items()}
+
+
+def sharded(value: Tensor, like: Tensor) -> Tensor:
+    """A whole value cut as `like` is, where that is sharded over processes; each process has the value, none sends."""
+    if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:

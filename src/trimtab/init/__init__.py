@@ -41,6 +41,8 @@ def mutates(name: bool | str) -> bool:
 def start(name: bool | str, method: Any) -> Tensor | None:
     """Fill the pair of `method` as `init_lora_weights` says; the base's new W (out, in) where it changes."""
     mutates(name)
+    if isinstance(name, str) and method.site.kind == "embedding":
+        name = True  # PEFT starts an embedding's pair plainly whatever the name, and files rely on it
     if isinstance(name, str) and name.startswith("pissa_niter_"):
         rounds = name.removeprefix("pissa_niter_")
         if not rounds.isdigit():

@@ -58,14 +58,16 @@ class Capability:
 
     Attributes:
         method: its `peft_type`, or "<peft_type> (<field>)" for a variant that a field of the config chooses.
-        summary: the first line of its file.
+        paper: where it is from.
+        formula: how it changes a layer's weight.
         kinds: the kinds of layers it adapts.
         fused: one base product serves all rows of a mixed batch; else one for each distinct adapter.
         mergeable: it folds into the base's weights.
     """
 
     method: str
-    summary: str
+    paper: str
+    formula: str
     kinds: tuple[str, ...]
     fused: bool
     mergeable: bool
@@ -80,8 +82,10 @@ def capabilities() -> list[Capability]:
         places |= {f"{peft_type} ({field})": tuple(place.split(":")) for field, place in variants.items()}
         for label, (where, cls) in places.items():
             method = load(where, cls)
-            summary = str(import_module(f"{__name__}.{where}").__doc__).partition("\n")[0]
-            rows.append(Capability(label, summary, tuple(sorted(method.kinds)), method.fused, method.mergeable))
+            first = str(import_module(f"{__name__}.{where}").__doc__).partition("\n")[0]  # of every file: both of them
+            paper, _, formula = first.partition(".   ")
+            kinds = tuple(sorted(method.kinds))
+            rows.append(Capability(label, paper, formula, kinds, method.fused, method.mergeable))
     return rows
 
 

@@ -79,7 +79,7 @@ class AdaLora(Method):
     """A singular value decomposition whose values E are cut by importance."""
 
     config, kinds, fused, targets = AdaLoraConfig, frozenset({"linear", "conv"}), True, TARGETS
-    views, frozen = ("lora_alpha", "scaling"), frozenset({"ranknum"})
+    views = ("lora_alpha", "scaling")
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         require_rank(config.init_r, "init_r")
@@ -92,15 +92,14 @@ class AdaLora(Method):
         self.uncertainty: dict[str, Tensor] = {}
         return {
             "lora_A": self.empty(r, site.fan_in),  # (r, in)
-            "lora_E": self.empty(r, 1),  # (r, 1)
             "lora_B": self.empty(site.fan_out, r),  # (out, r)
-            "ranknum": self.empty(1),  # (1,)
+            "lora_E": self.empty(r, 1),  # (r, 1)
+            "ranknum": torch.full((1,), config.init_r, device=site.device),  # (1,)
         }
 
     def reset(self, config: Any) -> None:
         A, E, B = self.lora_A, self.lora_E, self.lora_B
-        self.ranknum.fill_(config.init_r)
-        for tensor in (A, E, B):
+        for tensor in (A, E, B, torch.empty(1)):  # the fourth draw is as PEFT's
             tensor.normal_()
         if config.init_lora_weights:
             E.zero_()
@@ -113,7 +112,7 @@ class AdaLora(Method):
 
     def s(self) -> Tensor:
         """alpha over the rank at the start (1,)."""
-        scale: Tensor = self.scaling / (self.ranknum + 1e-5)
+        scale: Tensor = self.scaling / (self.ranknum.to(wide(self.lora_E).dtype) + 1e-5)
         return scale
 
     def weight(self, W: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ class AdaLora(Method):
     @classmethod
     def step(cls, methods: list[Any], config: Any, t: int) -> None:
         end = config.total_step - config.tfinal
-        if t < end or t == end:
+        if t <= end:
             for m in methods:
                 m.observe(config.beta1, config.beta2)
         if t == end or (config.tinit < t < end and t % config.deltaT == 0):

@@ -70,9 +70,8 @@ class IA3(Method):
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         self.on_input = matches(config.feedforward_modules, site.name) is not None
         if site.kind == "conv":
-            layer: Any = site.layer
-            ones = [1] * len(layer.kernel_size)
-            return {"ia3_l": self.empty(1, layer.in_channels if self.on_input else layer.out_channels, *ones)}  # (1, n, 1, ...)
+            channels = site.fan_in // math.prod(site.kernel) if self.on_input else site.fan_out
+            return {"ia3_l": self.empty(1, channels, *(1 for _ in site.kernel))}  # (1, channels, 1, ...)
         if self.on_input:
             return {"ia3_l": self.empty(1, site.fan_in)}  # (1, in)
         return {"ia3_l": self.empty(site.fan_out, 1)}  # (out, 1)
@@ -91,9 +90,7 @@ class IA3(Method):
         l = self.ia3_l.flatten()
         if not self.on_input:
             return W * l[:, None]
-        groups = getattr(self.site.layer, "groups", 1)  # of a convolution: rows of a group see its channels only
-        each = l.view(groups, -1).repeat_interleave(self.site.fan_in * groups // math.prod(l.shape), 1)
-        return W * each.repeat_interleave(self.site.fan_out // groups, 0)
+        return W * l.repeat_interleave(math.prod(self.site.kernel))  # a convolution's columns are channels · kernel
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if self.on_input or b is None else b * self.ia3_l.flatten()

@@ -54,8 +54,7 @@ class LoHa(Delta):
         require_rank(config.r)
         self.r, self.alpha, self.scaling = config.r, config.alpha, config.alpha / config.r
         self.unit = self.scaling  # what `set_scale` multiplies
-        r, out, into = self.r, site.fan_out, site.fan_in
-        kernel = [*getattr(site.layer, "kernel_size", ())]
+        r, out, into, kernel = self.r, site.fan_out, site.fan_in // site.groups, [*site.kernel]
         if not config.use_effective_conv2d or math.prod(kernel) == 1:
             self.names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
             return {
@@ -84,7 +83,7 @@ class LoHa(Delta):
                 nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
 
     def form(self, *tensors: Tensor, rows: Tensor | None = None) -> Tensor:
-        """dW (out, in) in fp32 at least, from the factors in the order of `names`."""
+        """dW (out, in), its rows weighed by `rows`, in fp32 at least, from the factors in the order of `names`."""
         w1_a, w1_b, w2_a, w2_b, *cores = (wide(t) for t in tensors)
         if cores:
             w1, w2 = (
@@ -93,7 +92,7 @@ class LoHa(Delta):
             )
         else:
             w1, w2 = w1_a @ w1_b, w2_a @ w2_b
-        dW = self.scaling * w1 * w2
+        dW = self.site.dense(self.scaling * w1 * w2)
         return dW if rows is None else dW * rows[:, None]
 
     def weight(self, W: Tensor) -> Tensor:

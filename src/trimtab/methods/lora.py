@@ -145,7 +145,8 @@ class Lora(LowRank):
 
     def reset(self, config: Any) -> Tensor | None:
         if self.biased:
-            self.lora_B_bias.zero_()
+            bound = 0 if config.init_lora_weights else self.r**-0.5
+            self.lora_B_bias.uniform_(-bound, bound)
         return start(config.init_lora_weights, self)
 
     def weight(self, W: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class OFT(Method):
         self.n = size // self.b
         self.leaf_name = "oft_embedding_R" if site.kind == "embedding" else "oft_R"
         blocks = 1 if config.block_share else self.n
-        return {f"{self.leaf_name}.weight": self.empty(blocks, self.b * (self.b - 1) // 2)}  # (n, b (b - 1) / 2)
+        return {f"{self.leaf_name}.weight": self.empty(blocks, self.b * (self.b - 1) // 2)}  # (blocks, b (b - 1) / 2)
 
     def reset(self, config: Any) -> None:
         v = getattr(self, self.leaf_name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import weights
+from trimtab.core import offload, weights
 from trimtab.model.route import Board
 
 
@@ -24,7 +23,7 @@ class SavedModule(nn.Module):
 
     def attach(self, adapter: str) -> None:
         """Make the adapter's copy."""
-        duplicate = weights.plain(copy.deepcopy(self.original_module))  # whole numbers cannot be trained
+        duplicate = weights.plain(offload.copied(self.original_module))  # whole numbers cannot be trained
         duplicate.requires_grad_(True)
         self.modules_to_save[adapter] = duplicate
 
@@ -56,8 +55,54 @@ class SavedModule(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters in use."""
-        return list(self.board.route.at(id(self))[0])
+        """The adapters in use that have a copy here."""
+        return [n for n in self.board.route.at(id(self))[0] if n in self.modules_to_save]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the copies are switched off here."""
+        return not self.board.route.at(id(self))[1]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that have a copy."""
+        return list(self.modules_to_save)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Copies are never merged."""
+        return []
+
+    def adapter_parameters(self, adapter: str) -> Iterator[tuple[None, nn.Parameter]]:
+        """(None, parameter) for each parameter of an adapter's copy, as of an adapted layer."""
+        return ((None, p) for p in self.modules_to_save[adapter].parameters())
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in use, or the list of them where there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original runs, whatever is active."""
+        return not self.board.route.at(id(self))[1]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Switch this module by itself; the model's own `set_adapter` makes it follow again."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for name in self.modules_to_save:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self.board.override(id(self), names, not self.disable_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the copies on or off, and with them whether they train."""
+        self.set_requires_grad(self.active_adapters, enabled)
+        self.board.override(id(self), tuple(self.active_adapters), enabled)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """{key of a tensor on disk: its key in memory}, both below this module."""
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make copies trainable or frozen."""

@@ -24,6 +24,7 @@ from trimtab.core.targets import (
 )
 from trimtab.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
+from trimtab.files.experts import FORMER, rewrite
 from trimtab.files.store import check_name
 from trimtab.methods import default_targets, load, method_class
 from trimtab.model.copies import SavedBiases, SavedModule
@@ -31,8 +32,9 @@ from trimtab.model.layer import AdaptedLayer
 from trimtab.model.nesting import Detours, chains, place
 from trimtab.model.leaves import Leaves
 from trimtab.model.prompts import complete
+from trimtab.model.reconcile import reconcile
 from trimtab.core.report import warn
-from trimtab.model.route import Board, unwatch_checkpointing, watch_checkpointing
+from trimtab.model.route import BASE, Board, unwatch_checkpointing, watch_checkpointing
 
 RESIDENTS = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -66,6 +68,7 @@ class Graft:
         self.model = model
         self.board = Board()
         self.adapters: dict[str, Adapter] = {}
+        self.biased: list[str] = []  # those that train biases of the base
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
         self.prompts = nn.ModuleDict()
@@ -93,6 +96,9 @@ class Graft:
     def of(model: nn.Module) -> Graft:
         """The model's graft, made at first."""
         graft = model.__dict__.get("_trimtab")
+        if graft is not None and not reconcile(graft):
+            unwatch_checkpointing(model)
+            graft = None
         if graft is None:
             graft = model.__dict__["_trimtab"] = Graft(model)
         return graft
@@ -121,6 +127,8 @@ class Graft:
         check_name(name)
         if name in self.adapters:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        if name == BASE:
+            raise AdapterNameError(f"'{BASE}' stands for no adapter in a mixed batch: it cannot name one.")
         config = config.copy()
         config.check()
         method = method_class(config)
@@ -177,6 +185,8 @@ class Graft:
         if adapter.prompt is not None:
             self.prompts[name] = adapter.prompt
         self.adapters[name] = adapter
+        if adapter.biases is not None:
+            self.biased.append(name)
         self.set_trainable(name, adapter.trainable)
         self.settle()
         return adapter
@@ -186,7 +196,8 @@ class Graft:
         if not hasattr(config, "target_modules"):
             raise ConfigError(f"{type(config).__name__} does not adapt layers.")
         model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        if config.target_modules is None and getattr(config, "target_parameters", None):
+        named = bool(getattr(config, "target_parameters", None))
+        if config.target_modules is None and named and (model_type in FORMER or default_targets(config, model_type) is None):
             config.target_modules = set()
         if config.target_modules is None:
             default = default_targets(config, model_type)
@@ -204,10 +215,11 @@ class Graft:
                     raise ConfigError(f"Please specify `{field_name}` in `peft_config`: there is no default for models of type {model_type!r}.")
                 setattr(config, field_name, set(table[model_type]))
         kinds = {n: self.kind(m) for n, m in self.modules.items()}
-        linear: list[str] = []
+        head = self._head()
+        linear = [n for n, m in self.modules.items() if kinds[n] == "linear" and m is not head and callable_linear(m)]
+        if done := rewrite(config, model_type, self.modules, linear):
+            warn(done)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            head = self._head()
-            linear = [n for n, m in self.modules.items() if kinds[n] == "linear" and m is not head]
             config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
         targets = self._parts(select(kinds, config, strict=strict))
         if getattr(config, "target_parameters", None):
@@ -523,9 +535,10 @@ class Graft:
 
     def _place_biases(self) -> None:
         route = self.board.route
-        for name, adapter in self.adapters.items():
-            if adapter.biases is not None:
-                adapter.biases.switch(route.enabled and name in route.active)
+        for name in self.biased:
+            biases = self.adapters[name].biases
+            assert biases is not None
+            biases.switch(route.enabled and name in route.active)
 
     def settle(self) -> None:
         """Keep in the module tree the adapters that are in use and the few last used; park the others."""
@@ -621,6 +634,7 @@ class Graft:
             raise ValueError(f"Adapter '{name}' is merged into the base: call unmerge_adapter() first.")
         if adapter.biases is not None:
             adapter.biases.switch(False)
+            self.biased.remove(name)
         for part in (*adapter.layers, *adapter.saved):
             part.detach(name)
         for leaves in self.commons.values():
@@ -653,6 +667,12 @@ class Graft:
         return self.model
 
 
+def callable_linear(module: nn.Module) -> bool:
+    """Whether a Linear is one that "all-linear" means: it is called, and gives its product (routers give more)."""
+    cls: Any = site_class(module)
+    return not cls.reads and "router" not in type(module).__name__.lower()
+
+
 def _under(name: str, paths: set[str]) -> bool:
     """Whether the module `name` is one of `paths` or lies below one."""
     segments = name.split(".")
@@ -672,7 +692,7 @@ def _parameter(tensor: Tensor, site: Site, frozen: bool) -> Tensor:
 def _holder(layer: AdaptedLayer, template: str, adapter: str) -> tuple[Any, str]:
     """Where a leaf's tensor is registered: (module, name)."""
     container, _, rest = template.partition(".{}")
-    leaves: Any = layer.get_submodule(container)
+    leaves: Any = layer.containers[container]
     if rest:
         return leaves[adapter], rest.removeprefix(".")
     return (leaves.parked if adapter in leaves.parked else leaves), adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,40 +16,10 @@ from trimtab.core.site import Site
 from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
 from trimtab.model.leaves import Leaves
 from trimtab.model.route import BASE, Board
+from trimtab.model.views import View
 
 Stack = list[Method]
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
-
-
-class View(MutableMapping[str, Any]):
-    """An attribute of a layer's methods as {adapter: value}, as PEFT's layers keep it; writing writes through."""
-
-    def __init__(self, layer: AdaptedLayer, attribute: str) -> None:
-        self.layer, self.attribute = layer, attribute
-
-    def _method(self, adapter: str) -> Method:
-        for method in self.layer.methods.get(adapter, ()):
-            if self.attribute in method.views:
-                return method
-        raise KeyError(adapter)
-
-    def __getitem__(self, adapter: str) -> Any:
-        return getattr(self._method(adapter), self.attribute)
-
-    def __setitem__(self, adapter: str, value: Any) -> None:
-        setattr(self._method(adapter), self.attribute, value)
-
-    def __delitem__(self, adapter: str) -> None:
-        raise TypeError("an adapter's settings go with the adapter: call delete_adapter()")
-
-    def __iter__(self) -> Iterator[str]:
-        return (a for a, ms in self.layer.methods.items() if any(self.attribute in m.views for m in ms))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class AdaptedLayer(nn.Module):
@@ -66,6 +36,7 @@ class AdaptedLayer(nn.Module):
         self.name, self.board = name, board  # the path of this module, among others that wrap the same layer or one around it
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}
+        self.containers: dict[str, Leaves] = {}  # by path below this layer
         self.merged_adapters: list[str] = []
         self.held: dict[str, Any] = {}  # the original parameters, while merged
         self.pristine: dict[str, Any] = {}  # the parameters before an initialisation changed them ...
@@ -307,7 +278,9 @@ class AdaptedLayer(nn.Module):
         for method, leaves in zip(methods, tensors, strict=True):
             for template, tensor in leaves.items():
                 container, _, rest = template.partition(".{}")
-                Leaves.at(self, container).put(adapter, rest.removeprefix("."), tensor)
+                if container not in self.containers:
+                    self.containers[container] = Leaves.at(self, container)
+                self.containers[container].put(adapter, rest.removeprefix("."), tensor)
             self.sites.setdefault(method.site.param, method.site)
 
     def detach(self, adapter: str) -> None:
@@ -323,13 +296,17 @@ class AdaptedLayer(nn.Module):
 
     def leaves(self) -> list[Leaves]:
         """The containers of this layer's tensors."""
-        return [m for name, child in self._modules.items() if name != "base_layer" and child is not None
-                for m in child.modules() if isinstance(m, Leaves)]
+        return list(self.containers.values())
 
     def tensor(self, template: str, adapter: str) -> Tensor:
         """An adapter's tensor by its leaf template."""
         container, _, rest = template.partition(".{}")
-        return Leaves.at(self, container).get(adapter, rest.removeprefix("."))
+        return self.containers[container].get(adapter, rest.removeprefix("."))
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that are here."""
+        return list(self.methods)
 
     def adapter_parameters(self, adapter: str) -> Iterator[tuple[Any, nn.Parameter]]:
         """(method, parameter) for each trainable tensor of an adapter here."""
@@ -367,6 +344,9 @@ class AdaptedLayer(nn.Module):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Switch this layer by itself; the model's own `set_adapter` makes it follow again."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for leaves in self.leaves():
+            for name in names:
+                leaves.unpark(name)
         for name in self.methods:
             self.set_requires_grad(name, name in names and not inference_mode)
         self.board.override(id(self), names, not self.disable_adapters)

@@ -16,7 +16,8 @@ from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
 from trimtab.errors import ConfigError
 from trimtab.files import card, store
-from trimtab.files.codec import PREFIX, Slot, fit
+from trimtab.files.codec import PREFIX, Slot, fit, gathered
+from trimtab.files.experts import fuse
 from trimtab.model import prompts
 from trimtab.model.convert import subtract_start
 from trimtab.model.graft import Graft, find_graft
@@ -178,7 +179,7 @@ class PeftModel(nn.Module):
             AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
         """
         hub, overrides = split_hub_arguments(kwargs)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, self.get_base_model())
         if adapter_name in self.peft_config:
             slots = self.graft.slots(self.graft.require(adapter_name))
             values = tensors(slots)
@@ -301,13 +302,14 @@ class PeftModel(nn.Module):
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {names}."
             )
-        if not is_main_process:
-            return
         files: dict[Path, Any] = {}
         state = kwargs.get("state_dict")
         for name in names:
+            # Every process takes part in gathering what is sharded over them; one writes.
+            tensors = gathered(adapter_tensors(self.graft, name, save_embedding_layers, state=state, prefix=PREFIX))
+            if not is_main_process:
+                continue
             config = self.peft_config[name].copy()
-            tensors = adapter_tensors(self.graft, name, save_embedding_layers, state=state, prefix=PREFIX)
             if path_initial_model_for_weight_conversion is not None:
                 tensors = subtract_start(self.graft, name, config, tensors, path_initial_model_for_weight_conversion)
             config.inference_mode = True
@@ -316,6 +318,8 @@ class PeftModel(nn.Module):
                 base = self.get_base_model()
                 mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
             files |= store.writers(store.folder_of(root, name), config, tensors, safe_serialization, mapping)
+        if not is_main_process:
+            return
         files |= card.writers(root, self.peft_config[names[0]] if names else None)
         store.save(files)
 
@@ -375,7 +379,7 @@ class PeftModel(nn.Module):
         config = config.copy()
         config.inference_mode = not is_trainable
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), cls)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, model)
         try:
             adapted = target(model, config, adapter_name, autocast_adapter_dtype, tensors=tensors)
         except BaseException:
@@ -541,9 +545,11 @@ def reader(
     strict: bool,
     ignore_mismatched: bool,
     hub: Mapping[str, Any],
+    model: nn.Module,
 ) -> Callable[[list[Slot]], dict[str, Tensor]]:
     """Read an adapter's tensors; the function returned checks them against slots and gives those that fit."""
     tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
+    tensors = fuse(tensors, getattr(getattr(model, "config", None), "model_type", None))
 
     def values(slots: list[Slot]) -> dict[str, Tensor]:
         found = fit(slots, tensors)

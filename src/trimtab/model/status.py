@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from trimtab.model.copies import SavedModule
 from trimtab.model.graft import Graft, find_graft
 from trimtab.model.layer import AdaptedLayer
 
@@ -23,6 +24,7 @@ class TunerLayerStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None = None
 
 
 @dataclass
@@ -41,6 +43,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None = None
 
 
 def _graft(model: nn.Module) -> tuple[nn.Module, Graft]:
@@ -63,25 +66,36 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     base, graft = _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is base), "")
+    order = {path: i for i, path in enumerate(graft.modules)}
     rows = []
-    for layer in graft.layers.values():
-        tensors = {a: [p for _, p in layer.adapter_parameters(a)] for a in layer.methods}
+    for part in sorted([*graft.layers.values(), *graft.saved.values()], key=lambda part: order.get(part.name, -1)):
+        path, module_type = _described(part, graft)
+        tensors = {a: [p for _, p in part.adapter_parameters(a)] for a in part.adapters}
         rows.append(
             TunerLayerStatus(
-                name=".".join(filter(None, (prefix, layer.name))).removeprefix("base_model."),
-                module_type=".".join(dict.fromkeys(graft.adapters[a].config.peft_type.value.lower() for a in layer.methods))
-                + f".{type(layer.frozen).__name__}",
-                enabled=not layer.disable_adapters,
-                active_adapters=layer.active_adapters,
-                merged_adapters=list(layer.merged_adapters),
+                name=".".join(filter(None, (prefix, path))).removeprefix("base_model."),
+                module_type=module_type,
+                enabled=not part.disable_adapters,
+                active_adapters=part.active_adapters,
+                merged_adapters=list(part.merged_adapters),
                 requires_grad={a: _same([p.requires_grad for p in ps]) for a, ps in tensors.items() if ps},
-                available_adapters=sorted(layer.methods),
+                available_adapters=sorted(part.adapters),
                 devices={a: sorted({p.device.type for p in ps}) for a, ps in tensors.items() if ps},
             )
         )
-    if not rows and not graft.saved:
+    if not rows:
         raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model or contains injected adapters.")
     return rows
+
+
+def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str]:
+    """The path and type under which PEFT lists a layer, a module trained whole, or an embedding with trained rows."""
+    if isinstance(part, SavedModule):
+        return part.name, "ModulesToSaveWrapper"
+    if all(type(m).__name__ == "TrainableTokens" for ms in part.methods.values() for m in ms):
+        return f"{part.name}.token_adapter", "TrainableTokensLayer"
+    kinds = dict.fromkeys(graft.adapters[a].config.peft_type.value.lower() for a in part.methods)
+    return part.name, f"{'.'.join(kinds)}.{type(part.frozen).__name__}"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:

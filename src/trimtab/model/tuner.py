@@ -52,7 +52,7 @@ class Tuner(nn.Module):
     def add(self, name: str, config: PeftConfig, **kwargs: Any) -> Adapter:
         """Add an adapter; see `Graft.add`."""
         prefix = PREFIXES.get(str(getattr(config.peft_type, "value", config.peft_type)), "")
-        if name and name in prefix:
+        if name and isinstance(name, str) and name in prefix:
             warn(f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
                  "libraries may then take one for the other.")
         adapter = self.graft.add(name, config, **kwargs)

@@ -202,7 +202,7 @@ def show(console: Console, task: Task, before: Score, after: Score, result: Trai
     table = Table("prompt", "before", "after", show_lines=True)
     for prompt, expected, old, new in list(zip(task.prompts, task.expected, before.answers, after.answers))[:3]:
         verdict = "\n[green]right[/green]" if new == expected else f"\n[yellow]expected[/yellow] {escape(expected)}"
-        table.add_row(escape(prompt), escape(old[:200]), escape(new) + verdict)
+        table.add_row(escape(prompt), escape(old[:200] or "(nothing)"), escape(new or "(nothing)") + verdict)
     console.print(table)
 
 

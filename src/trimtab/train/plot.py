@@ -30,14 +30,14 @@ def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = 
     width = max(1, len(losses) // 20)
     smooth = [sum(losses[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth, color="tab:blue", label=f"training (mean of {width} steps)")
+    axes.plot(steps, smooth, color="tab:blue", label="training" + (f" (mean of {width} steps)" if width > 1 else ""))
     held_out = ([(0, first)] if first is not None else []) + result.eval_losses
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
-        for step, loss in held_out:
+        for step, loss in {held_out[0], held_out[-1]}:
             axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 6), textcoords="offset points", ha="center")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(path)

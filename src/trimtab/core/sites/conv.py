@@ -30,8 +30,8 @@ class ConvSite(Site):
 
     def __init__(self, owner: Any, name: str, param: str = "") -> None:
         layer = owner.frozen
-        self.groups: int = layer.groups
-        self.kernel: tuple[int, ...] = tuple(layer.kernel_size)
+        self.groups = layer.groups
+        self.kernel = tuple(layer.kernel_size)
         super().__init__(owner, name, param)
 
     def shape(self) -> tuple[int, int]:

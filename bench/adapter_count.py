@@ -1,0 +1,122 @@
+"""Nothing grows with the number of adapters: 196 LoRA sites, 2 adapters against 100 (law 4).
+
+    python bench/adapter_count.py [--few 2] [--many 100] [--blocks 15] [--peft]
+
+`--peft` adds the same figures of Hugging Face PEFT, where it can be imported (slow: it adds adapters in linear time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import interleaved, median_ms, once, table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LIMIT = 1.5  # what the ratio must stay under, for the rows below
+HELD = ("add_adapter", "load_adapter", "disable_adapter")
+
+
+def base() -> LlamaForCausalLM:
+    """28 layers of 7 linear maps: 196 sites, as narrow as they can be."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class Arm:
+    """A model with `count` adapters, and what is timed on it."""
+
+    def __init__(self, library: Any, count: int, folder: str) -> None:
+        self.library, self.folder = library, folder
+        self.config = library.LoraConfig(r=4, target_modules=LINEAR)
+        self.model = library.get_peft_model(base(), self.config, "a0")
+        for i in range(1, count):
+            self.model.add_adapter(f"a{i}", self.config)
+        self.model.save_pretrained(folder, selected_adapters=["a0"])
+        self.ids = torch.randint(64, (1, 8))
+        self.names = ["a0", "a1"]
+        self.model.set_adapter("a0")
+        self.model.eval()
+
+    def add_adapter(self) -> float:
+        seconds = once(lambda: self.model.add_adapter("new", self.config))
+        self.model.delete_adapter("new")
+        return seconds
+
+    def load_adapter(self) -> float:
+        seconds = once(lambda: self.model.load_adapter(f"{self.folder}/a0", "new"))
+        self.model.delete_adapter("new")
+        return seconds
+
+    def set_adapter(self) -> float:
+        self.names.reverse()
+        return once(lambda: self.model.set_adapter(self.names[0]))
+
+    def disable_adapter(self) -> float:
+        def run() -> None:
+            with self.model.disable_adapter():
+                pass
+
+        return once(run)
+
+    @torch.no_grad()
+    def forward(self) -> float:
+        return once(lambda: self.model(self.ids))
+
+    def train_mode(self) -> float:
+        return once(self.model.train) + once(self.model.eval)
+
+    def delete_adapter(self) -> float:
+        self.model.add_adapter("new", self.config)
+        return once(lambda: self.model.delete_adapter("new"))
+
+
+ACTS = ["add_adapter", "load_adapter", "set_adapter", "disable_adapter", "delete_adapter", "forward", "train_mode"]
+
+
+def measure(library: Any, few: int, many: int, blocks: int) -> list[tuple[str, float, float, float]]:
+    """(act, ms with few, ms with many, ratio) of each act."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        arms = {few: Arm(library, few, one), many: Arm(library, many, other)}
+        rows = []
+        for act in ACTS:
+            runs: dict[str, Callable[[], float]] = {str(n): getattr(arm, act) for n, arm in arms.items()}
+            interleaved(runs, 2)  # warm
+            found = interleaved(runs, blocks)
+            a, b = median_ms(found[str(few)]), median_ms(found[str(many)])
+            rows.append((act, a, b, b / a))
+        return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--few", type=int, default=2)
+    parser.add_argument("--many", type=int, default=100)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--peft", action="store_true", help="measure PEFT as well (at most 10 adapters)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = []
+    arms = [("trimtab", options.many, options.blocks)] + ([("peft", min(options.many, 10), 3)] if options.peft else [])
+    for name, many, blocks in arms:
+        rows = measure(importlib.import_module(name), options.few, many, blocks)
+        print(f"\n{name}: 196 LoRA sites, medians of {blocks} interleaved runs, one thread\n")
+        head = ["", f"{options.few} adapters, ms", f"{many} adapters, ms", "ratio"]
+        print(table(head, [(act, f"{a:.2f}", f"{b:.2f}", f"{q:.2f}") for act, a, b, q in rows]))
+        if name == "trimtab":
+            failed = [act for act, _, _, ratio in rows if act in HELD and ratio >= LIMIT]
+    if failed:
+        print(f"\nFAILED: {', '.join(failed)} cost {LIMIT} times as much or more with {options.many} adapters")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

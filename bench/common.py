@@ -1,0 +1,36 @@
+"""What the benchmarks share: interleaved timing, tables."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+
+def once(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(arms: dict[str, Callable[[], float]], blocks: int) -> dict[str, list[float]]:
+    """Seconds of each arm, taken in turns there and back (ABBA), so that a slow spell of the machine hits all alike."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for block in range(blocks):
+        for name in list(arms) if block % 2 == 0 else reversed(list(arms)):
+            found[name].append(arms[name]())
+    return found
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    """The median in milliseconds."""
+    return 1000 * statistics.median(seconds)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -1,0 +1,49 @@
+"""LN tuning: the norm's own parameters, trained as a copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, same
+from tests.models import gpt2, llama
+from trimtab import LNTuningConfig, get_peft_model
+
+
+def test_the_copy_stands_for_the_norm() -> None:
+    model = adapted(LNTuningConfig(target_modules=["norm"]))
+    copy = model.get_base_model().norm.ln_tuning_layers["default"]
+    plain = Net().double()
+    plain.norm.weight.data, plain.norm.bias.data = copy.weight.data, copy.bias.data
+    same(model(image()), plain(image()))
+    merging_changes_nothing(model, image())
+    check_gradients(model, image())
+
+
+@pytest.mark.parametrize("name", ["norm", "linear"])
+def test_starts_as_the_layer_and_leaves_it_alone(name: str) -> None:
+    base = Net().double()
+    expected, weight = base(image()), base.get_submodule(name).weight
+    before = weight.detach().clone()
+    model = get_peft_model(base, LNTuningConfig(target_modules=[name]))
+    assert torch.equal(model(image()), expected)
+    model(image()).sum().backward()
+    assert weight.grad is None
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_defaults_are_the_norms(make: object) -> None:
+    model = get_peft_model(make(), LNTuningConfig())  # type: ignore[operator]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    norms = {n for n, p in model.named_parameters() if p.ndim == 1 and "norm" in n + n.replace("ln_", "norm") and "default" in n}
+    assert trained == norms
+    assert len(trained) == (5 if make is llama else 10)
+
+
+def test_of_two_the_outermost_counts() -> None:
+    model = adapted(LNTuningConfig(target_modules=["norm"]))
+    alone = model(image())
+    model.add_adapter("b", LNTuningConfig(target_modules=["norm"]))
+    model.set_adapter(["b", "default"])
+    assert torch.equal(model(image()), alone)

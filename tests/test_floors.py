@@ -1,0 +1,279 @@
+"""The house's rules, read off the source: floors, one file a method, hooks abstract or final, shapes in comments."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trimtab
+from tests.contract.cases import CASES, Case, toy
+from tests.models import SITES
+from trimtab import get_peft_model
+from trimtab.core import families
+from trimtab.core.method import Method, PromptMethod
+from trimtab.methods import METHODS, load
+
+ROOT = Path(trimtab.__file__).parent
+FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
+
+FLOORS = {
+    "errors": 0, "core": 0,
+    "methods": 1, "init": 1,
+    "files": 2,
+    "model": 3,
+    "rank": 4, "train": 4, "serve": 4, "export": 4,
+    "cli": 5, "as_peft": 5,
+}  # fmt: skip
+EXEMPT = {"__init__.py", "__main__.py"}  # the public names, imported lazily
+# Beside each other on a floor: what a package may import of its own floor.
+NEIGHBOURS = {"methods": {"init"}, "core": {"errors"}, "as_peft": set(), "cli": set()}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """(module, line) of every import in a file, also those inside functions and by `import_module("...")`."""
+    package = ["trimtab", *path.parent.parts]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            yield module, node.lineno
+            if module == "trimtab":
+                yield from ((f"trimtab.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield first.value, node.lineno
+
+
+def package_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if str(p) not in EXEMPT], ids=str)
+def test_a_floor_imports_only_from_the_floors_below(path: Path) -> None:
+    here = package_of(path)
+    assert here in FLOORS, f"{path} stands on no floor: say which in FLOORS"
+    for module, line in imports(path):
+        if not module.startswith("trimtab."):
+            assert module != "trimtab" or FLOORS[here] >= 4, f"{path}:{line} imports the public names"
+            continue
+        there = module.split(".")[1]
+        if there not in FLOORS:
+            assert FLOORS[here] >= 4, f"{path}:{line} imports a public name, '{module}'"
+            continue
+        fine = there == here or FLOORS[there] < FLOORS[here] or there in NEIGHBOURS.get(here, set())
+        assert fine, f"{path}:{line} imports {module} from floor {FLOORS[there]}, and stands on {FLOORS[here]}"
+
+
+def test_every_floor_exists_or_is_planned() -> None:
+    assert {package_of(p) for p in FILES if str(p) not in EXEMPT} <= set(FLOORS)
+    assert {"core", "methods", "init", "files", "model"} <= {package_of(p) for p in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_imports_peft(path: Path) -> None:
+    for module, line in imports(path):
+        assert module.split(".")[0] != "peft", f"{path}:{line}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) in ("core", "errors")], ids=str)
+def test_the_ground_floor_knows_no_transformers(path: Path) -> None:
+    for module, line in imports(path):
+        assert module.split(".")[0] != "transformers", f"{path}:{line}"
+
+
+def test_nothing_imports_as_peft() -> None:
+    for path in FILES:
+        if package_of(path) != "as_peft":
+            for module, line in imports(path):
+                assert not module.startswith("trimtab.as_peft"), f"{path}:{line}"
+
+
+METHOD_FILES = sorted({file for file, _, _ in METHODS.values()})
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) == "methods"], ids=str)
+def test_no_method_imports_another(path: Path) -> None:
+    """But for the fields of its config, where PEFT's file of one method has all those of another."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab.methods."):
+            names = [alias.name for alias in node.names]
+            assert all(name.endswith("Config") for name in names), f"{path}:{node.lineno} imports {names}"
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}: say whole names"
+        if isinstance(node, ast.Import):
+            assert not [a for a in node.names if a.name.startswith("trimtab.methods")], f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) == "init" and p.name != "__init__.py"], ids=str)
+def test_no_start_imports_another(path: Path) -> None:
+    for module, line in imports(path):
+        assert not module.startswith("trimtab.init"), f"{path}:{line}"
+
+
+# Where methods are named outside methods/ and init/: the codec's tables, and these, with the reason.
+NAMED_BY = {
+    Path("files/codec.py"): "PEFT's key names",
+    Path("core/config.py"): "PEFT's enumeration of types",
+    Path("__init__.py"): "the public names",
+}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) in ("core", "files", "model") and p not in NAMED_BY], ids=str)
+def test_nothing_else_imports_a_methods_file(path: Path) -> None:
+    """The machinery knows methods by the registry only, never a method's own file."""
+    for module, line in imports(path):
+        parts = module.split(".")
+        assert parts[:2] != ["trimtab", "methods"] or len(parts) == 2, f"{path}:{line} imports {module}"
+
+
+# ---------------------------------------------------------------------- methods: abstract or final
+HOOKS = ("build", "reset", "weight", "bias", "before", "after", "through", "prompt", "restore")
+
+
+def method_classes() -> list[type]:
+    """Every method class: the registry's and their variants."""
+    found = []
+    for peft_type in METHODS:
+        file, method, _ = METHODS[peft_type]
+        found.append(load(file, method))
+        for variant in load(file, "__dict__").get("VARIANTS", {}).values():
+            found.append(load(*variant.split(":")))
+    return found
+
+
+CLASSES = method_classes()
+
+
+def kinds() -> set[str]:
+    """Every kind of site that a class in core/ stands for."""
+    found = set()
+    for path in FILES:
+        if package_of(path) == "core":
+            for node in ast.walk(tree(path)):
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "kind" and isinstance(node.value, ast.Constant):
+                    found.add(node.value.value)
+    return found
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_hooks_are_overridden_at_most_once(cls: type) -> None:
+    root = PromptMethod if issubclass(cls, PromptMethod) else Method
+    for hook in HOOKS:
+        owners = [c.__name__ for c in cls.__mro__ if hook in vars(c) and c is not root and issubclass(c, root)]
+        assert len(owners) <= 1, f"`{hook}` is overridden by {owners}"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_no_hook_calls_super(cls: type) -> None:
+    for node in ast.walk(ast.parse(inspect.getsource(cls))):
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "super"), f"{cls.__name__}:{node.lineno}"
+
+
+def test_families_give_helpers_and_no_hooks() -> None:
+    given = [c for c in vars(families).values() if isinstance(c, type) and issubclass(c, Method) and c is not Method]
+    assert given
+    for family in given:
+        assert not [hook for hook in HOOKS if hook in vars(family)], family.__name__
+
+
+@pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, PromptMethod)], ids=lambda c: c.__name__)
+def test_a_method_defines_what_it_promises(cls: Any) -> None:
+    overrides = {hook for hook in HOOKS if getattr(cls, hook, None) is not getattr(Method, hook, None)}
+    assert {"build", "reset", "weight"} <= overrides, "the formula by its weight is the definition"
+    assert not cls.fused or overrides & {"before", "after", "through"}, "fused, but with no cheap spelling"
+    assert cls.kinds <= kinds(), cls.kinds
+
+
+@pytest.mark.parametrize("file", METHOD_FILES)
+def test_a_method_names_its_paper_or_its_idea(file: str) -> None:
+    doc = load(file, "__doc__")
+    assert "W'" in doc or "arxiv.org" in doc or "https://" in doc
+
+
+# ---------------------------------------------------------------------- shapes (law 9)
+def shapes_said(function: Any) -> list[str]:
+    """The shapes in the comments of a function's lines that make a tensor."""
+    said = []
+    for line in inspect.getsource(function).splitlines():
+        if "self.empty(" in line:
+            found = re.search(r"#\s*\((.*)\)\s*$", line)
+            assert found, f"no shape beside: {line.strip()}"
+            said.append(found[1])
+    return said
+
+
+def builders(cls: Any) -> list[Any]:
+    """The functions that make a method's tensors: `build`, and the family's helper it calls."""
+    makes = [cls.build]
+    source = inspect.getsource(cls.build)
+    for family in cls.__mro__[1:]:
+        if family is not Method and issubclass(family, Method):
+            makes += [f for n, f in vars(family).items() if inspect.isfunction(f) and f"self.{n}(" in source and "self.empty(" in inspect.getsource(f)]
+    return makes
+
+
+def symbols(method: Any) -> dict[str, int]:
+    """What the symbols of the comments stand for at a real site."""
+    site = method.site
+    table = {name: v for name, v in vars(method.options).items() if isinstance(v, int) and not isinstance(v, bool)}
+    table |= {name: v for name, v in vars(method).items() if isinstance(v, int) and not isinstance(v, bool)}
+    table["tokens"] = len(getattr(method.options, "token_indices", ()))
+    table["dim"] = site.fan_out if site.kind == "embedding" else site.fan_in
+    table["r"] = getattr(method, "r", getattr(method.options, "init_r", table.get("r", 0)))
+    return table | {"out": site.fan_out, "into": site.fan_in}
+
+
+def agrees(said: str, shape: tuple[int, ...], table: dict[str, int]) -> bool:
+    """Whether a comment such as "r, in / 2" says this shape; "..." is any rest, an unknown letter any number."""
+    text = re.sub(r"\bin\b", "into", said).replace("·", "*").replace("/", "//")
+    parts = [re.sub(r"(\w) \(", r"\1 * (", part).strip() for part in text.split(",") if part.strip()]
+    if parts and parts[-1] == "...":
+        parts, shape = parts[:-1], shape[: len(parts) - 1]
+    if len(parts) != len(shape):
+        return False
+    return all((part.isidentifier() and part not in table) or eval(part, {}, table) == n for part, n in zip(parts, shape))
+
+
+def test_the_comments_are_really_read() -> None:
+    assert agrees("r, in", (2, 6), {"r": 2, "into": 6})
+    assert not agrees("r, in", (6, 2), {"r": 2, "into": 6})
+    assert not agrees("r, in", (2,), {"r": 2, "into": 6})
+    assert agrees("n, b (b - 1) / 2", (3, 6), {"b": 4})
+    assert not agrees("n, b (b - 1) / 2", (3, 5), {"b": 4})
+    assert agrees("out,", (7,), {"out": 7})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_tensors_have_the_shapes_their_comments_say(case: Case) -> None:
+    model = get_peft_model(toy(), case.config())
+    looked = 0
+    for name in SITES:
+        layer = model.graft.layers.get(name)
+        for method in layer.methods["default"] if layer is not None else ():
+            table = symbols(method)
+            said = [shape for make in builders(type(method)) for shape in shapes_said(make)]
+            for template in method._leaves.values() if method.home is layer else ():
+                shape = tuple(layer.tensor(template, "default").shape)
+                matrix = (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
+                fits = [s for s in said if agrees(s, shape, table) or agrees(s, matrix, table)]
+                assert fits, f"{type(method).__name__} at {name}: '{template}' is {shape}, the comments say {said}"
+                looked += 1
+    assert looked
+
+
+def test_every_layer_method_is_looked_at() -> None:
+    seen = {case.method for case in CASES}
+    assert {c for c in CLASSES if not issubclass(c, PromptMethod)} <= seen

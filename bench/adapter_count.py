@@ -26,7 +26,12 @@ def base() -> LlamaForCausalLM:
     """28 layers of 7 linear maps: 196 sites, as narrow as they can be."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -108,7 +113,7 @@ def main() -> int:
     arms = [("trimtab", options.many, options.blocks)] + ([("peft", min(options.many, 10), 3)] if options.peft else [])
     for name, many, blocks in arms:
         rows = measure(importlib.import_module(name), options.few, many, blocks)
-        print(f"\n{name}: 196 LoRA sites, medians of {blocks} interleaved runs, one thread\n")
+        print(f"\n{name}: 196 LoRA sites, processor time, medians of {blocks} interleaved runs, one thread\n")
         head = ["", f"{options.few} adapters, ms", f"{many} adapters, ms", "ratio"]
         print(table(head, [(act, f"{a:.2f}", f"{b:.2f}", f"{q:.2f}") for act, a, b, q in rows]))
         if name == "trimtab":

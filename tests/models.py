@@ -36,10 +36,11 @@ class Toy(nn.Module):
         nn.init.normal_(self.down.weight, std=0.3)
         nn.init.normal_(self.down.bias)
         self.head = nn.Linear(WIDTH, CLASSES, bias=False)
+        self.conv = nn.Conv1d(WIDTH, CLASSES + 1, 3, padding=1)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.norm(self.embed(ids) + self.scaled(ids))
-        return self.head(x + self.down(torch.tanh(self.up(x))))
+        return self.head(x + self.down(torch.tanh(self.up(x)))) + self.conv(x.mT).mT[..., :CLASSES]
 
 
 # The toy's layers by name -> the kind of site each is. A new kind of layer: one module above, one row here.
@@ -50,6 +51,7 @@ SITES: dict[str, str] = {
     "up": "linear",
     "down": "linear",
     "head": "linear",
+    "conv": "conv",
 }
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import trimtab
 from tests.contract.cases import CASES, Case, toy
 from tests.models import SITES
+
+import trimtab
 from trimtab import get_peft_model
 from trimtab.core import families
 from trimtab.core.method import Method, PromptMethod
@@ -131,7 +131,9 @@ NAMED_BY = {
 }
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) in ("core", "files", "model") and p not in NAMED_BY], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if package_of(p) in ("core", "files", "model") and p not in NAMED_BY], ids=str
+)
 def test_nothing_else_imports_a_methods_file(path: Path) -> None:
     """The machinery knows methods by the registry only, never a method's own file."""
     for module, line in imports(path):
@@ -163,7 +165,11 @@ def kinds() -> set[str]:
     for path in FILES:
         if package_of(path) == "core":
             for node in ast.walk(tree(path)):
-                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "kind" and isinstance(node.value, ast.Constant):
+                if (
+                    isinstance(node, ast.Assign)
+                    and getattr(node.targets[0], "id", "") == "kind"
+                    and isinstance(node.value, ast.Constant)
+                ):
                     found.add(node.value.value)
     return found
 
@@ -179,7 +185,9 @@ def test_hooks_are_overridden_at_most_once(cls: type) -> None:
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_no_hook_calls_super(cls: type) -> None:
     for node in ast.walk(ast.parse(inspect.getsource(cls))):
-        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "super"), f"{cls.__name__}:{node.lineno}"
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "super"), (
+            f"{cls.__name__}:{node.lineno}"
+        )
 
 
 def test_families_give_helpers_and_no_hooks() -> None:
@@ -208,11 +216,22 @@ def shapes_said(function: Any) -> list[str]:
     """The shapes in the comments of a function's lines that make a tensor."""
     said = []
     for line in inspect.getsource(function).splitlines():
-        if "self.empty(" in line:
-            found = re.search(r"#\s*\((.*)\)\s*$", line)
-            assert found, f"no shape beside: {line.strip()}"
-            said.append(found[1])
+        shapes = groups(line.partition("#")[2].strip())
+        assert shapes or "self.empty(" not in line, f"no shape beside: {line.strip()}"
+        said += shapes
     return said
+
+
+def groups(comment: str) -> list[str]:
+    """The outermost parentheses of a comment that starts with one: "(r, in) or (1,)" -> "r, in", "1,"."""
+    found, depth, start = [], 0, 0
+    for i, letter in enumerate(comment if comment.startswith("(") else ""):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "(" and depth == 1:
+            start = i + 1
+        elif letter == ")" and depth == 0:
+            found.append(comment[start:i])
+    return found
 
 
 def builders(cls: Any) -> list[Any]:
@@ -221,7 +240,11 @@ def builders(cls: Any) -> list[Any]:
     source = inspect.getsource(cls.build)
     for family in cls.__mro__[1:]:
         if family is not Method and issubclass(family, Method):
-            makes += [f for n, f in vars(family).items() if inspect.isfunction(f) and f"self.{n}(" in source and "self.empty(" in inspect.getsource(f)]
+            makes += [
+                f
+                for n, f in vars(family).items()
+                if inspect.isfunction(f) and f"self.{n}(" in source and "self.empty(" in inspect.getsource(f)
+            ]
     return makes
 
 
@@ -244,10 +267,14 @@ def agrees(said: str, shape: tuple[int, ...], table: dict[str, int]) -> bool:
         parts, shape = parts[:-1], shape[: len(parts) - 1]
     if len(parts) != len(shape):
         return False
-    return all((part.isidentifier() and part not in table) or eval(part, {}, table) == n for part, n in zip(parts, shape))
+    return all(
+        (part.isidentifier() and part not in table) or eval(part, {}, table) == n for part, n in zip(parts, shape)
+    )
 
 
 def test_the_comments_are_really_read() -> None:
+    assert groups("(n, b (b - 1) / 2) or (1,), as it comes") == ["n, b (b - 1) / 2", "1,"]
+    assert groups("no shape (r, in)") == []
     assert agrees("r, in", (2, 6), {"r": 2, "into": 6})
     assert not agrees("r, in", (6, 2), {"r": 2, "into": 6})
     assert not agrees("r, in", (2,), {"r": 2, "into": 6})

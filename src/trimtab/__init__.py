@@ -38,7 +38,12 @@ _PUBLIC = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ],
-    "trimtab.model.state": ["get_peft_model_state_dict", "set_peft_model_state_dict"],
+    "trimtab.model.state": [
+        "get_base_model_state_dict",
+        "get_peft_model_state_dict",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ],
     "trimtab.model.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
     "trimtab.model.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
     "trimtab.files.store": ["load_peft_weights"],

@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_does_and_save_the_adapter_only(how, tmp_path
     script = Path(__file__).parent / "scripts" / "two_processes.py"
     environment = tiny.environment()
     environment["PYTHONPATH"] += f":{root}"
-    done = subprocess.run([*command, str(script), how, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=root)
+    done = subprocess.run([*command, str(script), how, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=root, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     result = torch.load(tmp_path / "result.pt")
     losses, state = alone(5)

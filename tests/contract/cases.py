@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tests.models import SITES, tokens, toy
 from torch import Tensor, nn
 
-from tests.models import SITES, tokens, toy
 from trimtab import PeftModel, get_peft_model
 from trimtab.methods import METHODS, config_class, load, method_class
 
@@ -90,7 +90,19 @@ BY_NAME = {case.name: case for case in CASES}
 # One case of each formula: for tests that are quadratic, or compile.
 FORMULAS = [
     BY_NAME[name]
-    for name in ("lora", "lora-bias", "dora", "lora-tokens", "tokens", "ia3", "loha", "ln-tuning", "oft", "vera", "adalora")
+    for name in (
+        "lora",
+        "lora-bias",
+        "dora",
+        "lora-tokens",
+        "tokens",
+        "ia3",
+        "loha",
+        "ln-tuning",
+        "oft",
+        "vera",
+        "adalora",
+    )
 ]
 
 

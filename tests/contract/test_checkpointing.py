@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
-
 from tests.contract.cases import move, tensors
 from tests.models import llama, tokens
+from torch import Tensor, nn
+
 from trimtab import LoraConfig, get_peft_model
 from trimtab.errors import RouteError
 
@@ -83,7 +83,10 @@ def test_switching_before_backward_changes_nothing(reentrant: bool) -> None:
             (first + 2 * second).backward()
         results.append(gradients(model))
     assert_same(results[1], results[0])
-    parts = {name: sum(float(v.abs().sum()) for k, v in results[1].items() if f".{name}." in k) for name in ("default", "other")}
+    parts = {
+        name: sum(float(v.abs().sum()) for k, v in results[1].items() if f".{name}." in k)
+        for name in ("default", "other")
+    }
     assert all(parts.values()), parts
 
 

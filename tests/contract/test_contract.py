@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.contract.cases import (
     BY_NAME,
     CASES,
@@ -30,6 +28,8 @@ from tests.contract.cases import (
     tensors,
 )
 from tests.models import assert_untouched, snapshot, toy
+from torch import Tensor
+
 from trimtab import PeftModel, get_peft_model
 from trimtab.methods.lora import VARIANTS
 
@@ -318,7 +318,9 @@ def test_delete_leaves_the_others(case: Case, site: str) -> None:
         model.delete_adapter("second")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model(ids()), expected)
-    assert {n.replace("base_layer.", "") for n, _ in model.named_parameters()} == {n.replace("base_layer.", "") for n in names}
+    assert {n.replace("base_layer.", "") for n, _ in model.named_parameters()} == {
+        n.replace("base_layer.", "") for n in names
+    }
 
 
 # ---------------------------------------------------------------------- copies

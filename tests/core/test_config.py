@@ -46,7 +46,9 @@ def test_every_field_goes_through_json(field: str, tmp_path: Path) -> None:
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is LoraConfig
     expected = config.to_dict() | {"peft_version": FORMAT_VERSION}
-    assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in expected.items() if k != "runtime_config"}))
+    assert json.loads(json.dumps(again.to_json())) == json.loads(
+        json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in expected.items() if k != "runtime_config"})
+    )
 
 
 def test_the_file_is_sorted_and_the_same_each_time(tmp_path: Path) -> None:
@@ -120,7 +122,9 @@ def test_no_file(tmp_path: Path) -> None:
         PeftConfig.from_pretrained(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("content", "message"), [({"r": 1}, "no `peft_type`"), ({"peft_type": "NOPE"}, "'NOPE' is not known here")])
+@pytest.mark.parametrize(
+    ("content", "message"), [({"r": 1}, "no `peft_type`"), ({"peft_type": "NOPE"}, "'NOPE' is not known here")]
+)
 def test_no_or_unknown_method(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         PeftConfig.from_pretrained(write(tmp_path, **content))

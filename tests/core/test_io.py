@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.models import toy
+
 from trimtab import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from trimtab.core.io import locate, split_hub_arguments, write_whole
 from trimtab.errors import AdapterFileError
@@ -191,4 +191,7 @@ def test_saving_uses_no_network(tmp_path: Path) -> None:
     model = get_peft_model(toy(), CONFIG)
     model.peft_config["default"].base_model_name_or_path = "somebody/no-such-model"
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(toy(), tmp_path)(torch.ones(1, 2, dtype=torch.long)), model.eval()(torch.ones(1, 2, dtype=torch.long)))
+    assert torch.equal(
+        PeftModel.from_pretrained(toy(), tmp_path)(torch.ones(1, 2, dtype=torch.long)),
+        model.eval()(torch.ones(1, 2, dtype=torch.long)),
+    )

@@ -62,7 +62,10 @@ def test_matches(wanted: Any, name: str, entry: str | None) -> None:
 
 
 @settings(derandomize=True)
-@given(st.lists(st.sampled_from(["a", "b", "ab", "q_proj", "1"]), min_size=1, max_size=5), st.sampled_from(["a", "b", "ab", "a.b", "q_proj", "1.a"]))
+@given(
+    st.lists(st.sampled_from(["a", "b", "ab", "q_proj", "1"]), min_size=1, max_size=5),
+    st.sampled_from(["a", "b", "ab", "a.b", "q_proj", "1.a"]),
+)
 def test_matches_as_peft_defines_it(segments: list[str], entry: str) -> None:
     name = ".".join(segments)
     assert bool(matches({entry}, name)) == (name == entry or name.endswith("." + entry))
@@ -124,7 +127,10 @@ def test_exclusion_wins(exclude: Any) -> None:
 
 
 def test_what_is_saved_whole_is_not_adapted() -> None:
-    assert names(LoraConfig(target_modules=["lm_head", "v_proj"], modules_to_save=["lm_head"]))[-1] == "model.layers.11.self_attn.v_proj"
+    assert (
+        names(LoraConfig(target_modules=["lm_head", "v_proj"], modules_to_save=["lm_head"]))[-1]
+        == "model.layers.11.self_attn.v_proj"
+    )
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(3, [3]), ([0, 11], [0, 11]), (0, [0])])
@@ -187,7 +193,9 @@ def test_condense_gives_the_shortest_endings() -> None:
     targets = [n for n in KINDS if n.endswith(("q_proj", "v_proj"))]
     assert condense(targets, set(KINDS) - set(targets)) == {"q_proj", "v_proj"}
     some = [n for n in targets if ".1." in n or ".2." in n]
-    assert condense(some, set(KINDS) - set(some)) == {f"{i}.self_attn.{p}" for i in (1, 2) for p in ("q_proj", "v_proj")}
+    assert condense(some, set(KINDS) - set(some)) == {
+        f"{i}.self_attn.{p}" for i in (1, 2) for p in ("q_proj", "v_proj")
+    }
 
 
 @settings(derandomize=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
@@ -121,6 +122,26 @@ def test_packed_for_avx512() -> None:
     assert state.packing_format_for_cpu
     torch.testing.assert_close(weights.read(layer, layer.weight), W, rtol=1e-2, atol=1e-3)  # scales went to bf16
     assert layer.weight.quant_state.packing_format_for_cpu
+
+
+LAYERS = [lambda: Linear8bitLt(IN, HIDDEN, has_fp16_weights=True), lambda: Linear4bit(IN, HIDDEN)]
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=["int8", "fp4"])
+def test_not_quantised_yet(make: Any) -> None:
+    """A bitsandbytes layer that still holds floating point is read and written as such, in its own class."""
+    layer = make()
+    old, W = layer.weight, layer.weight.detach().clone()
+    assert torch.equal(weights.read(layer, old), W)
+    weights.write(layer, "weight", 2 * W)
+    assert type(layer.weight) is type(old)
+    assert layer.weight is not old
+    assert torch.equal(weights.read(layer, layer.weight), 2 * W)
+    assert torch.equal(weights.read(layer, old), W)
+    x = inputs()
+    y = layer.to("cpu")(x)  # quantised now, where it is to be
+    wanted = nn.functional.linear(x, 2 * W, layer.bias)
+    assert (y - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_parameter_made_plain_by_an_engine() -> None:

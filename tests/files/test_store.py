@@ -13,10 +13,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
 from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
-from trimtab import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+from trimtab import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from trimtab.errors import AdapterFileError, AdapterNameError, PeftWarning
 from trimtab.files import store
 
@@ -83,7 +91,10 @@ def test_parked_adapters_are_saved_and_loaded_like_the_others(tmp_path: Path) ->
     loaded = PeftModel.from_pretrained(toy(), tmp_path)
     for name, output in expected.items():
         loaded.load_adapter(tmp_path / name, name)
-        assert get_peft_model_state_dict(loaded, adapter_name=name).keys() == get_peft_model_state_dict(model, adapter_name=name).keys()
+        assert (
+            get_peft_model_state_dict(loaded, adapter_name=name).keys()
+            == get_peft_model_state_dict(model, adapter_name=name).keys()
+        )
         loaded.set_adapter(name)
         assert torch.equal(loaded(IDS), output)
     state = get_peft_model_state_dict(model, adapter_name="a0")
@@ -125,7 +136,11 @@ def spoil(values: dict[str, torch.Tensor]) -> None:
     values["base_model.model.head.lora_B.weight"] = torch.zeros(9, 2)
 
 
-FAULTS = [r"missing keys .*up\.lora_A", r"unexpected keys .*nowhere\.lora_A", r"size mismatch: .*head\.lora_B\.weight is \(9, 2\) in the file and \(7, 2\)"]
+FAULTS = [
+    r"missing keys .*up\.lora_A",
+    r"unexpected keys .*nowhere\.lora_A",
+    r"size mismatch: .*head\.lora_B\.weight is \(9, 2\) in the file and \(7, 2\)",
+]
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "load_adapter onto one that is there"])
@@ -161,7 +176,10 @@ def test_strict_false_loads_what_fits(folder: Path) -> None:
     assert "unexpected keys" in said
     theirs, ours = tensors(adapted()), tensors(model)
     same = {n for n in ours if torch.equal(ours[n], theirs[n])}
-    assert {n.split("model.model.")[1] for n in set(ours) - same} == {"up.lora_A.default.weight", "head.lora_B.default.weight"}
+    assert {n.split("model.model.")[1] for n in set(ours) - same} == {
+        "up.lora_A.default.weight",
+        "head.lora_B.default.weight",
+    }
     assert not any(p.is_meta for p in model.parameters())
 
 
@@ -300,7 +318,9 @@ def test_trainable_tokens_are_saved_as_rows(tied: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     rows = {k: v for k, v in load_peft_weights(tmp_path).items() if "token" in k and "lora" not in k}
     place = "transformer.wte" if tied else "model.embed_tokens"
-    assert {k: tuple(v.shape) for k, v in rows.items()} == {f"base_model.model.{place}.token_adapter.trainable_tokens_delta": (2, 16)}
+    assert {k: tuple(v.shape) for k, v in rows.items()} == {
+        f"base_model.model.{place}.token_adapter.trainable_tokens_delta": (2, 16)
+    }
     ids = tokens(2, 5, 20)
     loaded = PeftModel.from_pretrained(build(), tmp_path)
     assert torch.equal(logits(loaded, ids), logits(model, ids))

@@ -11,7 +11,7 @@ from trimtab import PeftConfig, PeftModel, get_peft_model
 
 
 class Net(nn.Module):
-    """A convolution with a kernel, a grouped one, one without a kernel, a norm and a Linear, each with sizes of its own."""
+    """A convolution with a kernel, a grouped one, one without a kernel, a norm and a Linear, all of other sizes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, tokens
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from trimtab import AdaLoraConfig, PeftModel, get_peft_model
 
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12}
@@ -19,7 +20,8 @@ SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "t
 def test_formula() -> None:
     model = adapted(AdaLoraConfig(target_modules=["linear"], init_r=3, lora_alpha=5, total_step=9))
     layer = model.get_base_model().linear
-    A, B, E, W = (numbers(t) for t in (layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"], layer.base_layer.weight))
+    A, B, E = (numbers(getattr(layer, name)["default"]) for name in ("lora_A", "lora_B", "lora_E"))
+    W = numbers(layer.base_layer.weight)
     s = 5 / (3 + 1e-5)
     for i, row in enumerate(W):
         for j in range(len(row)):
@@ -116,7 +118,7 @@ def test_budget_and_importance() -> None:
         for i, p in enumerate(optimiser.param_groups[0]["params"]):
             held[i // 3, ("lora_A", "lora_B", "lora_E")[i % 3]] = p.detach().clone()
 
-    hook = torch.optim.optimizer.register_optimizer_step_post_hook(remember)
+    hook = register_optimizer_step_post_hook(remember)
     model = trained(config, 14, watch)
     hook.remove()
     assert sum(map(sum, left)) == config.target_r * len(adapters(model))
@@ -171,3 +173,31 @@ def test_errors(fields: dict[str, Any], message: str) -> None:
 def test_fields_that_are_not_read_are_named() -> None:
     with pytest.warns(UserWarning, match="'r', 'alpha_pattern'.* are not used"):
         AdaLoraConfig(total_step=10, r=4, alpha_pattern={"q_proj": 3})
+
+
+def test_in_the_trainer(tmp_path: Path) -> None:
+    """The penalty is in the loss by itself; the schedule wants one call a step, as the Trainer's own event gives it."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Schedule(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.update_and_allocate(state.global_step + 1)
+
+    config = AdaLoraConfig(task_type="CAUSAL_LM", **SCHEDULE)
+    model = get_peft_model(llama(), config)
+    rows = [{"input_ids": x, "labels": x} for x in tokens(rows=24, vocabulary=64)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[Schedule()])
+    trainer.train()
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == config.target_r * len(pattern)
+    assert all(
+        [bool(e) for e in layer.lora_E["default"]] == kept for layer, kept in zip(adapters(model), pattern.values())
+    )
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    x = torch.stack([row["input_ids"] for row in rows])
+    plain = llama()(input_ids=x, labels=x).loss
+    assert first > float(plain.detach()) + 0.5, "γ times the mean of the penalties, which are near 2 at the start"

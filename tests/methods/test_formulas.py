@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.contract.cases import move, tensors
+from tests.methods import formulas
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.contract.cases import move, tensors
-from tests.methods import formulas
 from trimtab import LoraConfig, TrainableTokensConfig, get_peft_model
 
 quickly = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -65,7 +65,9 @@ def pair(model: Any, names: tuple[str, str] = ("lora_A", "lora_B")) -> tuple[Any
 
 
 def assert_equal(actual: Tensor, expected: Any, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(actual.detach(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual.detach(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Linear without bias", "Conv1D"])
@@ -90,7 +92,9 @@ def test_lora_bias(into: int, out: int, r: int, alpha: int, seed: int) -> None:
     module, W = layer("Linear", into, out, seed)
     model = adapt(module, LoraConfig(r=r, lora_alpha=alpha, lora_bias=True, target_modules=["layer"]))
     found = tensors(model)
-    A, B = (numbers(next(t for n, t in found.items() if n.endswith(f"{e}.default.weight"))) for e in ("lora_A", "lora_B"))
+    A, B = (
+        numbers(next(t for n, t in found.items() if n.endswith(f"{e}.default.weight"))) for e in ("lora_A", "lora_B")
+    )
     c = numbers(next(t for n, t in found.items() if n.endswith("lora_B.default.bias")))
     x = torch.randn(3, into, dtype=torch.float64)
     bias = [b + alpha / r * e for b, e in zip(numbers(module.bias), c, strict=True)]
@@ -103,7 +107,9 @@ def test_lora_bias(into: int, out: int, r: int, alpha: int, seed: int) -> None:
 def test_dora(kind: str, into: int, out: int, r: int, alpha: int, seed: int) -> None:
     module, W = layer(kind, into, out, seed)
     bias = None if module.bias is None else numbers(module.bias)
-    model = get_peft_model(One(module), LoraConfig(r=r, lora_alpha=alpha, use_dora=True, target_modules=["layer"])).eval()
+    model = get_peft_model(
+        One(module), LoraConfig(r=r, lora_alpha=alpha, use_dora=True, target_modules=["layer"])
+    ).eval()
     magnitude = next(t for n, t in tensors(model).items() if "magnitude" in n)
     assert_equal(magnitude, formulas.norms(numbers(W)))  # m starts as ||W||, so that W' = W
     move(model, "default")
@@ -162,7 +168,9 @@ def test_trainable_tokens(vocabulary: int, dim: int, count: int, seed: int) -> N
 
 
 # ---------------------------------------------------------------------- how A and B start
-def start(name: Any, into: int, out: int, r: int, alpha: int, seed: int, use_dora: bool = False) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+def start(
+    name: Any, into: int, out: int, r: int, alpha: int, seed: int, use_dora: bool = False
+) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
     """(model, W before, W after, A, B)."""
     module, W = layer("Linear", into, out, seed)
     W = W.clone()
@@ -291,7 +299,13 @@ class Two(nn.Module):
 def test_patterns_give_layers_their_own_rank_and_scale(r: int, alpha: int, own_r: int, own_alpha: int) -> None:
     model = get_peft_model(
         Two(),
-        LoraConfig(r=r, lora_alpha=alpha, target_modules=["first", "second"], rank_pattern={"sec.*": own_r}, alpha_pattern={"second": own_alpha}),
+        LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            target_modules=["first", "second"],
+            rank_pattern={"sec.*": own_r},
+            alpha_pattern={"second": own_alpha},
+        ),
     )
     first, second = model.base_model.model.first, model.base_model.model.second
     assert (first.r["default"], first.lora_alpha["default"], first.scaling["default"]) == (r, alpha, alpha / r)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
+
 from trimtab import LoHaConfig, get_peft_model
 
 R, ALPHA = 3, 5
@@ -55,8 +55,8 @@ def test_spellings_and_gradients_agree(name: str, cores: bool) -> None:
 
 
 def test_patterns() -> None:
-    config = LoHaConfig(target_modules=["conv", "linear"], r=R, alpha=ALPHA, rank_pattern={"linear": 2}, alpha_pattern={"conv": 7})
-    base = adapted(config).get_base_model()
+    patterns = {"rank_pattern": {"linear": 2}, "alpha_pattern": {"conv": 7}}
+    base = adapted(LoHaConfig(target_modules=["conv", "linear"], r=R, alpha=ALPHA, **patterns)).get_base_model()
     assert (base.conv.r["default"], base.conv.scaling["default"]) == (R, 7 / R)
     assert (base.linear.r["default"], base.linear.scaling["default"]) == (2, ALPHA / 2)
 

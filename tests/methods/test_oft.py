@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.methods.nets import Net, adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import toy
+
 from trimtab import OFTConfig, get_peft_model
 from trimtab.methods.oft import nearest_divisor
 
@@ -32,7 +32,7 @@ def times(A: list, B: list) -> list:
 
 
 def rotation(v: list, b: int, terms: int = 0) -> list:
-    """(I - Q)(I + Q)⁻¹, or with `terms` I + 2 Q + 2 Q² + ... + Qᵗ, from the b (b - 1) / 2 entries above Q's diagonal."""
+    """(I - Q)(I + Q)⁻¹, or with `terms` I + 2 Q + 2 Q² + ... + Qᵗ, from the entries above Q's diagonal."""
     entries, Q = iter(v), [[0.0] * b for _ in range(b)]
     for i in range(b):
         for j in range(i + 1, b):
@@ -101,7 +101,8 @@ def test_grouped_convolution_runs_but_has_no_grouped_weight() -> None:
 
 
 def test_exact_blocks_are_rotations() -> None:
-    layer = adapted(OFTConfig(target_modules=["linear"], oft_block_size=4, use_cayley_neumann=False)).get_base_model().linear
+    config = OFTConfig(target_modules=["linear"], oft_block_size=4, use_cayley_neumann=False)
+    layer = adapted(config).get_base_model().linear
     (method,) = layer.methods["default"]
     R = method.rotation(torch.zeros(1, dtype=torch.float64))
     same(R @ R.mT, torch.eye(4, dtype=torch.float64).expand_as(R))
@@ -131,7 +132,8 @@ def test_constrained_q_stays_in_its_ball() -> None:
 
 
 def test_module_dropout_puts_identities_in_place_of_blocks() -> None:
-    layer = adapted(OFTConfig(target_modules=["linear"], oft_block_size=2, module_dropout=0.5)).train().get_base_model().linear
+    config = OFTConfig(target_modules=["linear"], oft_block_size=2, module_dropout=0.5)
+    layer = adapted(config).train().get_base_model().linear
     (method,) = layer.methods["default"]
     x, eye = torch.zeros(1, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
     share = torch.stack([(method.rotation(x, drop=True) == eye).all(-1).all(-1).double().mean() for _ in range(60)])
@@ -139,9 +141,9 @@ def test_module_dropout_puts_identities_in_place_of_blocks() -> None:
     assert not (method.rotation(x) == eye).all(-1).all(-1).any()
 
 
-@pytest.mark.parametrize(("size", "given", "fits"), [(24, 5, 4), (24, 7, 6), (24, 10, 8), (24, 48, 24), (7, 4, 1), (24, 8, 8)])
-def test_sizes_that_do_not_divide_are_adjusted(size: int, given: int, fits: int) -> None:
-    assert nearest_divisor(size, given) == fits
+def test_sizes_that_do_not_divide_are_adjusted() -> None:
+    for size, given, fits in ((24, 5, 4), (24, 7, 6), (24, 10, 8), (24, 48, 24), (7, 4, 1), (24, 8, 8)):
+        assert nearest_divisor(size, given) == fits
 
 
 def test_errors_and_warnings() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from tests.models import llama, tokens
 from torch import Tensor, nn
 
-from tests.models import llama, tokens
 from trimtab import LoraConfig, PeftModel, get_peft_model
 
 CPU = torch.device("cpu")
@@ -35,7 +35,8 @@ def dispatched(model: nn.Module, folder: Path) -> None:
 
 PLACES: dict[str, Callable[[nn.Module, Path], None]] = {"cpu": on_cpu, "disk": on_disk, "dispatched": dispatched}
 places = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-configs = pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["lora", "dora", "pissa"])
+OPTIONS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+configs = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def config(**options: Any) -> LoraConfig:
@@ -80,7 +81,8 @@ def test_offloaded_equals_plain(place: Callable[..., None], options: dict[str, A
         close(run(model), base)
 
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
-    close(layer.get_delta_weight("default"), plain.get_base_model().model.layers[1].self_attn.q_proj.get_delta_weight("default"))
+    same = plain.get_base_model().model.layers[1].self_attn.q_proj
+    close(layer.get_delta_weight("default"), same.get_delta_weight("default"))
     model.merge_adapter()
     close(run(model), wanted)
     assert layer.base_layer.weight.is_meta, "its place between forwards is where it was"

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 import transformers as tf
-from torch import Tensor, nn
-
 from tests.parity.models import MODELS, VOCABULARY
+from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
@@ -70,8 +69,10 @@ class EncoderNet(nn.Module):
         return hidden
 
 
-SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-                         "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def mixtral() -> nn.Module:

@@ -8,12 +8,10 @@ from typing import Any
 
 import peft
 import pytest
+import tests.parity.nets  # noqa: F401  (its models join the table)
 import torch
 import transformers
 from safetensors.torch import save_file
-
-import tests.parity.nets  # noqa: F401  (its models join the table)
-import trimtab
 from tests.parity.models import build
 from tests.parity.pairs import (
     BOTH,
@@ -29,6 +27,8 @@ from tests.parity.pairs import (
     weights_file,
 )
 from tests.parity.pairs import pair as same_numbers
+
+import trimtab
 
 transformers.logging.set_verbosity_error()
 
@@ -51,13 +51,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2, "lora_alpha": 5}),
     "mixtral_one": ("mixtral", {"target_parameters": ["down_proj"], "r": 2, "rank_pattern": {"down_proj": 3}}),
     "mixtral_order": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS[::-1], "r": 2}),
-    "mixtral_rslora": ("mixtral", {"target_parameters": EXPERTS, "r": 2, "use_rslora": True, "alpha_pattern": {"down_proj": 3}}),
+    "mixtral_rslora": ("mixtral", {"target_parameters": EXPERTS, "use_rslora": True, "alpha_pattern": {"down_proj": 3}}),
     "mixtral_gaussian": ("mixtral", {"target_parameters": EXPERTS, "r": 2, "init_lora_weights": "gaussian"}),
     "router": ("mixtral", {"target_parameters": ["gate.weight", "layers.1.mlp.experts.gate_up_proj"], "r": 2}),
     "qwen3_moe": ("qwen3_moe", {"target_modules": ["k_proj"], "target_parameters": EXPERTS, "r": 2, "lora_alpha": 5}),
     "llama4": ("llama4", {"target_modules": ["o_proj"], "target_parameters": EXPERTS, "r": 2, "lora_alpha": 5}),
     "gpt_oss": ("gpt_oss", {"target_modules": ["v_proj"], "target_parameters": EXPERTS, "r": 2, "lora_alpha": 5}),
-    "linear_by_name": ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight", "lm_head.weight"], "r": 2, "lora_alpha": 5}),
+    "linear_by_name": ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight", "lm_head.weight"], "r": 2}),
 }  # fmt: skip
 # PEFT adds the update of an attention's output projection twice (codec.ADDED): the same file means the same function,
 # but the B in memory is twice theirs.
@@ -172,7 +172,8 @@ def test_two_adapters_on_some_and_all_parameters(tmp_path: Path) -> None:
     near(mixed[[0, 2]], second[[0, 2]])
     near(mixed[1], first[1])
     model.save_pretrained(tmp_path)
-    assert set(weights_file(tmp_path / "some")) == {k for k in weights_file(tmp_path / "both") if ".base_layer." not in k}
+    outer = {k for k in weights_file(tmp_path / "both") if ".base_layer." not in k}
+    assert set(weights_file(tmp_path / "some")) == outer
     names = set(dict(model.named_parameters()))
     assert "base_model.model.model.layers.0.mlp.experts.lora_A.both.weight" in names
     for library in BOTH:
@@ -181,7 +182,7 @@ def test_two_adapters_on_some_and_all_parameters(tmp_path: Path) -> None:
 
 
 def test_dropout_on_experts_loads_for_inference(tmp_path: Path) -> None:
-    """An adapter trained with dropout elsewhere loads (PEFT raises); training it so here is refused, with the reason."""
+    """An adapter trained with dropout elsewhere loads (PEFT raises); training it so here is refused."""
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}
     model = adapt(trimtab, "mixtral", {**fields, "init_lora_weights": False}).eval()
     model.peft_config["default"].lora_dropout = 0.1

@@ -6,16 +6,16 @@ from typing import Any
 
 # The projections that most methods adapt unless told otherwise.
 ATTENTION: dict[str, Any] = {
-    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
+    **dict.fromkeys(["t5", "mt5"], ("q", "v")),
     **dict.fromkeys(
         "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3".split(),
-        ["q_proj", "v_proj"],
+        ("q_proj", "v_proj"),
     ),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ["query", "value"]),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ("query", "value")),
     **dict.fromkeys(
-        ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ["query_key_value"]
+        ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ("query_key_value",)
     ),
-    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], ("c_attn",)),
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "deberta-v2": ["query_proj", "value_proj"],
     "deberta": ["in_proj"],

@@ -127,6 +127,7 @@ class PeftConfig:
     runtime: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
 
@@ -167,8 +168,8 @@ class PeftConfig:
 
     # ------------------------------------------------------------------ JSON
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict."""
-        return dataclasses.asdict(self)
+        """The fields as a plain dict, without settings of one run."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.runtime}
 
     def to_json(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`: names sorted, sets as sorted lists."""

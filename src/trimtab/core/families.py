@@ -54,7 +54,7 @@ class LowRank(Method):
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """(A, B) as the matrices (..., r, in) and (..., out, r) they are: what is written into a view reaches the layer."""
+        """(A, B) as the matrices (..., r, in) and (..., out, r) they are; views, where the site can."""
         A, B = self.factors
         return self.site.lower(A), self.site.upper(B)
 

@@ -17,6 +17,8 @@ from torch.func import functional_call
 
 from trimtab.core import kernels, offload, weights
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer's call
+
 
 class Site:
     """One adapted parameter of one layer.
@@ -172,7 +174,7 @@ class Site:
         x = args[0] if args else next(iter(kwargs.values()))
         return len(x), x.device
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
         """The call with these of its rows only."""
         if args:
             return (args[0][rows], *args[1:]), kwargs

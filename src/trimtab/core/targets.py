@@ -119,7 +119,8 @@ def select_parameters(parameters: Iterable[str], wanted: Collection[str], strict
         NoMatchingPeftModuleError: with `strict`, some entry fits nothing.
     """
     parameters = list(parameters)
-    found = [Target(n, "parameter", why, n.rpartition(".")[2]) for n in parameters if (why := matches(set(wanted), n))]
+    why = {n: matches(set(wanted), n) for n in parameters}
+    found = [Target(n, "parameter", entry, n.rpartition(".")[2]) for n, entry in why.items() if entry]
     if missed := set(wanted) - {t.why for t in found}:
         message = f"`target_parameters` {sorted(missed)} fit no parameter of the model.{nearest(missed, parameters)}"
         if strict:

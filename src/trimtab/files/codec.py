@@ -34,7 +34,7 @@ PREFIXES = {
 IGNORED = (".original_module.", ".modules_to_save.")
 
 # PEFT 0.21 adds the update of an attention's output projection to its weight twice, in every forward and merge: what
-# its files mean by B is twice their B. Here W' = W + s·B·A, so B is halved on disk; both libraries then compute the same.
+# its files mean is twice their B. Here W' = W + s·B·A, so B is halved on disk; both libraries then compute the same.
 ADDED = {"lora_B": 2}
 
 # Names of embeddings whose base weight is saved along when it is adapted or resized.
@@ -115,7 +115,7 @@ class Slot:
             self.holder.method.restore(value)
             return
         value, old = self.unpacked(value), self.get()
-        if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own, kept elsewhere
+        if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own
             offload.install(self.holder, {self.name: nn.Parameter(value.to(old.dtype), requires_grad=False)})
             return
         if old.device.type != "meta":

@@ -1,6 +1,6 @@
 """Mixture-of-experts models whose experts transformers 5 keeps in two parameters instead of one Linear each.
 
-Configs and files that name the former Linears are read as what they mean today, as PEFT reads them (found by running it).
+Configs and files that name the former Linears are read as what they mean today, as PEFT reads them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def rewrite(config: Any, model_type: str | None, modules: Iterable[str], linear:
     if len(missing) == 1:
         other = ({former.gate, former.up} & found).pop()
         raise ConfigError(
-            f"`target_modules` names '{other}' without '{missing.pop()}': in this model the two are one parameter, {FUSED}."
+            f"`target_modules` names '{other}' without '{missing.pop()}': in this model both are one parameter, {FUSED}"
         )
     parameters = {former.names[n] for n in found} | ({"gate.weight"} if gates else set())
     config.target_modules = rest - gates

@@ -1,7 +1,8 @@
-"""AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512).   W' = W + s B diag(E) A,   s = alpha / r at the start (eq. 3).
+"""AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512, eq. 3).   W' = W + s B diag(E) A.
 
-Training adds γ Σ ||A Aᵀ - I|| + ||Bᵀ B - I|| (eq. 4, without the squares) and, step by step, sets the E_i of least
-importance to zero (eq. 8 to 12) until the budget is reached: call `update_and_allocate(step)` after every optimiser step.
+s = alpha / r with the rank at the start. Training adds γ times the mean of ||A Aᵀ - I|| and ||Bᵀ B - I|| (eq. 4,
+without the squares) to the loss and, step by step, sets the E_i of least importance to zero (eq. 8 to 12) until the
+budget is reached: call `update_and_allocate(step)` after every optimiser step, before its gradients are cleared.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from trimtab.core.method import Method, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
-from trimtab.methods.lora import LoraConfig  # PEFT's file of this method has the fields of a LoRA, and more
+from trimtab.methods import config_class
 
-EXCEPT = "mistral mixtral stablelm blip-2 chatglm falcon RefinedWeb RefinedWebModel mpt btlm codegen phi rwkv rwkv7".split()
+AS_USUAL = (
+    "gpt2 gpt_bigcode bloom gptj gpt_neox gpt_neo llama llama4 bert deberta gemma gemma2 gemma3_text gemma4 qwen2 "
+    "qwen3 nemotron_h"
+).split()
 TARGETS = {
-    **{model: names for model, names in ATTENTION.items() if model not in [*EXCEPT, "xlm-roberta", "electra", "layoutlm"]},
+    **{model: ATTENTION[model] for model in AS_USUAL},
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -33,6 +37,9 @@ TARGETS = {
     "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
 }
 IGNORED = ("r", "use_rslora", "alpha_pattern", "lora_bias")  # as PEFT ignores them
+
+
+LoraConfig: Any = config_class("LORA")  # as in PEFT, this method's config is a LoRA's and more
 
 
 @dataclass
@@ -48,7 +55,7 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
     orth_reg_weight: float = help_field("The weight γ of the penalty.", 0.5)
     total_step: int | None = help_field("The number of steps of the whole training.", None)
-    rank_pattern: dict[str, list[bool]] | None = help_field("What is left of each layer's rank.", None)  # type: ignore[assignment]
+    rank_pattern: Any = help_field("{layer's lora_E: which of its triplets are left}; filled in training.", None)
 
     patterns: ClassVar[tuple[str, ...]] = ()
 
@@ -68,7 +75,8 @@ class AdaLoraConfig(LoraConfig):
             )
         fields = self.__dataclass_fields__
         if unread := [name for name in IGNORED if getattr(self, name) != default_of(fields[name])]:
-            warn(f"Note that {unread} are not used in AdaLora and will be ignored; the initial rank is `init_r`.", UserWarning)
+            message = f"Note that {unread} are not used in AdaLora and will be ignored; the initial rank is `init_r`."
+            warn(message, UserWarning)
 
     def resolve(self, name: str) -> AdaLoraConfig:
         """This config itself: the ranks of all modules are kept in it."""
@@ -187,6 +195,6 @@ class AdaLora(Method):
         k = value.shape[axis] if value.ndim == 2 else r
         if k >= r:
             return value
-        if value.device.type != "meta":  # an earlier state comes back: it has the first k triplets, the others are nothing
+        if value.device.type != "meta":  # an earlier state comes back: the first k triplets, and nothing else
             self.options.rank_pattern = {**(self.options.rank_pattern or {}), self.key: [i < k for i in range(r)]}
         return F.pad(value, (0, r - k) if axis else (0, 0, 0, r - k))

@@ -23,7 +23,7 @@ class Dora(LowRank):
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:
         tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
-        return tensors | {"lora_magnitude_vector.weight": self.empty(*site.vector())}  # (out,)
+        return tensors | {"lora_magnitude_vector.weight": self.empty(*site.vector())}  # (out,) or (1, out)
 
     def reset(self, config: Any) -> Tensor | None:
         W = start(config.init_lora_weights, self)

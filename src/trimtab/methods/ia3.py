@@ -1,4 +1,4 @@
-"""IA3 (Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3).   W' = diag(l) W;   feed-forward: W' = W diag(l)."""
+"""IA3 (Liu et al. 2022, https://arxiv.org/abs/2205.05638).   W' = diag(l) W;   feed-forward: W' = W diag(l)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,13 @@ class IA3Config(LayerConfig):
         self.peft_type = PeftType.IA3
         self.feedforward_modules = as_set(self.feedforward_modules)
         wanted, inputs = self.target_modules, self.feedforward_modules
-        if isinstance(wanted, set) and isinstance(inputs, set) and not inputs <= wanted:
+        if isinstance(wanted, set) and isinstance(inputs, set) and not all(_covers(wanted, name) for name in inputs):
             raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+
+
+def _covers(wanted: set[str], name: str) -> bool:
+    """Whether a name, or a path that ends in it ("all-linear" is saved as whole paths), is among those wanted."""
+    return any(matches({name}, entry) for entry in wanted)
 
 
 class IA3(Method):

@@ -1,4 +1,4 @@
-"""LN tuning (Zhao et al. 2023, https://arxiv.org/abs/2312.11420, section 2).   W' = θ, b' = φ: the norm's own parameters, trained as a copy."""
+"""LN tuning (Zhao et al. 2023, https://arxiv.org/abs/2312.11420).   W' = θ,   b' = φ: a copy of a norm's own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trimtab.core.site import Site
 
 PRE_POST = ["input_layernorm", "post_attention_layernorm"]
 AROUND = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(["llama", "mistral", "gemma"], [*PRE_POST, "norm"]),
-    **dict.fromkeys(["gemma2", "gemma3_text"], [*PRE_POST, *AROUND, "norm"]),
-    **dict.fromkeys(["bloom", "falcon"], [*PRE_POST, "ln_f"]),
-    **dict.fromkeys(["qwen2", "qwen3"], ["post_attention_layernorm"]),
-    **dict.fromkeys(["t5", "mt5"], ["layer_norm", "final_layer_norm"]),
+TARGETS: dict[str, Any] = {
+    **dict.fromkeys(["llama", "mistral", "gemma"], (*PRE_POST, "norm")),
+    **dict.fromkeys(["gemma2", "gemma3_text"], (*PRE_POST, *AROUND, "norm")),
+    **dict.fromkeys(["bloom", "falcon"], (*PRE_POST, "ln_f")),
+    **dict.fromkeys(["qwen2", "qwen3"], ("post_attention_layernorm",)),
+    **dict.fromkeys(["t5", "mt5"], ("layer_norm", "final_layer_norm")),
     "llava": ["multi_modal_projector", *PRE_POST, "norm", "embed_tokens", "lm_head"],
     "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
     "gpt2": ["ln_1", "ln_2", "ln_f"],

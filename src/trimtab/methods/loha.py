@@ -1,6 +1,6 @@
-"""LoHa (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, eq. 4).   W' = W + s (w1_a w1_b) ∘ (w2_a w2_b),   s = alpha / r.
+"""LoHa (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, eq. 4).   W' = W + s (w1_a w1_b) ∘ (w2_a w2_b).
 
-Convolutions may keep each factor as t ×₁ w_a ×₂ w_b, with a core t (r, r, kernel) (proposition 3).
+s = alpha / r. Convolutions may keep each factor as t ×₁ w_a ×₂ w_b, with a core t (r, r, kernel) (proposition 3).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LoHa(Delta):
         self.unit = self.scaling  # what `set_scale` multiplies
         r, out, into, kernel = self.r, site.fan_out, site.fan_in // site.groups, [*site.kernel]
         if not config.use_effective_conv2d or math.prod(kernel) == 1:
-            self.names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+            self.names: tuple[str, ...] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
             return {
                 "hada_w1_a": self.empty(out, r),  # (out, r)
                 "hada_w1_b": self.empty(r, into),  # (r, in)

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
+from trimtab.core.method import require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import mutates, start
@@ -115,6 +116,7 @@ class LoraConfig(LayerConfig):
 
     def scaling(self) -> float:
         """s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        require_rank(self.r)
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def resolve(self, name: str) -> LoraConfig:

@@ -40,10 +40,6 @@ class OFTConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.OFT
-
-    def check(self) -> None:
-        """Raise for numbers that cannot work together."""
-        super().check()
         r, b = self.r, self.oft_block_size
         if r and b:
             raise ConfigError(
@@ -51,7 +47,9 @@ class OFTConfig(LayerConfig):
                 "r x oft_block_size == in_features. Set the other to 0."
             )
         if r < 0 or b < 0 or not r + b:
-            raise ConfigError(f"Either `r` or `oft_block_size` must be positive. Currently, r = {r} and oft_block_size = {b}.")
+            raise ConfigError(
+                f"Either `r` or `oft_block_size` must be positive. Currently, r = {r} and oft_block_size = {b}."
+            )
 
 
 class OFT(Method):

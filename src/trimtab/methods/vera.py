@@ -1,6 +1,7 @@
-"""VeRA (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, eq. 2).   W' = W + diag(b) B diag(d) A,   A and B random, frozen, shared.
+"""VeRA (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, eq. 2).   W' = W + diag(b) B diag(d) A.
 
-Every layer takes the first columns of A and the first rows of B, which are as large as its largest layer needs.
+A and B are random, never trained, and kept once, as large as the largest layer needs: every layer takes the first
+columns of A and the first rows of B.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class Vera(Method):
         for other in others:
             if other.projection_prng_key != config.projection_prng_key:
                 raise ConfigError(
-                    f"Vera PRNG initialisation key must be the same for all adapters. Got {config.projection_prng_key=} "
-                    f"but previous config had {other.projection_prng_key}."
+                    "Vera PRNG initialisation key must be the same for all adapters. Got "
+                    f"{config.projection_prng_key=} but previous config had {other.projection_prng_key}."
                 )
             if other.save_projection != config.save_projection:
                 raise ConfigError(
-                    "VeRA projection weights must be saved for all adapters or none, but got multiple different values: "
-                    f"{sorted({other.save_projection, config.save_projection})}"
+                    "VeRA projection weights must be saved for all adapters or none, but got multiple different "
+                    f"values: {sorted({other.save_projection, config.save_projection})}"
                 )
 
     @classmethod

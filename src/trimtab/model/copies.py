@@ -59,11 +59,6 @@ class SavedModule(nn.Module):
         return [n for n in self.board.route.at(id(self))[0] if n in self.modules_to_save]
 
     @property
-    def disable_adapters(self) -> bool:
-        """Whether the copies are switched off here."""
-        return not self.board.route.at(id(self))[1]
-
-    @property
     def adapters(self) -> list[str]:
         """The adapters that have a copy."""
         return list(self.modules_to_save)

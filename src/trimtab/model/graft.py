@@ -153,7 +153,7 @@ class Graft:
                 raise NoMatchingPeftModuleError("The config selects nothing to train: name `target_modules` or `modules_to_save`.")
             if tensors is not None:
                 own = self.slots(adapter)
-                slots = [*own, *self.embeddings(adapter)]
+                slots = [*own, *self.embeddings(adapter, reading=True)]
                 values = tensors(slots)
                 lacking = any(s.on_disk() not in values for s in own)
                 if lacking or method.mutates(adapter.config):  # what the file does not say starts as it would anew
@@ -197,10 +197,10 @@ class Graft:
             raise ConfigError(f"{type(config).__name__} does not adapt layers.")
         model_type = getattr(getattr(self.model, "config", None), "model_type", None)
         named = bool(getattr(config, "target_parameters", None))
-        if config.target_modules is None and named and (model_type in FORMER or default_targets(config, model_type) is None):
+        default = default_targets(config, model_type)
+        if config.target_modules is None and named and (model_type in FORMER or default is None):
             config.target_modules = set()
         if config.target_modules is None:
-            default = default_targets(config, model_type)
             if default == INPUT_EMBEDDING:
                 default = [self._path(self.model.get_input_embeddings())]  # type: ignore[operator]
             if default is None and not config.modules_to_save:
@@ -276,7 +276,8 @@ class Graft:
     def _parts(self, targets: list[Target]) -> list[Target]:
         """Without the layers that are adapted along with the one they are part of."""
         found = {t.name: site_class(self.modules[t.name]) for t in targets}
-        return [t for t in targets if not ((whole := found.get(t.name.rpartition(".")[0])) and t.name.rpartition(".")[2] in whole.parts)]
+        part = lambda path: (whole := found.get(path.rpartition(".")[0])) and path.rpartition(".")[2] in whole.parts
+        return [t for t in targets if not part(t.name)]
 
     def _rename(self, new: Mapping[str, AdaptedLayer]) -> None:
         """Tell the layers their paths, which change when others come to stand around them."""
@@ -479,8 +480,12 @@ class Graft:
             slots.append(Slot(f"prompt_encoder.{adapter.name}", "prompt_embeddings", Prompt(adapter.prompt), "", bare=True))
         return slots
 
-    def embeddings(self, adapter: Adapter) -> list[Slot]:
-        """The base weights of the model's embeddings, which are saved along when they are adapted or resized."""
+    def embeddings(self, adapter: Adapter, reading: bool = False) -> list[Slot]:
+        """The base weights of the model's embeddings, which are saved along when they are adapted or resized.
+
+        With `reading`, under every key that a file may have them by: PEFT's depends on what other adapters were there.
+        """
+        forms = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
         found = []
         for getter in ("get_input_embeddings", "get_output_embeddings"):
             module = getattr(self.model, getter, lambda: None)()
@@ -488,10 +493,15 @@ class Graft:
                 continue
             base = getattr(module, "base_layer", module)
             path = self._path(base)
-            adapted = path in {layer.path for layer in adapter.layers}
-            key = f"{path}.base_layer.weight" if adapted else f"{path}.weight"
-            if base._parameters.get("weight") is not None:
-                found.append(Slot(key, key, base, "weight", optional=True))
+            if path in {wrapper.name for wrapper in adapter.saved}:  # the key is the copy's, not the base's
+                continue
+            if base._parameters.get("weight") is None:
+                continue
+            memory = f"{path}.{forms[base is not module]}"
+            leaves = [t for x in adapter.layers if x.path == path for m in x.methods[adapter.name] for t in m._leaves.values()]
+            own = forms[0 if not leaves else 2 if all(t.startswith("token_adapter.") for t in leaves) else 1]
+            disks = [f"{path}.{form}" for form in (forms if reading else (own,))]
+            found += [Slot(memory, disk, base, "weight", optional=True) for disk in disks]
         return found
 
     def targets_embeddings(self, adapter: Adapter) -> bool:

@@ -32,8 +32,8 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, name: str, board: Board) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.path, self.param = name, ""  # the layer in the base model, and the parameter where a config names one
-        self.name, self.board = name, board  # the path of this module, among others that wrap the same layer or one around it
+        self.path, self.param = name, ""  # of the layer in the base model, and of the parameter if a config names one
+        self.name, self.board = name, board  # `name`: the path of this module, which others around it change
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}
         self.containers: dict[str, Leaves] = {}  # by path below this layer
@@ -173,7 +173,8 @@ class AdaptedLayer(nn.Module):
     def _alone(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output for rows of one adapter, here and in every layer inside."""
         board = self.board
-        with board.using(replace(board.route, active=() if name == BASE else (name,), rows=None, overrides={}), restored=board.restored):
+        route = replace(board.route, active=() if name == BASE else (name,), rows=None, overrides={})
+        with board.using(route, restored=board.restored):
             return self(*args, **kwargs)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:

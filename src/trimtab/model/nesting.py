@@ -41,6 +41,9 @@ def place(layer: AdaptedLayer, around: Chains) -> str:
     return ".".join(segments)
 
 
+SHORT_WAYS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
 class Detours:
     """PyTorch's Transformer encoder, in evaluation mode, runs one fused operation on the weights of the layers inside,
     past any adapter there. While there is one, it takes the way through its layers."""
@@ -53,7 +56,7 @@ class Detours:
         segments = path.split(".")
         for i in range(len(segments)):
             module = modules[".".join(segments[:i])] if i else root
-            for cls, switch in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor")):
+            for cls, switch in SHORT_WAYS.items():
                 if isinstance(module, cls) and module.__dict__.get(switch):
                     self.undo.append((module, switch, module.__dict__[switch]))
                     module.__dict__[switch] = 0

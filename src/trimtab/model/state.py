@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from trimtab.files.codec import PREFIX, fill, fit
+from trimtab.files.codec import PREFIX, fill, fit, sharded
 from trimtab.model.graft import Adapter, Graft, find_graft
 from trimtab.core.report import warn
 
@@ -53,7 +55,7 @@ def set_peft_model_state_dict(
 
     graft, prefix = locate_graft(model)
     adapter = graft.require(adapter_name)
-    slots = [*graft.slots(adapter), *graft.embeddings(adapter)]
+    slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
     found = fit(slots, peft_model_state_dict, prefix)
     if found.mismatched and not ignore_mismatched_sizes:
         shapes = [f"size mismatch for {k}: {f} in the state dict, {w} in the model" for k, f, w in found.mismatched]
@@ -65,19 +67,66 @@ def set_peft_model_state_dict(
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
 
 
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base model by the keys it has without adapters."""
+    return {key: tensor.detach() for key, tensor in _base_tensors(model).items()}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Fill the base model from tensors by the keys it has without adapters, which stay as they are.
+
+    Returns:
+        A tuple with `missing_keys` and `unexpected_keys`.
+
+    Raises:
+        RuntimeError: keys are missing or unexpected, unless `strict=False`.
+    """
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    own = _base_tensors(model)
+    missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"The state dict does not fit the base model: missing keys {missing}, unexpected keys {unexpected}.")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key in state_dict:
+                tensor.copy_(sharded(state_dict[key], tensor))
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    graft = locate_graft(model)[0]
+    adapters = graft.adapters.values()
+    added = {slot.memory for adapter in adapters for slot in graft.slots(adapter)}
+    tensors = {
+        re.sub(r"(^|\.)(base_layer|original_module)(?=\.)", "", key): tensor
+        for key, tensor in graft.model.state_dict(keep_vars=True).items()
+        if key not in added
+    }
+    for adapter in adapters:
+        for path, bias in adapter.biases.originals.items() if adapter.biases else ():
+            if bias is not None:
+                tensors[f"{path}.bias"] = bias
+    return tensors
+
+
 def adapter_tensors(
     graft: Graft, name: str, embeddings: str | bool, state: Mapping[str, Tensor] | None, prefix: str = PREFIX
 ) -> dict[str, Tensor]:
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     adapter = graft.require(name)
     slots = [s for s in graft.slots(adapter) if not s.optional]
-    if embeddings is True or (embeddings == "auto" and _embeddings_changed(graft, adapter)):
+    named, resized = graft.targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
+    if embeddings is True or (embeddings == "auto" and (named or resized)):
+        if embeddings == "auto":
+            why = "as the embedding layer has been resized during finetuning" if resized else (
+                "as embedding layers found in `target_modules`: the base's embedding goes into the adapter's file. Pass "
+                "`save_embedding_layers=False` to leave it out")  # fmt: skip
+            warn(f"Setting `save_embedding_layers` to `True` {why}.", UserWarning)
         taken = {s.disk for s in slots}
-        some = graft.targets_embeddings(adapter)  # then just the adapted ones; else, resized or on demand, all
-        slots += [
-            s for s in graft.embeddings(adapter)
-            if s.disk not in taken and (not some or s.disk.endswith(".base_layer.weight"))
-        ]  # fmt: skip
+        some = named and not resized  # then just the adapted ones
+        along = (s for s in graft.embeddings(adapter) if not some or s.disk.endswith(".base_layer.weight"))
+        slots += [s for s in along if s.disk not in taken]
     if state is not None:
         found = {s.on_disk(prefix): s.get() for s in slots if s.bare}
         held = [(s, s.in_memory(prefix)) for s in slots if s.in_memory(prefix) in state]
@@ -85,17 +134,10 @@ def adapter_tensors(
     return {s.on_disk(prefix): s.packed(s.get()) for s in slots}
 
 
-def _embeddings_changed(graft: Graft, adapter: Adapter) -> bool:
-    if graft.targets_embeddings(adapter):
-        warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`: the base's "
-             "embedding goes into the adapter's file. Pass `save_embedding_layers=False` to leave it out.", UserWarning)
-        return True
+def _resized(graft: Graft, adapter: Adapter) -> bool:
     now = getattr(getattr(graft.model, "config", None), "vocab_size", None)
     then = original_vocabulary(adapter.config.base_model_name_or_path)
-    if then is not None and now is not None and then != now:
-        warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.", UserWarning)
-        return True
-    return False
+    return then is not None and now is not None and then != now
 
 
 def original_vocabulary(source: str | None) -> int | None:

@@ -51,7 +51,7 @@ def _graft(model: nn.Module) -> tuple[nn.Module, Graft]:
     while find_graft(base) is None:
         inner = base._modules.get("base_model", base._modules.get("model"))
         if inner is None:
-            raise TypeError(f"No adapters found in {type(model).__name__}: is it a PeftModel or a model that has adapters?")
+            raise ValueError(f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?")
         base = inner
     graft = find_graft(base)
     assert graft is not None
@@ -62,7 +62,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """One row for each adapted layer of a PeftModel, or of a model with injected adapters.
 
     Raises:
-        TypeError: the model has no adapters.
+        ValueError: the model has no adapters.
     """
     base, graft = _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is base), "")

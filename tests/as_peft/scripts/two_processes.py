@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, load_fsdp_model, save_fsdp_model
-from torch.distributed.tensor import DTensor
-
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from tests.as_peft import tiny
 
@@ -26,7 +25,7 @@ if how != "ddp":
     )
 accelerator = Accelerator(cpu=True)
 if plugin is not None:  # accelerate turns FSDP on beside accelerators only; sharding itself works on CPUs over gloo, too
-    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
 
 

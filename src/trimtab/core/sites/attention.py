@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.site import LinearSite, Site
+from trimtab.core.site import Call, LinearSite, Site
 from trimtab.errors import ConfigError, RouteError
 
 
@@ -48,7 +48,7 @@ class AttentionSite(Site):
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """What goes into its projections is known to the attention only."""
-        raise NotImplementedError(f"'{self.name}' is an attention: an adapter can change its weights, not their inputs.")
+        raise NotImplementedError(f"'{self.name}' is an attention: adapters change its weights, not their inputs.")
 
     @property
     def axis(self) -> int:
@@ -62,7 +62,7 @@ class AttentionSite(Site):
             raise RouteError(f"'{self.name}' sees a query that has no dimension of rows.")
         return query.shape[self.axis], query.device
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
         """These rows of query, key, value and masks (a mask of all rows alike has two dimensions)."""
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -77,8 +77,7 @@ class ConvSite(Site):
             return y
         twin = copy.copy(layer)  # another class's own forward, whose padding may be its own
         twin.__dict__.update(groups=groups, _parameters={"weight": kernel, "bias": b})
-        y = type(layer).forward(twin, x)
-        return y
+        return type(layer).forward(twin, x)  # type: ignore[no-any-return]
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """x convolved with the rows of M as the layer does, without its bias: strides, padding and dilation are its."""
@@ -96,7 +95,7 @@ class ConvSite(Site):
     def down(self, r: int) -> tuple[int, ...]:
         """(r, channels, *k)."""
         if r % self.groups:
-            raise ConfigError(f"'{self.name}' is a convolution in {self.groups} groups: the rank {r} must be a multiple.")
+            raise ConfigError(f"'{self.name}' is a convolution in {self.groups} groups: {r} must be a multiple of it.")
         return (r, self.fan_in // math.prod(self.kernel), *self.kernel)
 
     def up(self, r: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import weights
-from trimtab.core.site import Site
+from trimtab.core.site import Call, Site
 from trimtab.errors import ConfigError, RouteError
 
 
@@ -77,12 +77,12 @@ class ParameterSite(Site):
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if len({len(t) for t in tensors}) != 1 or (self.batch and len(tensors) == 1):
             raise RouteError(
-                f"The module of '{self.name}' is called with tensors of the shapes {[tuple(t.shape) for t in tensors]}: "
-                "it cannot be known which of their rows belong to which adapter of a mixed batch."
+                f"The module of '{self.name}' is called with tensors of shapes {[tuple(t.shape) for t in tensors]}: "
+                "it cannot be known which of their rows belong to which adapter."
             )
         return len(tensors[0]), tensors[0].device
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
         """Every tensor of the call with these rows only."""
         some = lambda t: t[rows] if isinstance(t, Tensor) else t
         return tuple(map(some, args)), {k: some(v) for k, v in kwargs.items()}

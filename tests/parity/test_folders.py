@@ -1,0 +1,301 @@
+"""Folders and state dicts: several adapters, resized vocabularies, converted starts, injected models, pickles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import trimtab
+from tests.parity.models import VOCABULARY, batch, build, tensor_of
+from tests.parity.pairs import (
+    BOTH,
+    adapt,
+    config_file,
+    config_of,
+    copy_state,
+    load,
+    near,
+    pair,
+    parameters,
+    quiet,
+    run,
+    stir,
+    weights_file,
+)
+from trimtab.files.codec import IGNORED
+
+
+def _meant(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the doubles PEFT writes, and with an embedding that another adapter adapts under its own key."""
+    return {
+        k.replace("embed_tokens.base_layer.weight", "embed_tokens.weight"): v
+        for k, v in tensors.items()
+        if not any(part in k for part in IGNORED)
+    }
+
+
+def same_folders(a: Path, b: Path) -> None:
+    """The same files, the same configs, the same tensors."""
+    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()) for root in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith("adapter_config.json"):
+            assert config_file((a / name).parent) == config_file((b / name).parent)
+        if name.endswith(".safetensors"):
+            mine, other = (_meant(weights_file((root / name).parent)) for root in (a, b))
+            assert mine.keys() == other.keys()
+            for key, tensor in other.items():
+                near(mine[key], tensor, 0)
+
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "some": {"selected_adapters": ["default", "c"]},
+    "one": {"selected_adapters": ["b"]},
+    "pickled": {"safe_serialization": False},
+    "with_embeddings": {"save_embedding_layers": True},
+    "without_embeddings": {"save_embedding_layers": False},
+    "not_main": {"is_main_process": False},
+}
+
+
+@pytest.mark.parametrize("arguments", SELECTIONS.values(), ids=SELECTIONS)
+def test_several_adapters(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """The layout of a folder with several adapters, and every adapter read back by both."""
+    models = []
+    for library in BOTH:
+        model = adapt(library, "llama", {"task_type": "CAUSAL_LM"})
+        for name, fields in (("b", {"r": 3}), ("c", {"target_modules": ["embed_tokens", "q_proj"]})):
+            quiet(model.add_adapter, name, config_of(library, fields))
+        for name in ("default", "b", "c"):
+            model.set_adapter(name)
+            stir(model)
+        models.append(model)
+    copy_state(models[1], models[0])
+    roots = [tmp_path / "ours", tmp_path / "theirs"]
+    for model, root in zip(models, roots, strict=True):
+        quiet(model.save_pretrained, str(root), **arguments)
+    if not arguments.get("is_main_process", True):
+        assert not any(p.is_file() for p in roots[0].rglob("*"))
+        return
+    same_folders(*roots)
+    for name in arguments.get("selected_adapters", ["default", "b", "c"]):
+        models[1].set_adapter(name)
+        wanted = run(models[1].eval(), "llama")
+        for library in BOTH:
+            for root in roots:
+                folder = root if name == "default" else root / name
+                near(run(load(library, "llama", folder), "llama"), wanted)
+
+
+def resized(library: Any, fields: dict[str, Any], size: int, base: Path) -> Any:
+    model = build("llama")
+    model.name_or_path = str(base)
+    quiet(model.resize_token_embeddings, size)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for getter in (model.get_input_embeddings, model.get_output_embeddings):
+            getter().weight[VOCABULARY:].normal_()
+    return quiet(library.get_peft_model, model, config_of(library, fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [41]}, {"target_modules": ["embed_tokens"]}],
+    ids=["plain", "saved", "tokens", "targeted"],
+)
+def test_resized_vocabulary(fields: dict[str, Any], tmp_path: Path) -> None:
+    """A base whose vocabulary grew: its embeddings travel with the adapter, both ways."""
+    base = tmp_path / "base"
+    build("llama").save_pretrained(base)
+    models = [resized(library, fields, VOCABULARY + 4, base) for library in BOTH]
+    stir(models[1])
+    copy_state(models[1], models[0])
+    roots = [tmp_path / "ours", tmp_path / "theirs"]
+    for model, root in zip(models, roots, strict=True):
+        quiet(model.save_pretrained, str(root))
+    lossy = "target_modules" in fields  # PEFT then forgets the head, whose new rows are random again after loading
+    if not lossy:
+        same_folders(*roots)
+    wanted = run(models[1].eval(), "llama")
+    near(run(models[0].eval(), "llama"), wanted)
+    for library in BOTH:
+        for root in roots[: 1 if lossy else 2]:
+            model = build("llama")
+            quiet(model.resize_token_embeddings, VOCABULARY + 4)
+            again = quiet(library.PeftModel.from_pretrained, model, str(root))
+            near(run(again, "llama"), wanted)
+
+
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pissa": ("llama", {"init_lora_weights": "pissa", "r": 4}),
+    "pissa_gpt2": ("gpt2", {"init_lora_weights": "pissa", "r": 4, "lora_alpha": 6}),
+    "olora": ("llama", {"init_lora_weights": "olora", "r": 4, "lora_alpha": 2}),
+    "rslora": ("llama", {"init_lora_weights": "pissa", "r": 4, "use_rslora": True, "lora_alpha": 5}),
+    "patterns": ("llama", {"init_lora_weights": "pissa", "r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), STARTS.values(), ids=STARTS)
+def test_converted_start(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter whose start changed the base, saved as a plain LoRA for the base as it was."""
+    models, roots = [], [tmp_path / "ours", tmp_path / "theirs"]
+    for library, root in zip(BOTH, roots, strict=True):
+        model = adapt(library, name, fields)
+        model.peft_config["default"].init_lora_weights = True
+        quiet(model.save_pretrained, str(root / "start"))
+        model.peft_config["default"].init_lora_weights = fields["init_lora_weights"]
+        stir(model)
+        quiet(model.save_pretrained, str(root / "end"), path_initial_model_for_weight_conversion=str(root / "start"))
+        models.append(model.eval())
+    mine, other = (config_file(root / "end") for root in roots)
+    assert mine == other
+    files = [weights_file(root / "end") for root in roots]
+    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+    for model, root in zip(models, roots, strict=True):
+        wanted = run(model, name)
+        for library in BOTH:
+            near(run(load(library, name, root / "end"), name), wanted, 5e-5)
+
+
+def test_converted_start_faults(tmp_path: Path) -> None:
+    """rsLoRA with patterns cannot be converted."""
+    fields = {"init_lora_weights": "pissa", "r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}}
+    for library in BOTH:
+        model = adapt(library, "llama", fields)
+        quiet(model.save_pretrained, str(tmp_path))
+        with pytest.raises(ValueError, match="rslora"):
+            quiet(model.save_pretrained, str(tmp_path / "x"), path_initial_model_for_weight_conversion=str(tmp_path))
+
+
+STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "gpt2": ("gpt2", {"target_modules": "all-linear"}),
+    "dora": ("toy", {"use_dora": True, "target_modules": ["embed", "plain", "conv"]}),
+    "bias": ("bert", {"bias": "all"}),
+    "lora_only": ("gpt2", {"bias": "lora_only"}),
+    "save": ("llama", {"modules_to_save": ["lm_head"]}),
+    "tokens": ("llama", {"trainable_token_indices": [1, 2]}),
+    "tied_tokens": ("llama_tied", {"trainable_token_indices": [1, 2]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+}
+each = pytest.mark.parametrize(("name", "fields"), STATES.values(), ids=STATES)
+
+
+@each
+@pytest.mark.parametrize("injected", [False, True], ids=["model", "injected"])
+def test_state_dicts(name: str, fields: dict[str, Any], injected: bool) -> None:
+    """Keys and values out of a model, given back to the other's; on PeftModels and on models with injected adapters."""
+    models = []
+    for library in BOTH:
+        if injected:
+            torch.manual_seed(0)
+            models.append(quiet(library.inject_adapter_in_model, config_of(library, fields), build(name), "x"))
+        else:
+            models.append(adapt(library, name, fields, adapter_name="x"))
+    stir(models[1])
+    assert parameters(models[0]).keys() == parameters(models[1]).keys()
+    states = [quiet(library.get_peft_model_state_dict, m, adapter_name="x") for library, m in zip(BOTH, models, strict=True)]
+    assert states[0].keys() == states[1].keys()
+    result = quiet(trimtab.set_peft_model_state_dict, models[0], states[1], adapter_name="x")
+    assert not result.unexpected_keys
+    near(run(models[0].eval(), name), run(models[1].eval(), name))
+    full = quiet(trimtab.get_peft_model_state_dict, models[0], state_dict=models[0].state_dict(), adapter_name="x")
+    assert full.keys() == states[1].keys()
+    stir(models[0])
+    states[0] = quiet(trimtab.get_peft_model_state_dict, models[0], adapter_name="x")
+    back = quiet(peft.set_peft_model_state_dict, models[1], states[0], adapter_name="x")
+    assert not back.unexpected_keys
+    near(run(models[0].eval(), name), run(models[1].eval(), name))
+
+
+@each
+def test_incompatible_keys(name: str, fields: dict[str, Any]) -> None:
+    """What does not fit is reported alike."""
+    results = []
+    for library in BOTH:
+        model = adapt(library, name, fields)
+        state = dict(quiet(library.get_peft_model_state_dict, model))
+        gone = sorted(k for k in state if "lora_A" in k or "lora_embedding_A" in k)[0]
+        del state[gone]
+        state["base_model.model.nothing.lora_A.weight"] = torch.zeros(2, 2)
+        result = quiet(library.set_peft_model_state_dict, model, state)
+        results.append(result)
+    mine, other = results
+    lost = {k for k in other.missing_keys if ("lora_" in k or "trainable_tokens" in k) and "lm_head" not in k}
+    assert {k for k in mine.missing_keys if "lora_" in k or "trainable_tokens" in k} == lost
+    assert len(mine.unexpected_keys) == len(other.unexpected_keys) == 1
+
+
+def test_wrong_shapes() -> None:
+    """A tensor of another shape is a RuntimeError, or left out on demand."""
+    for library in BOTH:
+        model = adapt(library, "llama", {})
+        state = dict(quiet(library.get_peft_model_state_dict, adapt(library, "llama", {"r": 3})))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            quiet(library.set_peft_model_state_dict, model, state)
+        quiet(library.set_peft_model_state_dict, model, state, ignore_mismatched_sizes=True)
+
+
+def test_injected_from_state_dict() -> None:
+    """`state_dict` says which modules are adapted."""
+    source = adapt(peft, "llama", {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]})
+    state = {k.removeprefix("base_model.model."): v for k, v in peft.get_peft_model_state_dict(source).items()}
+    models = [quiet(library.inject_adapter_in_model, library.LoraConfig(), build("llama"), state_dict=state) for library in BOTH]
+    assert parameters(models[0]).keys() == parameters(models[1]).keys()
+    for library, model in zip(BOTH, models, strict=True):
+        quiet(library.set_peft_model_state_dict, model, state)
+    near(tensor_of(models[0](**batch("llama"))), tensor_of(models[1](**batch("llama"))))
+
+
+def test_config_from_pretrained(tmp_path: Path) -> None:
+    """The config alone, of either's file, and with overrides."""
+    for library, name in zip(BOTH, ("ours", "theirs"), strict=True):
+        quiet(adapt(library, "gpt2", {"r": 3, "task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_proj"]}).save_pretrained, str(tmp_path / name))
+    configs = [quiet(library.PeftConfig.from_pretrained, str(tmp_path / name)) for library in BOTH for name in ("ours", "theirs")]
+    dicts = [json.loads(json.dumps(c.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))) for c in configs]
+    for found in dicts[1:]:
+        assert {k: v for k, v in found.items() if k != "peft_type"} == {k: v for k, v in dicts[0].items() if k != "peft_type"}
+    assert [type(c).__name__ for c in configs] == ["LoraConfig"] * 4
+    assert trimtab.LoraConfig.from_pretrained(str(tmp_path / "theirs"), lora_alpha=99).lora_alpha == 99
+
+
+def test_fields() -> None:
+    """The config has PEFT's fields with PEFT's defaults."""
+    mine, other = (library.LoraConfig().to_dict() for library in BOTH)
+    assert mine.keys() == other.keys()
+    assert {k: v for k, v in mine.items() if k != "peft_type"} == {k: v for k, v in other.items() if k != "peft_type"}
+
+
+def test_model_card(tmp_path: Path) -> None:
+    """The front matter of the README."""
+    import yaml
+
+    fronts = []
+    for library, name in zip(BOTH, ("ours", "theirs"), strict=True):
+        model = build("llama")
+        model.name_or_path = model.config._name_or_path = "somebody/something"
+        adapted = quiet(library.get_peft_model, model, library.LoraConfig(task_type="CAUSAL_LM"))
+        quiet(adapted.save_pretrained, str(tmp_path / name))
+        text = (tmp_path / name / "README.md").read_text()
+        fronts.append(yaml.safe_load(text.split("---")[1]))
+        assert "### Framework versions\n\n- PEFT 0.21.2" in text
+    fronts[0]["tags"].sort()
+    fronts[1]["tags"].sort()
+    assert fronts[0] == fronts[1]
+
+
+def test_half_trained_pair(tmp_path: Path) -> None:
+    """A bf16 base: the file holds the adapter in fp32, and reads back so."""
+    ours, theirs = pair("llama", {}, torch.bfloat16)
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        quiet(model.save_pretrained, str(tmp_path / name))
+    same_folders(tmp_path / "ours", tmp_path / "theirs")
+    for library in BOTH:
+        again = load(library, "llama", tmp_path / "theirs", torch.bfloat16)
+        assert {p.dtype for n, p in again.named_parameters() if "lora_" in n} == {torch.float32}

@@ -1,0 +1,352 @@
+"""IA3, LoHa, LN tuning, OFT, VeRA and AdaLoRA against PEFT: names, starts, outputs, gradients, merges, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests.parity.models import MODELS, batch, build
+from tests.parity.pairs import (
+    BOTH,
+    config_file,
+    gradients,
+    near,
+    quiet,
+    run,
+    spoken,
+    stir,
+    trainable,
+    weights_file,
+)
+from torch import Tensor, nn
+
+import trimtab
+from trimtab.methods import METHODS, config_class, load
+
+
+class Pixels(nn.Module):
+    """Convolutions with and without a kernel; token ids make its picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 54)
+        self.kernel = nn.Conv2d(6, 8, 2, padding=1)
+        self.point = nn.Conv2d(8, 4, 1)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).view(-1, 6, 3, 3)
+        return self.head(self.norm(torch.tanh(self.point(torch.tanh(self.kernel(x)))).mean((-1, -2))))
+
+
+MODELS["pixels"] = Pixels
+CONVOLUTIONS = ["kernel", "point", "head"]
+PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ia3_llama": ("llama", "IA3", {}),
+    "ia3_gpt2": ("gpt2", "IA3", {}),
+    "ia3_bert": ("bert", "IA3", {}),
+    "ia3_t5": ("t5", "IA3", {"task_type": "SEQ_2_SEQ_LM"}),
+    "ia3_head": ("bert_seq", "IA3", {"task_type": "SEQ_CLS"}),
+    "ia3_all_linear": ("llama", "IA3", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+    "ia3_regex": ("llama", "IA3", {"target_modules": r".*\.(k|down)_proj", "feedforward_modules": r".*mlp.*"}),
+    "ia3_random": ("llama", "IA3", {"init_ia3_weights": False}),
+    "ia3_conv": ("pixels", "IA3", {"target_modules": CONVOLUTIONS, "feedforward_modules": ["kernel"]}),
+    "loha_llama": ("llama", "LoHa", {"r": 4, "alpha": 6}),
+    "loha_bert": ("bert", "LoHa", {"r": 4, "rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3}}),
+    "loha_random": ("llama", "LoHa", {"r": 3, "init_weights": False, "target_modules": PROJECTIONS}),
+    "loha_layers": ("llama", "LoHa", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "loha_head": ("llama", "LoHa", {"modules_to_save": ["lm_head"]}),
+    "loha_conv": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS}),
+    "loha_cores": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS, "use_effective_conv2d": True}),
+    "ln_llama": ("llama", "LNTuning", {}),
+    "ln_gpt2": ("gpt2", "LNTuning", {"modules_to_save": ["lm_head"]}),
+    "ln_bert": ("bert", "LNTuning", {"target_modules": ["LayerNorm"]}),
+    "ln_t5": ("t5", "LNTuning", {}),
+    "ln_linear": ("llama", "LNTuning", {"target_modules": ["q_proj", "norm"]}),
+    "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
+    "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
+    "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
+    "oft_terms": ("llama", "OFT", {"oft_block_size": 8, "num_cayley_neumann_terms": 7, "block_share": True}),
+    "oft_two_terms": ("llama", "OFT", {"oft_block_size": 4, "num_cayley_neumann_terms": 2}),
+    "oft_constrained": ("llama", "OFT", {"oft_block_size": 4, "coft": True, "eps": 0.1}),
+    "oft_random": ("bert", "OFT", {"oft_block_size": 5, "init_weights": False, "bias": "all"}),
+    "oft_embedding": ("llama", "OFT", {"oft_block_size": 4, "target_modules": ["embed_tokens", "v_proj"]}),
+    "oft_point": ("pixels", "OFT", {"oft_block_size": 4, "target_modules": ["point", "head"]}),
+    "vera_llama": ("llama", "Vera", {"r": 6, "target_modules": PROJECTIONS}),
+    "vera_gpt2": ("gpt2", "Vera", {"r": 6, "projection_prng_key": 5, "d_initial": 0.3}),
+    "vera_drawn": ("llama", "Vera", {"r": 6, "save_projection": False, "target_modules": PROJECTIONS}),
+    "vera_bias": ("bert", "Vera", {"r": 6, "bias": "vera_only"}),
+    "ada_llama": ("llama", "AdaLora", {"init_r": 4, "total_step": 10, "target_modules": PROJECTIONS}),
+    "ada_gpt2": ("gpt2", "AdaLora", {"init_r": 4, "total_step": 10, "lora_alpha": 16}),
+    "ada_random": ("bert", "AdaLora", {"init_r": 3, "total_step": 10, "init_lora_weights": False, "bias": "all"}),
+    "ada_conv": ("pixels", "AdaLora", {"init_r": 3, "total_step": 10, "target_modules": ["kernel", "head"]}),
+    "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
+}
+every = pytest.mark.parametrize("case", CASES)
+METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora"]
+
+
+def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
+    return quiet(getattr(library, f"{kind}Config"), **json.loads(json.dumps(fields)))
+
+
+def adapt(library: Any, case: str, dtype: torch.dtype = torch.float32) -> Any:
+    name, kind, fields = CASES[case]
+    model = build(name, dtype)
+    torch.manual_seed(11)
+    return quiet(library.get_peft_model, model, config_of(library, kind, fields))
+
+
+def pair(case: str) -> tuple[Any, Any]:
+    """(ours, theirs), holding the same numbers under the same names, stirred."""
+    ours, theirs = (adapt(library, case) for library in BOTH)
+    stir(theirs)
+    with torch.no_grad():
+        held = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                held[name].copy_(parameter)
+    return ours, theirs
+
+
+def load_in(library: Any, case: str, folder: Path) -> Any:
+    model = build(CASES[case][0])
+    torch.manual_seed(13)
+    return quiet(library.PeftModel.from_pretrained, model, str(folder))
+
+
+# ---------------------------------------------------------------------- configs
+@pytest.mark.parametrize("kind", METHODS_HERE)
+def test_fields_defaults_and_json_are_theirs(kind: str, tmp_path: Path) -> None:
+    required = {"total_step": 10} if kind == "AdaLora" else {}
+    contents = []
+    for library in BOTH:
+        config = config_of(library, kind, required)
+        config.save_pretrained(tmp_path / library.__name__)
+        contents.append(json.loads((tmp_path / library.__name__ / "adapter_config.json").read_text()))
+        contents[-1].pop("peft_version")
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("kind", METHODS_HERE)
+def test_default_targets_are_theirs(kind: str) -> None:
+    from peft.utils import constants
+
+    peft_type = next(t for t in METHODS if config_class(t).__name__ == f"{kind}Config")
+    method = load(*METHODS[peft_type][:2])
+    name = peft_type.replace("_", "")
+    as_sets = lambda table: {k: v if isinstance(v, str) else set(v) for k, v in table.items()}
+    theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING")
+    assert as_sets(method.targets) == as_sets(theirs)
+    if kind == "IA3":
+        theirs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+        assert as_sets(method.defaults["feedforward_modules"]) == as_sets(theirs)
+
+
+# ---------------------------------------------------------------------- the model
+@every
+def test_names_shapes_and_starts(case: str) -> None:
+    ours, theirs = (adapt(library, case) for library in BOTH)
+    assert trainable(ours) == trainable(theirs)
+    held = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(held[name], parameter), name
+    assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
+
+
+@every
+def test_outputs_and_gradients(case: str) -> None:
+    ours, theirs = pair(case)
+    name = CASES[case][0]
+    near(run(ours.eval(), name), run(theirs.eval(), name))
+    expected = gradients(theirs, name)
+    found = gradients(ours, name)
+    assert found.keys() == expected.keys()
+    wrong = ("hada_w1_a", "hada_w2_a") if case == "loha_cores" else ()  # theirs: see the next test
+    for key, gradient in expected.items():
+        if not any(w in key and "kernel" in key for w in wrong):
+            near(found[key], gradient)
+
+
+def test_gradients_of_cores_are_wrong_in_peft() -> None:
+    """Finite differences say who is right: theirs are off for w1_a and w2_a."""
+    ours, theirs = (m.double().eval() for m in pair("loha_cores"))
+    inputs = batch("pixels")
+    for leaf, agrees in (("hada_w1_a", False), ("hada_w2_a", False), ("hada_w1_b", True), ("hada_t2", True)):
+        p, q = (getattr(m.base_model.model.kernel, leaf)["default"] for m in (ours, theirs))
+        for m in (ours, theirs):
+            m.zero_grad()
+            m(**inputs).square().sum().backward()
+        values = []
+        for step in (1e-6, -2e-6, 1e-6):
+            with torch.no_grad():
+                p.view(-1)[1] += step
+                values.append(float(ours(**inputs).square().sum()))
+        slope = (values[0] - values[1]) / 2e-6
+        assert abs(float(p.grad.view(-1)[1]) - slope) < 1e-5 * max(1, abs(slope))
+        assert (abs(float(q.grad.view(-1)[1]) - slope) < 1e-5 * max(1, abs(slope))) == agrees
+
+
+@every
+def test_merges(case: str) -> None:
+    ours, theirs = pair(case)
+    name = CASES[case][0]
+    if case == "oft_embedding":  # tied or not, theirs merges embeddings alike
+        assert not ours.config.tie_word_embeddings
+    near(run(quiet(ours.merge_and_unload), name), run(quiet(theirs.merge_and_unload), name))
+
+
+@every
+@pytest.mark.parametrize("writer", [0, 1], ids=["ours", "theirs"])
+def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
+    both = pair(case)
+    name = CASES[case][0]
+    for model, folder in zip(both, ("0", "1"), strict=True):
+        quiet(model.eval().save_pretrained, str(tmp_path / folder))
+    mine, yours = (weights_file(tmp_path / folder) for folder in "01")
+    assert mine.keys() == yours.keys()
+    for key, value in yours.items():
+        near(mine[key], value)
+    a, b = (config_file(tmp_path / folder) for folder in "01")
+    assert a == b
+    if case == "ia3_all_linear" and writer == 0:  # theirs does not take its own file: the entries of one field are
+        with pytest.raises(ValueError, match="subset"):  # whole paths, those of the other their ends
+            load_in(peft, case, tmp_path / "1")
+        return
+    read = load_in(BOTH[1 - writer], case, tmp_path / str(writer))
+    near(run(read.eval(), name), run(both[writer], name))
+
+
+@pytest.mark.parametrize("case", ["ia3_llama", "loha_llama", "oft_llama", "vera_llama", "vera_drawn", "ada_llama"])
+def test_half_precision(case: str, tmp_path: Path) -> None:
+    ours, theirs = (adapt(library, case, torch.bfloat16) for library in BOTH)
+    stir(theirs)
+    copy = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    copy = {n: p for n, p in copy.items() if ".ranknum." not in n}  # which theirs trains, in half precision
+    held = dict(ours.named_parameters())
+    for name, parameter in copy.items():
+        assert held[name].dtype == parameter.dtype == torch.float32
+        held[name].data.copy_(parameter)
+    name = CASES[case][0]
+    near(run(ours.eval(), name).float(), run(theirs.eval(), name).float(), 0.05)
+    if case.startswith("vera"):
+        assert torch.equal(ours.base_model.vera_A["default"], theirs.base_model.vera_A["default"])
+
+
+@pytest.mark.parametrize("case", ["ia3_llama", "loha_llama", "vera_llama"])
+def test_two_adapters_active_and_switched(case: str) -> None:
+    ours, theirs = pair(case)
+    name, kind, fields = CASES[case]
+    for library, model in zip(BOTH, (ours, theirs), strict=True):
+        torch.manual_seed(3)
+        quiet(model.add_adapter, "second", config_of(library, kind, fields))
+        model.base_model.set_adapter(["default", "second"])
+    stir(theirs)
+    with torch.no_grad():
+        held = dict(ours.named_parameters())
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                held[key].copy_(parameter)
+    for names in (["default", "second"], ["second"], ["default"]):
+        for model in (ours, theirs):
+            model.eval().base_model.set_adapter(names)
+        near(run(ours, name), run(theirs, name))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 48), (4, 32), (0, 0)])
+def test_block_sizes_warn_and_raise_as_theirs(sizes: tuple[int, int]) -> None:
+    options = dict(zip(("r", "oft_block_size"), sizes, strict=True))
+    said = []
+    for library in BOTH:
+        try:
+            config = config_of(library, "OFT", {"target_modules": ["q_proj"], **options})
+            texts = spoken(library.get_peft_model, build("llama"), config)
+            said.append([t for t in texts if t.startswith("Invalid")])
+        except ValueError:
+            said.append("raised")
+    assert said[0] == said[1]
+
+
+# ---------------------------------------------------------------------- AdaLoRA's schedule
+def schedule(library: Any, steps: int = 30) -> tuple[Any, list[Any]]:
+    fields = {"init_r": 4, "target_r": 2, "total_step": 24, "tinit": 4, "tfinal": 6, "deltaT": 3, "lora_alpha": 16,
+              "task_type": "CAUSAL_LM", "target_modules": PROJECTIONS}  # fmt: skip
+    model = build("llama", scale=1.0)
+    torch.manual_seed(11)
+    model = quiet(library.get_peft_model, model, config_of(library, "AdaLora", fields)).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    log = []
+    for t in range(1, steps + 1):
+        x = torch.randint(3, 40, (4, 8), generator=torch.Generator().manual_seed(t))
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimiser.step()
+        model.base_model.update_and_allocate(t)
+        optimiser.zero_grad()
+        pattern = model.peft_config["default"].rank_pattern or {}
+        log.append((float(loss.detach()), {k.removesuffix(".default"): v for k, v in pattern.items()}))
+    return model.eval(), log
+
+
+def test_thirty_steps_of_adalora(tmp_path: Path) -> None:
+    (ours, mine), (theirs, yours) = (schedule(library) for library in BOTH)
+    for (a, kept), (b, expected) in zip(mine, yours, strict=True):
+        assert abs(a - b) < 1e-4
+        assert kept == expected
+    assert sum(map(sum, mine[-1][1].values())) == 2 * 6
+    near(run(ours, "llama"), run(theirs, "llama"), 1e-4)
+    for model, folder in ((ours, "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    shapes = [{k: v.shape for k, v in weights_file(tmp_path / f).items()} for f in "01"]
+    assert shapes[0] == shapes[1]
+    for library, folder in ((trimtab, "1"), (peft, "0")):
+        read = quiet(library.PeftModel.from_pretrained, build("llama", scale=1.0), str(tmp_path / folder))
+        near(run(read.eval(), "llama"), run(theirs, "llama"), 1e-4)
+
+
+# ---------------------------------------------------------------------- where PEFT is wrong
+def test_oft_on_a_kernel_is_no_identity_in_peft() -> None:
+    """Theirs changes the output before any training; ours does not, and its forward is its merged one."""
+    base = run(build("pixels"), "pixels")
+    for library, right in ((trimtab, True), (peft, False)):
+        config = config_of(library, "OFT", {"target_modules": ["kernel"], "oft_block_size": 4})
+        model = quiet(library.get_peft_model, build("pixels"), config)
+        assert (float((run(model.eval(), "pixels") - base).detach().abs().max()) < 1e-5) == right
+
+
+def test_two_ofts_at_once_are_not_what_they_merge_to_in_peft() -> None:
+    for library, right in ((trimtab, True), (peft, False)):
+        first, second = (config_of(library, "OFT", {"oft_block_size": b, "init_weights": False}) for b in (4, 8))
+        model = quiet(library.get_peft_model, build("llama"), first)
+        quiet(model.add_adapter, "second", second)
+        model.base_model.set_adapter(["default", "second"])
+        stir(model)
+        y = run(model.eval(), "llama")
+        model.merge_adapter(["default", "second"])
+        assert (float((run(model, "llama") - y).detach().abs().max()) < 1e-4) == right
+
+
+def test_oft_module_dropout_does_nothing_in_peft() -> None:
+    for library, acts in ((trimtab, True), (peft, False)):
+        fields = {"oft_block_size": 4, "init_weights": False, "module_dropout": 0.9}
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, "OFT", fields))
+        y = run(model.eval(), "llama")
+        assert bool((run(model.train(), "llama") != y).any()) == acts
+
+
+def test_adaloras_penalty_is_in_the_evaluation_loss_in_peft() -> None:
+    x = batch("llama")["input_ids"]
+    base = build("llama")(input_ids=x, labels=x).loss
+    fields = {"total_step": 10, "task_type": "CAUSAL_LM"}
+    for library, right in ((trimtab, True), (peft, False)):
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, "AdaLora", fields)).eval()
+        assert (abs(float((model(input_ids=x, labels=x).loss - base).detach())) < 1e-5) == right

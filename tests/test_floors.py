@@ -151,8 +151,7 @@ def method_classes() -> list[type]:
     for peft_type in METHODS:
         file, method, _ = METHODS[peft_type]
         found.append(load(file, method))
-        for variant in load(file, "__dict__").get("VARIANTS", {}).values():
-            found.append(load(*variant.split(":")))
+        found += [load(*variant.split(":")) for variant in load(file, "__dict__").get("VARIANTS", {}).values()]
     return found
 
 

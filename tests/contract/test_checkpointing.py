@@ -92,7 +92,7 @@ def test_switching_before_backward_changes_nothing(reentrant: bool) -> None:
 
 @MODES
 def test_leaving_disable_adapter_before_backward(reentrant: bool) -> None:
-    """The loss of the plain base, taken inside `disable_adapter()`, gives the adapters no gradient when it comes outside."""
+    """The loss of the plain base, taken inside `disable_adapter()`, gives the adapters no gradient."""
     results = []
     for model in (adapted(None), adapted(reentrant)):
         hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())

@@ -16,18 +16,47 @@ from trimtab.errors import AdapterFileError, ConfigError, PeftWarning
 
 # A value that is not the default, for every field of LoraConfig.
 VALUES: dict[str, Any] = {
-    "task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "A", "parent_library": "b"}, "peft_version": FORMAT_VERSION,
-    "base_model_name_or_path": "some/base", "revision": "main", "inference_mode": True, "target_modules": ["b", "a"],
-    "exclude_modules": ["d", "c"], "modules_to_save": ["e"], "layers_to_transform": [1, 2], "layers_pattern": ["h"], "r": 3,
-    "lora_alpha": 5, "lora_dropout": 0.25, "fan_in_fan_out": True, "bias": "all", "use_rslora": True,
-    "init_lora_weights": "pissa_niter_4", "rank_pattern": {"a": 4}, "alpha_pattern": {"b": 6}, "megatron_config": {"x": 1},
-    "megatron_core": "m.n", "trainable_token_indices": {"e": [1]}, "loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 3.0},
-    "corda_config": {"corda_method": "kpm"}, "lora_ga_config": {"scale": "x"}, "use_dora": True,
-    "alora_invocation_tokens": [7, 8], "velora_config": {"num_groups": 8}, "kasa_config": {"beta": 0.5},
-    "monteclora_config": {"num_samples": 3}, "arrow_config": {"top_k": 2}, "use_bdlora": {"nblocks": 2}, "use_qalora": True,
-    "qalora_group_size": 8, "layer_replication": [[0, 2], [1, 3]], "lora_bias": True, "target_parameters": ["p"],
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": {"base_model_class": "A", "parent_library": "b"},
+    "peft_version": FORMAT_VERSION,
+    "base_model_name_or_path": "some/base",
+    "revision": "main",
+    "inference_mode": True,
+    "target_modules": ["b", "a"],
+    "exclude_modules": ["d", "c"],
+    "modules_to_save": ["e"],
+    "layers_to_transform": [1, 2],
+    "layers_pattern": ["h"],
+    "r": 3,
+    "lora_alpha": 5,
+    "lora_dropout": 0.25,
+    "fan_in_fan_out": True,
+    "bias": "all",
+    "use_rslora": True,
+    "init_lora_weights": "pissa_niter_4",
+    "rank_pattern": {"a": 4},
+    "alpha_pattern": {"b": 6},
+    "megatron_config": {"x": 1},
+    "megatron_core": "m.n",
+    "trainable_token_indices": {"e": [1]},
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 3.0},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"scale": "x"},
+    "use_dora": True,
+    "alora_invocation_tokens": [7, 8],
+    "velora_config": {"num_groups": 8},
+    "kasa_config": {"beta": 0.5},
+    "monteclora_config": {"num_samples": 3},
+    "arrow_config": {"top_k": 2},
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "layer_replication": [[0, 2], [1, 3]],
+    "lora_bias": True,
+    "target_parameters": ["p"],
     "ensure_weight_tying": True,
-}  # fmt: skip
+}
 TOGETHER = {"use_dora": {"megatron_config": None}, "lora_bias": {"init_lora_weights": True, "use_dora": False}}
 
 
@@ -116,7 +145,7 @@ def test_a_file_that_is_no_config(text: str, tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="Can't find 'adapter_config.json' at"):
+    with pytest.raises(AdapterFileError, match=r"Can't find 'adapter_config\.json' at"):
         PeftConfig.from_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="there is no such folder"):
         PeftConfig.from_pretrained(tmp_path / "absent")
@@ -131,7 +160,7 @@ def test_no_or_unknown_method(content: dict[str, Any], message: str, tmp_path: P
 
 
 def test_unknown_task_type() -> None:
-    with pytest.raises(ConfigError, match="Invalid task type: 'CAUSAL'. Must be one of .*'CAUSAL_LM'"):
+    with pytest.raises(ConfigError, match=r"Invalid task type: 'CAUSAL'\. Must be one of .*'CAUSAL_LM'"):
         LoraConfig(task_type="CAUSAL")
     assert LoraConfig(task_type=TaskType.CAUSAL_LM).task_type == "CAUSAL_LM"
 

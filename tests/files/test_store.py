@@ -187,7 +187,7 @@ def test_set_peft_model_state_dict_reports_and_does_not_raise(folder: Path) -> N
     model = adapted()
     state = get_peft_model_state_dict(model)
     spoil(state)
-    with pytest.raises(RuntimeError, match="size mismatch for .*head.lora_B"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*head\.lora_B"):
         set_peft_model_state_dict(model, state)
     with pytest.warns(PeftWarning, match="wrong shape"):
         found = set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)

@@ -184,7 +184,7 @@ def start(
 @quickly
 @given(into=sizes, out=sizes, alpha=alphas, seed=seeds, data=st.data())
 def test_pissa_moves_the_top_of_the_spectrum(into: int, out: int, alpha: int, seed: int, data: Any) -> None:
-    """A = S^½ Vᵀ and B = U S^½ of the r largest singular values, over sqrt(s) each; the base keeps the rest (eq. 2-4)."""
+    """A = S^½ Vᵀ and B = U S^½ of the r largest singular values, over √s each; the base keeps the rest (eq. 2-4)."""
     r = data.draw(st.integers(1, min(into, out)))
     _, W, rest, A, B = start("pissa", into, out, r, alpha, seed)
     values = torch.linalg.svdvals(W)

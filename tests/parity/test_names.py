@@ -20,10 +20,17 @@ LIST = ROOT / "docs" / "differences-names.txt"
 ASK = """
 import trimtab.as_peft, importlib, json, sys
 missing = {}
+
+def has(module, name):
+    try:
+        return hasattr(module, name)
+    except ImportError:  # a method whose file is not there yet
+        return False
+
 for path, names in json.load(sys.stdin).items():
     try:
         module = importlib.import_module(path)
-        lacking = [n for n in names if not hasattr(module, n)]
+        lacking = [n for n in names if not has(module, n)]
     except ImportError:
         lacking = names
     if lacking:

@@ -16,7 +16,7 @@ from trimtab.core.config import CONFIG_NAME, PeftConfig, match_pattern
 from trimtab.core.io import locate
 from trimtab.core.targets import inside, layer_index, matches
 from trimtab.errors import AdapterFileError
-from trimtab.model.graft import HALF
+from trimtab.model.staging import HALF
 from trimtab.model.layer import AdaptedLayer
 from trimtab.model.peft_model import PeftModel
 from trimtab.model.state import locate_graft

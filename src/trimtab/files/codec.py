@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import offload
+from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 
 PREFIX = "base_model.model."  # of every key on disk that belongs to a module of the base model
@@ -152,6 +153,20 @@ def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:
 def copy_keys(path: str, name: str, adapter: str) -> tuple[str, str]:
     """(key in memory, key on disk) of tensor `name` of a module that is trained and saved whole."""
     return f"{path}.modules_to_save.{adapter}.{name}", f"{path}.{name}"
+
+
+def copies_held(names: Iterable[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The entries of `modules_to_save` that a file was written for: PEFT's mean every path that ends in their letters.
+
+    LongLoRA's "norm" stands for `input_layernorm`, too: modules like that are named, where the file holds them.
+    """
+    wanted = list(names)
+    endings = tuple(wanted)
+    for path, module in model.named_modules() if endings else ():
+        if path.endswith(endings) and matches(set(wanted), path) is None:
+            if any(f"{PREFIX}{path}.{name}" in tensors for name, _ in module.named_parameters(recurse=False)):
+                wanted.append(path)
+    return wanted
 
 
 @dataclass

@@ -56,7 +56,7 @@ class AutoPeftModel:
         if cls.task is not None and task is not None and task != cls.task.value:
             raise ConfigError(f"Expected target PEFT class: {shells.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__}, but "
                               f"you have asked for: {cls.target.__name__} make sure that you are loading the correct model for your task type.")
-        elif cls.task is None and task is None and cls.base is None and not peft_config.auto_mapping:
+        if cls.task is None and task is None and cls.base is None and not peft_config.auto_mapping:
             raise ConfigError("Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.")
         base_class = cls._base_class(peft_config, task)
         place = {k: v for k, v in hub.items() if k in ("cache_dir", "token", "local_files_only", "force_download")}

@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
+from trimtab.core.report import warn
 from trimtab.errors import ConfigError
 from trimtab.files import card, store
-from trimtab.files.codec import PREFIX, Slot, fit, gathered
+from trimtab.files.codec import PREFIX, Slot, copies_held, fit, gathered
 from trimtab.files.experts import fuse
 from trimtab.model import prompts
 from trimtab.model.convert import subtract_start
 from trimtab.model.graft import Graft, find_graft
-from trimtab.core.report import warn
 from trimtab.model.state import adapter_tensors
-from trimtab.model.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from trimtab.model.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
 from trimtab.model.tuner import Tuner, tuner_class
 
 # Heads that a task trains whole, whatever the config says.
@@ -179,17 +185,18 @@ class PeftModel(nn.Module):
             AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
         """
         hub, overrides = split_hub_arguments(kwargs)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, self.get_base_model())
-        if adapter_name in self.peft_config:
+        base, known = self.get_base_model(), adapter_name in self.peft_config
+        config = None if known else PeftConfig.from_pretrained(model_id, **hub, **overrides)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, base, config)
+        if known:
             slots = self.graft.slots(self.graft.require(adapter_name))
             values = tensors(slots)
             for slot in slots:
                 if slot.on_disk() in values:
                     slot.put(values[slot.on_disk()])
         else:
-            config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
             config.inference_mode = not is_trainable
-            config = self._completed(self.get_base_model(), config)
+            config = self._completed(base, config)
             self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=tensors)
         if not is_trainable:
             self.eval()
@@ -379,7 +386,7 @@ class PeftModel(nn.Module):
         config = config.copy()
         config.inference_mode = not is_trainable
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), cls)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, model)
+        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, model, config)
         try:
             adapted = target(model, config, adapter_name, autocast_adapter_dtype, tensors=tensors)
         except BaseException:
@@ -546,10 +553,16 @@ def reader(
     ignore_mismatched: bool,
     hub: Mapping[str, Any],
     model: nn.Module,
+    config: Any = None,
 ) -> Callable[[list[Slot]], dict[str, Tensor]]:
-    """Read an adapter's tensors; the function returned checks them against slots and gives those that fit."""
+    """Read an adapter's tensors; the function returned checks them against slots and gives those that fit.
+
+    The `modules_to_save` of a new adapter's `config` are completed by what the file holds.
+    """
     tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
     tensors = fuse(tensors, getattr(getattr(model, "config", None), "model_type", None))
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = copies_held(config.modules_to_save, model, tensors)
 
     def values(slots: list[Slot]) -> dict[str, Tensor]:
         found = fit(slots, tensors)

@@ -24,7 +24,7 @@ def reconcile(graft: Graft) -> bool:
         if lost:
             adapter.layers = [layer for layer in adapter.layers if id(layer) in layers]
             adapter.saved = [wrapper for wrapper in adapter.saved if id(wrapper) in layers]
-        if adapter.layers and name in adapter.layers[0].methods or adapter.prompt is not None:
+        if (adapter.layers and name in adapter.layers[0].methods) or adapter.prompt is not None:
             continue
         if not adapter.layers and adapter.saved and name in adapter.saved[0].modules_to_save:
             continue

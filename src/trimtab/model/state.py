@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.files.codec import PREFIX, fill, fit, sharded
-from trimtab.model.graft import Adapter, Graft, find_graft
 from trimtab.core.report import warn
+from trimtab.files.codec import PREFIX, fill, fit, sharded
+from trimtab.model.adapter import Adapter
+from trimtab.model.graft import Graft, find_graft
+from trimtab.model.slots import targets_embeddings
 
 
 def get_peft_model_state_dict(
@@ -116,7 +118,7 @@ def adapter_tensors(
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     adapter = graft.require(name)
     slots = [s for s in graft.slots(adapter) if not s.optional]
-    named, resized = graft.targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
+    named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
     if embeddings is True or (embeddings == "auto" and (named or resized)):
         if embeddings == "auto":
             why = "as the embedding layer has been resized during finetuning" if resized else (

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
+from trimtab.core.report import warn
 from trimtab.files.codec import PREFIXES
 from trimtab.methods import config_class
+from trimtab.model.adapter import Adapter
 from trimtab.model.combine import Recipe, combine
-from trimtab.model.graft import Adapter, Graft
+from trimtab.model.graft import Graft
 from trimtab.model.layer import require_known
-from trimtab.core.report import warn
 from trimtab.model.route import Rows
 
 

@@ -1,0 +1,144 @@
+"""Which modules of a model an adapter changes: its config held against the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from trimtab.core.method import INPUT_EMBEDDING, Method
+from trimtab.core.report import warn
+from trimtab.core.site import site_class
+from trimtab.core.targets import (
+    CONDENSE_FROM,
+    Target,
+    condense,
+    inside,
+    matches,
+    nearest,
+    select,
+    select_parameters,
+    unused_patterns,
+)
+from trimtab.errors import ConfigError, NoMatchingPeftModuleError
+from trimtab.files.experts import FORMER, rewrite
+from trimtab.methods import default_targets, load
+
+if TYPE_CHECKING:
+    from trimtab.model.graft import Graft
+
+
+def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> list[Target]:
+    """The modules the config adapts; completes its `target_modules` as it will be saved."""
+    if not hasattr(config, "target_modules"):
+        raise ConfigError(f"{type(config).__name__} does not adapt layers.")
+    model_type = getattr(getattr(graft.model, "config", None), "model_type", None)
+    named = bool(getattr(config, "target_parameters", None))
+    default = default_targets(config, model_type)
+    if config.target_modules is None and named and (model_type in FORMER or default is None):
+        config.target_modules = set()
+    if config.target_modules is None:
+        if default == INPUT_EMBEDDING:
+            default = [path_of(graft, graft.model.get_input_embeddings())]  # type: ignore[operator]
+        if default is None and not config.modules_to_save:
+            raise ConfigError(
+                "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
+                f"models of type {model_type!r}."
+            )
+        config.target_modules = default if isinstance(default, str) else set(default or ())
+    for field_name, table in getattr(method, "defaults", {}).items():
+        if getattr(config, field_name) is None:
+            if model_type not in table:
+                raise ConfigError(f"Please specify `{field_name}` in `peft_config`: there is no default for models of type {model_type!r}.")
+            setattr(config, field_name, set(table[model_type]))
+    kinds = {n: kind(m) for n, m in graft.modules.items()}
+    head = head_of(graft)
+    linear = [n for n, m in graft.modules.items() if kinds[n] == "linear" and m is not head and callable_linear(m)]
+    if done := rewrite(config, model_type, graft.modules, linear):
+        warn(done)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
+    targets = without_parts(graft, select(kinds, config, strict=strict))
+    if getattr(config, "target_parameters", None):
+        names = [f"{n}.{p}" for n, m in graft.modules.items() for p, v in m._parameters.items() if v is not None]
+        targets += select_parameters(names, config.target_parameters, strict)
+        if not targets:
+            raise NoMatchingPeftModuleError(
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
+                f"these arguments.{nearest(config.target_parameters, names)}"
+            )
+    for target in targets:
+        if target.kind not in method.kinds:
+            module = graft.modules[target.module]
+            raise ConfigError(
+                f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
+                f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
+            )
+    if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
+        wanted = config.target_modules
+        short = condense(wanted, (n for n in graft.modules if matches(wanted, n) is None))
+        if len(short) < len(config.target_modules):
+            config.target_modules = short
+    if flipped := [site_class(graft.modules[t.name]).flipped for t in targets if t.kind == "linear"]:  # type: ignore[union-attr]
+        if getattr(config, "fan_in_fan_out", False) and not any(flipped):
+            warn("`fan_in_fan_out` is True, but the weights of the layers adapted lie (out, in): it is False here.")
+        if hasattr(config, "fan_in_fan_out"):
+            config.fan_in_fan_out = flipped[-1]  # how PEFT notes it
+    names = [t.name for t in targets]
+    for field_name in config.patterns:
+        if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
+            warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, kinds)}")
+    return targets
+
+
+def without_parts(graft: Graft, targets: list[Target]) -> list[Target]:
+    """Without the layers that are adapted along with the one they are part of."""
+    found = {t.name: site_class(graft.modules[t.name]) for t in targets}
+    part = lambda path: (whole := found.get(path.rpartition(".")[0])) and path.rpartition(".")[2] in whole.parts
+    return [t for t in targets if not part(t.name)]
+
+
+def tokens(graft: Graft, config: Any) -> dict[str, Any]:
+    """Embedding path -> config of its trainable tokens, for adapters that train some beside their own change."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    if isinstance(wanted, list):
+        wanted = {path_of(graft, graft.model.get_input_embeddings()): wanted}  # type: ignore[operator]
+    cls = load("trainable_tokens", "TrainableTokensConfig")
+    found: dict[str, Any] = {}
+    for key, tokens in wanted.items():
+        paths = [n for n in graft.modules if matches({key}, n)]
+        if not paths:
+            raise NoMatchingPeftModuleError(f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], graft.modules)}")
+        for path in paths:
+            for name in [path, *tied(graft, path)]:
+                found[name] = cls(token_indices=list(tokens))
+    return found
+
+
+def tied(graft: Graft, path: str) -> list[str]:
+    """The other modules that hold the same weight."""
+    return [n for names in graft.ties if path in names for n in names if n != path]
+
+
+def path_of(graft: Graft, module: nn.Module) -> str:
+    module = getattr(module, "base_layer", module)
+    return next(n for n, m in graft.modules.items() if m is module)
+
+
+def head_of(graft: Graft) -> nn.Module | None:
+    head = getattr(graft.model, "get_output_embeddings", None)
+    return head() if head is not None else None
+
+
+def kind(module: nn.Module) -> str | None:
+    """The kind of site a module is."""
+    cls = site_class(module)
+    return cls.kind if cls else None
+
+
+def callable_linear(module: nn.Module) -> bool:
+    """Whether a Linear is one that "all-linear" means: it is called, and gives its product (routers give more)."""
+    cls: Any = site_class(module)
+    return not cls.reads and "router" not in type(module).__name__.lower()

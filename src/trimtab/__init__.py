@@ -17,7 +17,7 @@ _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
     "trimtab.methods": ["PeftConfig"],
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
-    "trimtab.model.peft_model": [
+    "trimtab.model.tasks": [
         "PeftModel",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",

@@ -1,0 +1,152 @@
+"""A class for each task, and the ways to give a model its first adapter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from trimtab.core.config import PeftConfig
+from trimtab.core.report import warn
+from trimtab.errors import ConfigError
+from trimtab.model.graft import find_graft
+from trimtab.model.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
+from trimtab.model.tuner import tuner_class
+
+
+def _signature(*names: str) -> Any:
+    """Give a task class's forward the arguments of its models, so that trainers see which columns it takes."""
+
+    def decorate(cls: type[PeftModel]) -> type[PeftModel]:
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            return PeftModel.forward(self, *args, **kwargs)
+
+        kinds = inspect.Parameter
+        parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
+        parameters += [kinds(n, kinds.POSITIONAL_OR_KEYWORD, default=None) for n in names]
+        parameters.append(kinds("kwargs", kinds.VAR_KEYWORD))
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        forward.__doc__ = PeftModel.forward.__doc__
+        cls.forward = forward  # type: ignore[method-assign]
+        return cls
+
+    return decorate
+
+
+_ENCODER = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states", "return_dict")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+
+@_signature(*_ENCODER[:3], *_DECODER, *_ENCODER[3:], "task_ids")
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters."""
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; its head is trained and saved whole."""
+
+
+@_signature(*_ENCODER, "task_ids")
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; its head is trained and saved whole."""
+
+
+@_signature("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions",
+            "end_positions", "output_attentions", "output_hidden_states", "return_dict", "task_ids")
+class PeftModelForQuestionAnswering(PeftModel):
+    """An extractive question answerer with adapters; its head is trained and saved whole."""
+
+
+@_signature(*_ENCODER[:3], *_ENCODER[4:], "task_ids")
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model whose hidden states are the result, with adapters."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_CLASSES
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING |= {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = False,
+) -> PeftModel:
+    """Give a model its first adapter.
+
+    Args:
+        model: the base model; it is adapted in place and frozen.
+        peft_config: what to add; a copy is kept, the object itself is not changed.
+        adapter_name: the adapter's name.
+        mixed: accepted for PEFT's sake: every model here can hold adapters of several methods.
+        autocast_adapter_dtype: keep the adapters of half-precision layers in fp32.
+        revision: the base model's revision on the Hub, noted in the config.
+        strict: `target_modules` entries that fit nothing are errors even when others fit.
+
+    Raises:
+        NoMatchingPeftModuleError: the config's targets fit no module; the nearest names are given.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from trimtab import LoraConfig, get_peft_model
+        >>> model = get_peft_model(GPT2LMHeadModel(GPT2Config()), LoraConfig())
+        >>> model.print_trainable_parameters()
+        trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364
+    """
+    if isinstance(model, PeftModel):
+        warn("The model is a PeftModel already: use its add_adapter() to give it another adapter. Its base model is adapted further.")
+        model = model.get_base_model()
+    if getattr(model, "peft_config", None) is not None and find_graft(model) is not None:
+        warn("The model has adapters already, and this adds one beside them. To change it to another config, call "
+             "`.unload()` first.")
+    if revision is not None:
+        if peft_config.revision is not None and peft_config.revision != revision:
+            warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")
+        peft_config = peft_config.copy()
+        peft_config.revision = revision
+    cls = task_class(peft_config, PeftModel)
+    try:
+        return cls(model, peft_config, adapter_name, autocast_adapter_dtype, strict=strict)
+    except BaseException:
+        discard_empty(model)
+        raise
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place and return the model itself; `state_dict` says which modules have one."""
+    if peft_config.is_prompt_learning:
+        raise ConfigError("`create_and_replace` does not support prompt learning yet.")
+    if state_dict is not None and hasattr(peft_config, "target_modules"):
+        peft_config = peft_config.copy()
+        peft_config.target_modules = {k.partition(".lora_")[0] for k in state_dict if ".lora_" in k}
+    try:
+        tuner_class(peft_config.peft_type)(model, peft_config, adapter_name)
+    except BaseException:
+        discard_empty(model)
+        raise
+    return model

@@ -34,6 +34,7 @@ if args.adapter:
 else:
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
+set_seed(0)  # the order of the rows and the dropout, whatever making the model has drawn
 rows = [tokenizer(text + tokenizer.eos_token) for text in SENTENCES]
 loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False))
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

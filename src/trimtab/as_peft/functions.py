@@ -18,7 +18,7 @@ from trimtab.core.targets import inside, layer_index, matches
 from trimtab.errors import AdapterFileError
 from trimtab.model.staging import HALF
 from trimtab.model.layer import AdaptedLayer
-from trimtab.model.tasks import PeftModel
+from trimtab.model.peft_model import PeftModel
 from trimtab.model.state import locate_graft
 
 __all__ = [

@@ -189,7 +189,11 @@ class PeftConfig:
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
         text = json.dumps(content, indent=2, sort_keys=True)
-        return lambda path: path.write_text(text, encoding="utf-8") and None
+
+        def write(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        return write
 
     @classmethod
     def from_dict(cls, attributes: dict[str, Any], source: str = "the given dict") -> Any:

@@ -29,7 +29,11 @@ model = {auto}.from_pretrained("path/to/this/folder")
 def writers(folder: Path, config: Any) -> dict[Path, Callable[[Path], None]]:
     """Path -> function that writes the card: a new one, or the one that is there with its data brought up to date."""
     path = folder / NAME
-    return {path: lambda target: target.write_text(render(path, config), encoding="utf-8") and None}
+
+    def write(target: Path) -> None:
+        target.write_text(render(path, config), encoding="utf-8")
+
+    return {path: write}
 
 
 def render(path: Path, config: Any) -> str:

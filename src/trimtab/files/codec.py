@@ -135,7 +135,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in tensors.items()}
 
 
-def sharded(value: Tensor, like: Tensor) -> Tensor:
+def sharded(value: Tensor, like: Any) -> Tensor:
     """A whole value cut as `like` is, where that is sharded over processes; each process has the value, none sends."""
     if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
         return value

@@ -27,6 +27,11 @@ class Adapter:
     parked: bool = False
 
     @property
+    def parts(self) -> list[AdaptedLayer | SavedModule]:
+        """All that the adapter has in the module tree of the base."""
+        return [*self.layers, *self.saved]
+
+    @property
     def methods(self) -> list[Method]:
         """The adapter's own method at each of its sites."""
         return [m for layer in self.layers for m in layer.methods[self.name] if isinstance(m, self.method)]

@@ -196,7 +196,7 @@ class Graft:
         """Make an adapter trainable or frozen, active or not."""
         adapter = self.require(name)
         adapter.trainable = trainable
-        for part in (*adapter.layers, *adapter.saved):
+        for part in adapter.parts:
             part.set_requires_grad(name, trainable)
         for parameter in adapter.biases.parameters() if adapter.biases else ():
             parameter.requires_grad_(trainable)
@@ -263,7 +263,7 @@ class Graft:
         if adapter.biases is not None:
             adapter.biases.switch(False)
             self.biased.remove(name)
-        for part in (*adapter.layers, *adapter.saved):
+        for part in adapter.parts:
             part.detach(name)
         for leaves in self.commons.values():
             leaves.remove(name)

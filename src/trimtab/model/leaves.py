@@ -49,7 +49,7 @@ class Leaves(nn.Module):
     def put(self, adapter: str, name: str, tensor: Tensor) -> None:
         """Store a tensor under `adapter`, or under its `name` there; what is no Parameter becomes a buffer."""
         if not name:
-            (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[adapter] = tensor  # type: ignore[index]
+            (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[adapter] = tensor  # type: ignore[index,assignment]
             return
         leaf = self.find(adapter)
         if leaf is None:

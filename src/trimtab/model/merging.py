@@ -50,7 +50,7 @@ def _untie(graft: Graft, names: Sequence[str]) -> None:
         changed = {p for p in owners if p in graft.layers and graft.layers[p].merged_adapters}
         if not changed:
             continue
-        weights = {p: graft.modules[p]._parameters["weight"] for p in owners}
+        weights: dict[str, Any] = {p: graft.modules[p]._parameters["weight"] for p in owners}
         first = next(iter(weights.values()))
         if all(torch.equal(first, w) for w in weights.values()):  # one delta for both: they stay tied
             for path in owners:

@@ -203,6 +203,7 @@ class PeftModel(nn.Module):
                 if slot.on_disk() in values:
                     slot.put(values[slot.on_disk()])
         else:
+            assert config is not None
             config.inference_mode = not is_trainable
             config = self._completed(base, config)
             self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=tensors)
@@ -282,7 +283,7 @@ class PeftModel(nn.Module):
         """Let gradients reach the adapters through checkpointed blocks whose inputs are frozen."""
         quantised = any(getattr(model, f"is_{q}", False) for q in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
         if not quantised and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+            model.enable_input_require_grads()  # type: ignore[operator]
         return model
 
     # ------------------------------------------------------------------ files

@@ -93,7 +93,7 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     decodes, count = bool(getattr(base.config, "is_encoder_decoder", False)), config.num_virtual_tokens
     if not method.cached and (decodes or inputs.get("input_ids") is None):
         rows, device = _shape(inputs)
-        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        ids: Any = inputs.get("input_ids", inputs.get("inputs_embeds"))
         inputs.setdefault("attention_mask", torch.ones(ids.shape[:2], dtype=torch.long, device=device))
         return base.generate(*args, **enter(method, config, base, inputs))
     field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")

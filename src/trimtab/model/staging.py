@@ -45,7 +45,7 @@ class Staged:
     def undo(self) -> None:
         """Leave no trace."""
         name = self.adapter.name
-        for part in (*self.adapter.layers, *self.adapter.saved):
+        for part in self.adapter.parts:
             part.detach(name)
         for leaves in self.graft.commons.values():
             leaves.remove(name)
@@ -178,12 +178,12 @@ class Staged:
     def prompt(self) -> None:
         """Make the prompt, started as the config says."""
         config, model = self.adapter.config, self.graft.model
-        complete(config, model, self.adapter.method.cached)
-        prompt = self.adapter.method()
+        complete(config, model, self.adapter.method.cached)  # type: ignore[attr-defined]
+        prompt: Any = self.adapter.method()  # type: ignore[call-arg]
         prompt.build(config)
         with torch.no_grad():
             prompt.reset(config, model)
-        self.adapter.prompt = prompt.to(model.get_input_embeddings().weight.device)
+        self.adapter.prompt = prompt.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
 
 def _under(name: str, paths: set[str]) -> bool:

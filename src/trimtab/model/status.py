@@ -68,7 +68,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     prefix = next((n for n, m in model.named_modules() if m is base), "")
     order = {path: i for i, path in enumerate(graft.modules)}
     rows = []
-    for part in sorted([*graft.layers.values(), *graft.saved.values()], key=lambda part: order.get(part.name, -1)):
+    parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
+    for part in sorted(parts, key=lambda part: order.get(part.name, -1)):
         path, module_type = _described(part, graft)
         tensors = {a: [p for _, p in part.adapter_parameters(a)] for a in part.adapters}
         rows.append(

@@ -1,7 +1,7 @@
 """A training loop of one's own with LoRA and accelerate.
 
-    python -m trimtab.as_peft accelerate_loop.py           # with trimtab; nothing in this file knows of it
-    python accelerate_loop.py --model my-org/my-model      # with PEFT
+python -m trimtab.as_peft accelerate_loop.py           # with trimtab; nothing in this file knows of it
+python accelerate_loop.py --model my-org/my-model      # with PEFT
 """
 
 import argparse
@@ -32,7 +32,10 @@ model = AutoModelForCausalLM.from_pretrained(name)
 if args.adapter:
     model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 else:
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model,
+        LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
 
 set_seed(0)  # the order of the rows and the dropout, whatever making the model has drawn
 rows = [tokenizer(text + tokenizer.eos_token) for text in SENTENCES]

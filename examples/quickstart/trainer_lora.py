@@ -1,7 +1,7 @@
 """Fine-tune a language model with LoRA and the Hugging Face Trainer.
 
-    python -m trimtab.as_peft trainer_lora.py              # with trimtab; nothing in this file knows of it
-    python trainer_lora.py --model my-org/my-model         # with PEFT
+python -m trimtab.as_peft trainer_lora.py              # with trimtab; nothing in this file knows of it
+python trainer_lora.py --model my-org/my-model         # with PEFT
 """
 
 import argparse
@@ -9,7 +9,14 @@ import argparse
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from tiny import SENTENCES, make
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="a model's folder or Hub id; by default a tiny random one is made")
@@ -26,7 +33,9 @@ model = AutoModelForCausalLM.from_pretrained(name)
 if args.adapter:
     model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 else:
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+    )
     model = get_peft_model(model, config)
 model.print_trainable_parameters()
 

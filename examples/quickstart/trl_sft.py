@@ -1,7 +1,7 @@
 """Supervised fine-tuning with LoRA and TRL.
 
-    python -m trimtab.as_peft trl_sft.py                   # with trimtab; nothing in this file knows of it
-    python trl_sft.py --model my-org/my-model              # with PEFT
+python -m trimtab.as_peft trl_sft.py                   # with trimtab; nothing in this file knows of it
+python trl_sft.py --model my-org/my-model              # with PEFT
 """
 
 import argparse
@@ -22,7 +22,9 @@ args = parser.parse_args()
 set_seed(0)
 model, config = args.model or make(f"{args.output}/model"), None
 if args.adapter:
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype="float32"), args.adapter, is_trainable=True)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32"), args.adapter, is_trainable=True
+    )
 else:
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -1,9 +1,13 @@
-"""These tests run with `trimtab.as_peft` as the first import, in an environment that has no real peft: a pytest of their own."""
+"""These tests run with `trimtab.as_peft` as the first import, in an environment that has no real peft.
 
-import trimtab.as_peft  # isort: skip
+They want a pytest of their own: `pytest tests/as_peft`.
+"""
 
+# isort: off
+import trimtab.as_peft  # noqa: F401
+
+# isort: on
 import pytest
-
 from tests.as_peft import tiny
 
 

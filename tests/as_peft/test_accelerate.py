@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-
 from tests.as_peft import tiny
+from torch.utils.data import DataLoader
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,9 @@ def fresh_state():
 
 def build() -> tuple[PeftModel, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
     model = get_peft_model(tiny.llama(), config)
     return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
 
@@ -83,12 +84,21 @@ def test_two_processes_train_as_one_does_and_save_the_adapter_only(how, tmp_path
     script = Path(__file__).parent / "scripts" / "two_processes.py"
     environment = tiny.environment()
     environment["PYTHONPATH"] += f":{root}"
-    done = subprocess.run([*command, str(script), how, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=root, timeout=400)
+    done = subprocess.run(
+        [*command, str(script), how, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     result = torch.load(tmp_path / "result.pt")
     losses, state = alone(5)
     assert result["losses"] + result["more"] == pytest.approx(losses, abs=1e-5)
-    assert result["again"] == pytest.approx(result["more"], abs=1e-6)  # the state that came back is the one that was saved
+    assert result["again"] == pytest.approx(
+        result["more"], abs=1e-6
+    )  # the state that came back is the one that was saved
     assert result["last"].keys() == state.keys()
     for key, value in state.items():
         torch.testing.assert_close(result["last"][key], value, atol=1e-5, rtol=1e-4)

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.as_peft import tiny
 
 import trimtab
-from tests.as_peft import tiny
 
 SOURCE = Path(trimtab.__file__).parents[1]
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=tiny.environment(**environment))
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=tiny.environment(**environment)
+    )
 
 
 def test_the_package_looks_installed():
@@ -52,7 +54,10 @@ def test_modules_give_the_same_objects():
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] is LoraConfig
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is peft.LoraModel
     assert peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]
-    assert (peft.utils.WEIGHTS_NAME, peft.utils.SAFETENSORS_WEIGHTS_NAME) == ("adapter_model.bin", "adapter_model.safetensors")
+    assert (peft.utils.WEIGHTS_NAME, peft.utils.SAFETENSORS_WEIGHTS_NAME) == (
+        "adapter_model.bin",
+        "adapter_model.safetensors",
+    )
 
 
 def test_every_method_of_the_registry_has_its_modules():
@@ -79,7 +84,9 @@ def test_layer_classes_answer_by_method_and_kind():
     q = model.base_model.model.model.layers[0].self_attn.q_proj
     embed, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
     assert all(isinstance(q, c) for c in (BaseTunerLayer, LoraLayer, layer.Linear, torch.nn.Module))
-    assert not any(isinstance(q, c) for c in (layer.Embedding, layer.Conv2d, TrainableTokensLayer, ModulesToSaveWrapper))
+    assert not any(
+        isinstance(q, c) for c in (layer.Embedding, layer.Conv2d, TrainableTokensLayer, ModulesToSaveWrapper)
+    )
     assert isinstance(embed, layer.Embedding)
     assert isinstance(head, ModulesToSaveWrapper)
     assert isinstance(head, AuxiliaryTrainingWrapper)
@@ -91,7 +98,9 @@ def test_layer_classes_answer_by_method_and_kind():
     tokens = get_peft_model(tiny.llama(), TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]))
     assert isinstance(tokens.base_model.model.model.embed_tokens, TrainableTokensLayer)
     assert not isinstance(tokens.base_model.model.model.embed_tokens, LoraLayer)
-    beside = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4]}))
+    beside = get_peft_model(
+        tiny.llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4]})
+    )
     assert isinstance(beside.base_model.model.model.embed_tokens, TrainableTokensWrapper)
     with pytest.raises(TypeError, match="docs/differences"):
         layer.Linear(torch.nn.Linear(2, 2), "default")
@@ -160,7 +169,11 @@ def test_an_unmodified_script_runs(tmp_path):
         "    print(LoraConfig.__module__, helper.value, sys.argv[0].endswith('script.py'), sys.argv[1:])\n"
     )
     run = lambda *arguments: subprocess.run(
-        [sys.executable, "-m", "trimtab.as_peft", *arguments], capture_output=True, text=True, cwd=tmp_path, env=tiny.environment()
+        [sys.executable, "-m", "trimtab.as_peft", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=tiny.environment(),
     )
     assert run(str(script), "--a", "b").stdout.strip() == "trimtab.methods.lora 5 True ['--a', 'b']"
     assert run("-m", "script", "c").stdout.strip() == "trimtab.methods.lora 5 True ['c']"

@@ -16,17 +16,32 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=8,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
     ).eval()
 
 
 def transformer() -> SD3Transformer2DModel:
     torch.manual_seed(0)
     return SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
     ).eval()
 
 
@@ -35,8 +50,12 @@ def inputs(model) -> dict[str, torch.Tensor]:
     random = lambda *shape: torch.randn(*shape, generator=generator)
     if isinstance(model, UNet2DConditionModel):
         return {"sample": random(1, 4, 8, 8), "timestep": torch.tensor([3]), "encoder_hidden_states": random(1, 5, 16)}
-    return {"hidden_states": random(1, 4, 8, 8), "timestep": torch.tensor([3]), "encoder_hidden_states": random(1, 5, 16),
-            "pooled_projections": random(1, 16)}
+    return {
+        "hidden_states": random(1, 4, 8, 8),
+        "timestep": torch.tensor([3]),
+        "encoder_hidden_states": random(1, 5, 16),
+        "pooled_projections": random(1, 16),
+    }
 
 
 def out(model) -> torch.Tensor:
@@ -129,11 +148,32 @@ def pipe(model: UNet2DConditionModel) -> StableDiffusionPipeline:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, projection_dim=16))
-    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=64,
+            projection_dim=16,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    )
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text.eval(), tokenizer=None, unet=model, scheduler=DDPMScheduler(num_train_timesteps=10), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text.eval(),
+        tokenizer=None,
+        unet=model,
+        scheduler=DDPMScheduler(num_train_timesteps=10),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -142,8 +182,14 @@ def run(p: StableDiffusionPipeline, **more) -> torch.Tensor:
     ids = torch.arange(8)[None]
     embeds = p.text_encoder(ids)[0].detach()
     return p(
-        prompt_embeds=embeds, negative_prompt_embeds=torch.zeros_like(embeds), height=8, width=8, num_inference_steps=2, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **more,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=torch.zeros_like(embeds),
+        height=8,
+        width=8,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **more,
     ).images
 
 

@@ -6,10 +6,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    losses,
+)
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
 from tests.as_peft import tiny
+
 from trimtab.files.sources import packaged_minilm
 
 CONFIG = {"task_type": TaskType.FEATURE_EXTRACTION, "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
@@ -61,12 +66,22 @@ def test_training_an_adapter_with_its_own_trainer(base, tmp_path):
     model = encoder(base)
     model.add_adapter(LoraConfig(**CONFIG))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    rows = Dataset.from_dict({"anchor": tiny.SENTENCES[:12], "positive": [s.replace("the", "a") for s in tiny.SENTENCES[:12]]})
+    rows = Dataset.from_dict(
+        {"anchor": tiny.SENTENCES[:12], "positive": [s.replace("the", "a") for s in tiny.SENTENCES[:12]]}
+    )
     args = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
         save_strategy="no",
     )
-    SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=losses.MultipleNegativesRankingLoss(model)).train()
+    SentenceTransformerTrainer(
+        model=model, args=args, train_dataset=rows, loss=losses.MultipleNegativesRankingLoss(model)
+    ).train()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed
     assert all("lora_" in n for n in changed)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import Trainer, TrainingArguments
-
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from tests.as_peft import tiny
+from transformers import Trainer, TrainingArguments
 
 
 def data(rows: int = 16, unused: bool = True) -> Dataset:
@@ -21,14 +20,24 @@ def data(rows: int = 16, unused: bool = True) -> Dataset:
 
 def arguments(folder: Path, **changes) -> TrainingArguments:
     settings = {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "report_to": [], "use_cpu": True, "save_steps": 2, "seed": 3,
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_steps": 2,
+        "seed": 3,
     }
     return TrainingArguments(**settings | changes)
 
 
 def adapted(**config) -> PeftModel:
-    return get_peft_model(tiny.llama(), LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, **{"target_modules": ["q_proj", "v_proj"], **config}))
+    return get_peft_model(
+        tiny.llama(),
+        LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, **{"target_modules": ["q_proj", "v_proj"], **config}),
+    )
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -64,13 +73,23 @@ def test_checkpoints_hold_the_adapter_only_and_resume_where_they_stopped(tmp_pat
 
 
 def test_the_best_model_comes_back_at_the_end(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-2, "save_total_limit": 2}
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "learning_rate": 1e-2,
+        "save_total_limit": 2,
+    }
     model = adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     # The learning rate explodes after step 2, so that the best model is not the last.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 1e4)
     trainer = Trainer(
-        model=model, args=arguments(tmp_path, **settings), train_dataset=data(), eval_dataset=data(8), optimizers=(optimizer, schedule)
+        model=model,
+        args=arguments(tmp_path, **settings),
+        train_dataset=data(),
+        eval_dataset=data(8),
+        optimizers=(optimizer, schedule),
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -86,6 +105,19 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path, reentrant):
     checked = Trainer(model=adapted(), args=arguments(tmp_path / "checked", **settings), train_dataset=data())
     checked.train()
     assert losses(checked) == pytest.approx(losses(plain), abs=1e-6)
+
+
+def test_a_methods_penalty_is_in_the_loss(tmp_path):
+    firsts = []
+    for weight in (0.1, 0.2, 0.3):
+        config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, orth_reg_weight=weight)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.llama(), config)
+        trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=data())
+        trainer.train()
+        firsts.append(losses(trainer)[0])
+    assert firsts[1] > firsts[0]
+    assert firsts[2] - firsts[1] == pytest.approx(firsts[1] - firsts[0], rel=1e-3)
 
 
 def test_a_classifier_trains_and_saves_its_head(tmp_path):

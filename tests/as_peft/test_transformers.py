@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, pipeline
-
 from tests.as_peft import tiny
+from transformers import AutoModelForCausalLM, pipeline
 
 IDS = tiny.batch()
 
@@ -78,7 +77,10 @@ def test_training_an_added_adapter(llama):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [4, 5]}}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [4, 5]}}],
+)
 def test_saving_and_loading_through_transformers(tmp_path, changes):
     model = tiny.llama()
     model.add_adapter(config(**changes))
@@ -114,7 +116,11 @@ def test_load_adapter_leaves_the_base_alone_and_reports_nothing_missing(folder):
             assert parameter.requires_grad
     state = base.get_adapter_state_dict("mine")
     assert all("lora_" in k and "mine" not in k for k in state)
-    base.load_adapter(adapter_name="second", peft_config=config(task_type="CAUSAL_LM"), adapter_state_dict={f"base_model.model.{k}": v for k, v in state.items()})
+    base.load_adapter(
+        adapter_name="second",
+        peft_config=config(task_type="CAUSAL_LM"),
+        adapter_state_dict={f"base_model.model.{k}": v for k, v in state.items()},
+    )
     base.set_adapter("second")
     torch.testing.assert_close(out(base), adapted)
 

@@ -6,12 +6,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.as_peft import tiny
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from tests.as_peft import tiny
-
-SETTINGS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "use_cpu": True,
-            "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
 
 
 def config(**changes) -> LoraConfig:
@@ -19,11 +27,13 @@ def config(**changes) -> LoraConfig:
 
 
 def pairs() -> Dataset:
-    return Dataset.from_dict({
-        "prompt": ["the red cat"] * 4 + ["a blue dog"] * 4,
-        "chosen": [" sees a bird", " likes a fish"] * 4,
-        "rejected": [" eats a small dog today", " finds one big fish"] * 4,
-    })
+    return Dataset.from_dict(
+        {
+            "prompt": ["the red cat"] * 4 + ["a blue dog"] * 4,
+            "chosen": [" sees a bird", " likes a fish"] * 4,
+            "rejected": [" eats a small dog today", " finds one big fish"] * 4,
+        }
+    )
 
 
 def trained(trainer) -> list[str]:
@@ -40,7 +50,10 @@ def trained(trainer) -> list[str]:
 def test_sft(tmp_path, tokenizer, checkpointing):
     args = SFTConfig(output_dir=str(tmp_path), **SETTINGS | {"gradient_checkpointing": checkpointing}, max_length=16)
     trainer = SFTTrainer(
-        model=tiny.llama(len(tokenizer)), args=args, train_dataset=Dataset.from_dict({"text": tiny.SENTENCES}), peft_config=config(),
+        model=tiny.llama(len(tokenizer)),
+        args=args,
+        train_dataset=Dataset.from_dict({"text": tiny.SENTENCES}),
+        peft_config=config(),
         processing_class=tokenizer,
     )
     assert isinstance(trainer.model, PeftModel)
@@ -55,7 +68,10 @@ def test_sft(tmp_path, tokenizer, checkpointing):
 
 def test_dpo_with_a_config_takes_the_base_as_its_reference(tmp_path, tokenizer):
     trainer = DPOTrainer(
-        model=tiny.llama(len(tokenizer)), args=DPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=pairs(), peft_config=config(),
+        model=tiny.llama(len(tokenizer)),
+        args=DPOConfig(output_dir=str(tmp_path), **SETTINGS),
+        train_dataset=pairs(),
+        peft_config=config(),
         processing_class=tokenizer,
     )
     trained(trainer)
@@ -68,7 +84,12 @@ def test_dpo_of_a_trained_adapter_takes_a_copy_of_it_as_its_reference(tmp_path, 
     model = get_peft_model(tiny.llama(len(tokenizer)), config())
     tiny.moved(model)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    trainer = DPOTrainer(model=model, args=DPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=pairs(), processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(output_dir=str(tmp_path), **SETTINGS),
+        train_dataset=pairs(),
+        processing_class=tokenizer,
+    )
     assert set(trainer.model.peft_config) == {"default", "ref"}
     changed = trained(trainer)
     assert all(".default." in n for n in changed)
@@ -81,12 +102,20 @@ def test_dpo_of_a_trained_adapter_takes_a_copy_of_it_as_its_reference(tmp_path, 
 
 def test_grpo(tmp_path, tokenizer):
     args = GRPOConfig(
-        output_dir=str(tmp_path), **SETTINGS, num_generations=4, max_completion_length=6, beta=0.1, temperature=1.0,
+        output_dir=str(tmp_path),
+        **SETTINGS,
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,
+        temperature=1.0,
     )
     trainer = GRPOTrainer(
-        model=tiny.llama(len(tokenizer)), args=args, train_dataset=Dataset.from_dict({"prompt": ["the red cat", "a blue dog"] * 4}),
+        model=tiny.llama(len(tokenizer)),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["the red cat", "a blue dog"] * 4}),
         reward_funcs=lambda completions, **_: [float(len(set(c.split()))) + 0.1 * i for i, c in enumerate(completions)],
-        peft_config=config(), processing_class=tokenizer,
+        peft_config=config(),
+        processing_class=tokenizer,
     )
     assert all(".default." in n for n in trained(trainer))
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in trainer.state.log_history if "loss" in row)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.as_peft import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +53,12 @@ model = accelerator.unwrap_model(model)
 TRAINER = """
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
-args = TrainingArguments(sys.argv[1] + "/run", max_steps=8, per_device_train_batch_size=8, learning_rate=2e-2, logging_steps=1, report_to=[],
-                         use_cpu=True, save_strategy="no")
-trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}))
+args = TrainingArguments(
+    sys.argv[1] + "/run", max_steps=8, per_device_train_batch_size=8, learning_rate=2e-2, logging_steps=1, report_to=[],
+    use_cpu=True, save_strategy="no",
+)
+data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+trainer = Trainer(model=model, args=args, train_dataset=data)
 trainer.train()
 losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 """
@@ -75,5 +77,11 @@ with torch.no_grad():
 def test_training_and_saving(middle, tmp_path):
     environment = tiny.environment()
     environment["PYTHONPATH"] += f":{ROOT}"
-    done = subprocess.run([sys.executable, "-c", START + middle + END, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", START + middle + END, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

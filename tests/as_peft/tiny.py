@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 WORDS = "the a red blue green small big old cat dog bird fish sees eats likes finds one two three today".split()
-SENTENCES = [f"the {WORDS[2 + i % 6]} {WORDS[8 + i % 4]} {WORDS[12 + i % 4]} a {WORDS[2 + (i * 5) % 6]} {WORDS[8 + (i * 3) % 4]}" for i in range(24)]
+SENTENCES = [
+    f"the {WORDS[2 + i % 6]} {WORDS[8 + i % 4]} {WORDS[12 + i % 4]} a {WORDS[2 + (i * 5) % 6]} {WORDS[8 + (i * 3) % 4]}"
+    for i in range(24)
+]
 
 
 def tokenizer():
@@ -18,8 +21,12 @@ def tokenizer():
 
     raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.train_from_iterator(SENTENCES + WORDS, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<s>", "</s>"]))
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    raw.train_from_iterator(
+        SENTENCES + WORDS, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<s>", "</s>"])
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     return made
 
@@ -30,8 +37,17 @@ def llama(vocab: int = 40, **changes):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3, **changes,
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        **changes,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -42,8 +58,13 @@ def bert(vocab: int = 40, cls: str = "BertForSequenceClassification", **changes)
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, **changes,
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **changes,
     )
     return getattr(transformers, cls)(config).eval()
 
@@ -67,5 +88,8 @@ def environment(**more: str) -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH", "")])),
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **more,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from typer.testing import CliRunner
 
 from trimtab.cli import app
@@ -31,3 +33,9 @@ def test_the_command_prints_it() -> None:
     result = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["methods"])
     assert result.exit_code == 0
     assert all(name in result.output for name in METHODS)
+
+
+def test_the_page_in_the_docs_is_what_the_command_prints() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    printed = CliRunner().invoke(app, ["methods", "--markdown"]).output
+    assert printed.strip() in page, "run `trimtab methods --markdown` and put its table into docs/methods.md"

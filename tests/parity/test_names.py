@@ -1,4 +1,6 @@
-"""Every public name of the installed peft's modules is answered by `trimtab.as_peft`, or stands on a list that may only shrink.
+"""Every public name of the installed peft's modules is answered by `trimtab.as_peft`, or stands on a list.
+
+The list may only shrink.
 
 `python tests/parity/test_names.py` takes off the list what is answered by now; it never puts anything on it.
 """
@@ -63,7 +65,9 @@ def belongs(value: object) -> bool:
 
 def missing_names() -> dict[str, list[str]]:
     """{module: names that are not answered}."""
-    done = subprocess.run([sys.executable, "-c", ASK], input=json.dumps(public_names()), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], input=json.dumps(public_names()), capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

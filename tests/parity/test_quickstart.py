@@ -44,7 +44,12 @@ def start(tmp_path_factory) -> tuple[str, str]:
     model = tiny.make(str(folder / "model"))
     torch.manual_seed(5)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        task_type="CAUSAL_LM",
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
     )
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
     adapted.save_pretrained(folder / "adapter")

@@ -13,7 +13,9 @@ def main() -> None:
     """Run the script or module that the command line names, as Python itself would."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
-        sys.exit("usage: python -m trimtab.as_peft script.py [args...]\n       python -m trimtab.as_peft -m module [args...]")
+        sys.exit(
+            "usage: python -m trimtab.as_peft script.py [args...]\n       python -m trimtab.as_peft -m module [args...]"
+        )
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from trimtab.errors import PeftError
 
+WAY_OUT = "Make `import trimtab.as_peft` the first import of the program, or run `python -m trimtab.as_peft script.py`."
 LIBRARIES = ("transformers", "accelerate", "diffusers", "trl", "sentence_transformers", "optimum")
 
 
@@ -23,17 +24,13 @@ def refuse_if_too_late() -> None:
         TooLateError: it names the module and the way out.
     """
     real = sys.modules.get("peft")
-    if real is not None and not getattr(real, "__trimtab__", False):
-        raise TooLateError(
-            f"The real peft ({getattr(real, '__file__', None)}) is imported already, so trimtab cannot stand in for it: make "
-            "`import trimtab.as_peft` the first import of the program, or start it with `python -m trimtab.as_peft script.py`."
-        )
+    if getattr(real, "__trimtab__", False):
+        return
+    if real is not None:
+        raise TooLateError(f"The real peft ({getattr(real, '__file__', None)}) is imported already. {WAY_OUT}")
     for name, module in _loaded():
-        if real is None and _frozen(module):
-            raise TooLateError(
-                f"'{name}' is imported already and has noted that peft is not available: make `import trimtab.as_peft` the "
-                "first import of the program, or start it with `python -m trimtab.as_peft script.py`."
-            )
+        if _frozen(module):
+            raise TooLateError(f"'{name}' is imported already and has noted that peft is not available. {WAY_OUT}")
 
 
 def reset_caches() -> None:
@@ -45,7 +42,9 @@ def reset_caches() -> None:
 
 
 def _loaded() -> list[tuple[str, ModuleType]]:
-    return [(n, m) for n, m in list(sys.modules.items()) if n.partition(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+    return [
+        (n, m) for n, m in list(sys.modules.items()) if n.partition(".")[0] in LIBRARIES and isinstance(m, ModuleType)
+    ]
 
 
 def _frozen(module: ModuleType) -> bool:

@@ -44,12 +44,16 @@ class ByMethod(type):
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         if isinstance(subclass, ByMethod):
-            return subclass.peft_type == cls.peft_type and (not cls.bases or set(subclass.bases) <= set(cls.bases) != set())
+            return subclass.peft_type == cls.peft_type and (
+                not cls.bases or set(subclass.bases) <= set(cls.bases) != set()
+            )
         return super().__subclasscheck__(subclass)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{cls.__name__} cannot be built by itself: trimtab's layers are made by get_peft_model or "
-                        "inject_adapter_in_model (see docs/differences-names.txt).")
+        raise TypeError(
+            f"{cls.__name__} cannot be built by itself: trimtab's layers are made by get_peft_model or "
+            "inject_adapter_in_model (see docs/differences-names.txt)."
+        )
 
 
 def base_of(prefix: str, name: str) -> tuple[type[nn.Module], ...] | None:
@@ -62,7 +66,9 @@ def base_of(prefix: str, name: str) -> tuple[type[nn.Module], ...] | None:
 def layer_class(peft_type: str, name: str, bases: tuple[type[nn.Module], ...]) -> type:
     """The stand-in for one of peft's layer classes."""
     module = f"peft.tuners.{peft_type.lower()}.layer"
-    return ByMethod(name, (), {"peft_type": peft_type, "bases": bases, "__module__": module, "__doc__": f"{name} of peft."})
+    return ByMethod(
+        name, (), {"peft_type": peft_type, "bases": bases, "__module__": module, "__doc__": f"{name} of peft."}
+    )
 
 
 class TokensWrapper(metaclass=ByMethod):

@@ -34,8 +34,8 @@ class AliasModule(ModuleType):
             except KeyError:
                 if not is_module(f"{path}.{name}"):
                     raise AttributeError(
-                        f"module '{path}' has no attribute '{name}': trimtab, which stands in for peft here, does not "
-                        f"have it (see {DIFFERENCES})"
+                        f"module '{path}' has no attribute '{name}': trimtab, which stands in for peft here, lacks "
+                        f"it (see {DIFFERENCES})"
                     ) from None
                 value = importlib.import_module(f"{path}.{name}")
             self.__dict__[name] = value
@@ -79,7 +79,9 @@ class AliasDistribution(Distribution):
 class AliasFinder(MetaPathFinder):
     """Answers for `peft` before any folder is searched."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """The spec of one of peft's modules.
 
         Raises:
@@ -88,8 +90,10 @@ class AliasFinder(MetaPathFinder):
         if fullname.partition(".")[0] != "peft":
             return None
         if not is_module(fullname):
-            message = f"No module named '{fullname}': trimtab, which stands in for peft here, does not have it (see {DIFFERENCES})"
-            raise ModuleNotFoundError(message, name=fullname)
+            raise ModuleNotFoundError(
+                f"No module named '{fullname}': trimtab, which stands in for peft here, lacks it (see {DIFFERENCES})",
+                name=fullname,
+            )
         return ModuleSpec(fullname, AliasLoader(), origin="trimtab.as_peft", is_package=is_package(fullname))
 
     def find_distributions(self, context: Any = None) -> Iterable[Distribution]:

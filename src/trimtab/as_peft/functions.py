@@ -16,12 +16,13 @@ from trimtab.core.config import CONFIG_NAME, PeftConfig, match_pattern
 from trimtab.core.io import locate
 from trimtab.core.targets import inside, layer_index, matches
 from trimtab.errors import AdapterFileError
-from trimtab.model.staging import HALF
 from trimtab.model.layer import AdaptedLayer
 from trimtab.model.peft_model import PeftModel
+from trimtab.model.staging import HALF
 from trimtab.model.state import locate_graft
 
 __all__ = [
+    "_get_submodules",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
     "check_adapters_to_merge",
@@ -52,12 +53,13 @@ __all__ = [
     "update_forward_signature",
     "update_generate_signature",
     "update_signature",
-    "_get_submodules",
 ]
 
 
 # ------------------------------------------------------------------ adapters of a model that was injected into
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None) -> None:
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
     """Use these adapters and train just them."""
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     locate_graft(model)[0].set_active(names, trainable=not inference_mode)

@@ -12,11 +12,12 @@ from trimtab.methods import METHODS, config_class
 
 # The modules of peft that are no method's. A package answers for what its modules hold, as in peft.
 MODULES = {
-    "peft": "auto config functional helpers import_utils mapping mapping_func mixed_model optimizers peft_model tuners utils",
+    "peft": "auto config functional helpers import_utils mapping mapping_func mixed_model optimizers peft_model tuners"
+    " utils",
     "peft.tuners": "lycoris_utils mixed tuners_utils",
     "peft.tuners.mixed": "model",
-    "peft.tuners.lora": "aqlm arrow awq bnb conversion corda dora eetq eva gptq hqq inc intruders loraga monteclora te torchao"
-    " tp_layer variants velora",
+    "peft.tuners.lora": "aqlm arrow awq bnb conversion corda dora eetq eva gptq hqq inc intruders loraga monteclora te"
+    " torchao tp_layer variants velora",
     "peft.optimizers": "lorafa loraplus riemannian",
     "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
     " quantization_utils save_and_load transformers_weight_conversion warning",
@@ -39,7 +40,12 @@ ALIASES = {
 }
 
 # Modules that answer for whatever public name they have.
-SOURCES = ("trimtab.as_peft.constants", "trimtab.as_peft.functions", "trimtab.as_peft.weights", "trimtab.as_peft.packages")
+SOURCES = (
+    "trimtab.as_peft.constants",
+    "trimtab.as_peft.functions",
+    "trimtab.as_peft.weights",
+    "trimtab.as_peft.packages",
+)
 
 # Where a method's default targets are.
 MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
@@ -54,7 +60,7 @@ def prefixes() -> dict[str, str]:
 @cache
 def paths() -> dict[str, bool]:
     """{module path: whether it is a package}."""
-    found = {package: True for package in MODULES}
+    found = dict.fromkeys(MODULES, True)
     for package, names in MODULES.items():
         for name in names.split():
             found.setdefault(f"{package}.{name}", False)
@@ -123,5 +129,3 @@ def _targets(peft_type: str) -> dict[str, Any]:
 
     file, method, _ = METHODS[peft_type]
     return dict(load(file, method).targets)
-
-

@@ -27,7 +27,13 @@ PACKAGES = {
 }
 VERSIONS = ("ge_v5", "ge_v5_1_0", "ge_v5_4_0", "ge_v5_6_0", "ge_v5_13_0", "ge_v5_17_0", "le_4_53")
 
-__all__ = [*PACKAGES, *(f"is_transformers_{v}" for v in VERSIONS), "is_transformers_dtensor_tp", "is_xpu_available", "mlu_available"]
+__all__ = [
+    *PACKAGES,
+    *(f"is_transformers_{v}" for v in VERSIONS),
+    *("is_transformers_dtensor_tp",),
+    "is_xpu_available",
+    "mlu_available",
+]
 
 
 @cache

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from trimtab.as_peft.constants import prefix_of
 from trimtab.files.codec import ON_DISK
 
-__all__ = ["build_peft_weight_mapping", "convert_peft_adapter_state_dict_for_transformers", "convert_peft_config_for_transformers"]
+__all__ = [
+    "build_peft_weight_mapping",
+    "convert_peft_adapter_state_dict_for_transformers",
+    "convert_peft_config_for_transformers",
+]
 
 
-def build_peft_weight_mapping(weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:
+def build_peft_weight_mapping(
+    weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
     """The renamings that turn an adapter file's keys into those of a model with the adapter injected."""
     if not weight_conversions:
         return []

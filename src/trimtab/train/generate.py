@@ -41,7 +41,7 @@ def stop_ids(model: nn.Module) -> set[int]:
 
 
 def complete(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, batch_size: int = 50
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, batch_size: int = 100
 ) -> list[str]:
     """The model's greedy answer to each example's prompt, as text. Prompts of like length share a batch."""
     answers = [""] * len(examples)

@@ -3,8 +3,10 @@
 Usage: torchrun --nproc-per-node 2 two_processes.py (ddp | full | sharded) folder
 """
 
-import trimtab.as_peft  # isort: skip
+# isort: off
+import trimtab.as_peft  # noqa: F401
 
+# isort: on
 import sys
 from pathlib import Path
 
@@ -12,26 +14,32 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, load_fsdp_model, save_fsdp_model
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch.distributed.tensor import DTensor
-
 from tests.as_peft import tiny
+from torch.distributed.tensor import DTensor
 
 how, folder = sys.argv[1], Path(sys.argv[2])
 plugin = None
 if how != "ddp":
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="FULL_STATE_DICT" if how == "full" else "SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="FULL_STATE_DICT" if how == "full" else "SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
     )
 accelerator = Accelerator(cpu=True)
-if plugin is not None:  # accelerate turns FSDP on beside accelerators only; sharding itself works on CPUs over gloo, too
+if (
+    plugin is not None
+):  # accelerate turns FSDP on beside accelerators only; sharding itself works on CPUs over gloo, too
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
 
 
 def build():
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
     model = get_peft_model(tiny.llama(), config)
     return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
 

@@ -32,7 +32,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "VeRA r256": ("VeraConfig", {"r": 256, "target_modules": LINEAR}),
     "OFT block 32": ("OFTConfig", {"oft_block_size": 32, "target_modules": LINEAR}),
     "LoHa r8": ("LoHaConfig", {"r": 8, "target_modules": LINEAR}),
-    "AdaLoRA r12": ("AdaLoraConfig", {"init_r": 12, "total_step": 1000, "tinit": 200, "tfinal": 500, "target_modules": LINEAR}),
+    "AdaLoRA r12": (
+        "AdaLoraConfig",
+        {"init_r": 12, "total_step": 1000, "tinit": 200, "tfinal": 500, "target_modules": LINEAR},
+    ),
     "LN tuning": ("LNTuningConfig", {"target_modules": NORMS}),
     "prompt tuning 16": ("PromptTuningConfig", {"num_virtual_tokens": 16}),
     "prefix tuning 16": ("PrefixTuningConfig", {"num_virtual_tokens": 16}),
@@ -71,7 +74,7 @@ def memory(library: str, method: str, tokens: int) -> float:
     """Peak resident growth over two steps, in MB, in this process."""
     model, ids = adapted(library, method, base_model()), batch(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    fields = lambda: dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())  # noqa: E731
+    fields = lambda: dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
     before = int(fields()["VmRSS"].split()[0])
     for _ in range(2):
         step(model, ids)

@@ -30,7 +30,9 @@ def table(head: list[str], rows: list[list[object]]) -> str:
 def write(section: str, title: str, text: str) -> None:
     """Put `text` under `title` in the page, in place of what the section held."""
     block = f"<!-- {section} -->\n## {title}\n\n{text}\n\n`bench/{section}.py`; {machine()}.\n<!-- /{section} -->"
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n\nEach table is written by its script.\n"
+    page = (
+        PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n\nEach table is written by its script.\n"
+    )
     pattern = re.compile(rf"<!-- {section} -->.*?<!-- /{section} -->", re.DOTALL)
     page = pattern.sub(lambda _: block, page) if pattern.search(page) else f"{page.rstrip()}\n\n{block}\n"
     PAGE.write_text(page, encoding="utf-8")

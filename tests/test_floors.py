@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.cases import CASES, Case, toy
-from tests.models import SITES
 
 import trimtab
+from tests.contract.cases import CASES, Case, toy
+from tests.models import SITES
 from trimtab import get_peft_model
 from trimtab.core import families
 from trimtab.core.method import Method, PromptMethod

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import trimtab
+from tests.models import toy
 from trimtab import LoraConfig, get_peft_model
 
 # What issue 2 promises; more may come, none of these may go.

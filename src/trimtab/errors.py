@@ -1,14 +1,14 @@
 """Every exception and warning of trimtab.
 
-    PeftError(Exception)
-    ├── ConfigError(ValueError)                 a field of a config has a value that cannot work
-    ├── NoMatchingPeftModuleError(ValueError)   no module of the model fits the config's targets
-    ├── AdapterNameError(KeyError, ValueError)  a name that is taken, unknown, or cannot name a folder and a module
-    ├── AdapterFileError(RuntimeError, ValueError)  files that are missing, damaged, or do not fit the model
-    ├── ReadOnlyWeight(ValueError)              a number format that can be read but not written
-    └── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
+PeftError(Exception)
+├── ConfigError(ValueError)                 a field of a config has a value that cannot work
+├── NoMatchingPeftModuleError(ValueError)   no module of the model fits the config's targets
+├── AdapterNameError(KeyError, ValueError)  a name that is taken, unknown, or cannot name a folder and a module
+├── AdapterFileError(RuntimeError, ValueError)  files that are missing, damaged, or do not fit the model
+├── ReadOnlyWeight(ValueError)              a number format that can be read but not written
+└── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
 
-    PeftWarning(UserWarning)                    something works, but probably not as meant
+PeftWarning(UserWarning)                    something works, but probably not as meant
 """
 
 from __future__ import annotations

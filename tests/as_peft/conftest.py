@@ -8,6 +8,7 @@ import trimtab.as_peft  # noqa: F401
 
 # isort: on
 import pytest
+
 from tests.as_peft import tiny
 
 

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.as_peft import tiny
 from torch.utils.data import DataLoader
+
+from tests.as_peft import tiny
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.as_peft import tiny
 
 import trimtab
+from tests.as_peft import tiny
 
 SOURCE = Path(trimtab.__file__).parents[1]
 

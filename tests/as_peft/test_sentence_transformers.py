@@ -13,8 +13,8 @@ from sentence_transformers import (
     losses,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tests.as_peft import tiny
 
+from tests.as_peft import tiny
 from trimtab.files.sources import packaged_minilm
 
 CONFIG = {"task_type": TaskType.FEATURE_EXTRACTION, "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
-from tests.as_peft import tiny
 from transformers import Trainer, TrainingArguments
+
+from tests.as_peft import tiny
 
 
 def data(rows: int = 16, unused: bool = True) -> Dataset:

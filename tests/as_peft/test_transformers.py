@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.as_peft import tiny
 from transformers import AutoModelForCausalLM, pipeline
+
+from tests.as_peft import tiny
 
 IDS = tiny.batch()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.as_peft import tiny
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from tests.as_peft import tiny
 
 SETTINGS = {
     "max_steps": 2,

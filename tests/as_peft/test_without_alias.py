@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.as_peft import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tests.models import SITES, tokens, toy
 from torch import Tensor, nn
 
+from tests.models import SITES, tokens, toy
 from trimtab import PeftModel, get_peft_model
 from trimtab.methods import METHODS, config_class, load, method_class
 

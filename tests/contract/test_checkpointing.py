@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from tests.contract.cases import move, tensors
-from tests.models import llama, tokens
 from torch import Tensor, nn
 
+from tests.contract.cases import move, tensors
+from tests.models import llama, tokens
 from trimtab import LoraConfig, get_peft_model
 from trimtab.errors import RouteError
 

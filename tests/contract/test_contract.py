@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.contract.cases import (
     BY_NAME,
     CASES,
@@ -28,8 +30,6 @@ from tests.contract.cases import (
     tensors,
 )
 from tests.models import assert_untouched, snapshot, toy
-from torch import Tensor
-
 from trimtab import PeftModel, get_peft_model
 from trimtab.methods.lora import VARIANTS
 

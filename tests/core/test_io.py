@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import toy
 
+from tests.models import toy
 from trimtab import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from trimtab.core.io import locate, split_hub_arguments, write_whole
 from trimtab.errors import AdapterFileError

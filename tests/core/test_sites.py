@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.parity.nets import AttentionNet, EncoderNet
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -18,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
+from tests.parity.nets import AttentionNet, EncoderNet
 from trimtab import LoraConfig, get_peft_model
 from trimtab.core.site import Site, site_class
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError, ReadOnlyWeight, RouteError
@@ -241,7 +241,9 @@ def test_attention(batch_first: bool, grad: bool) -> None:
             y, weights = self.attn(turn(q), turn(k), turn(k), **more)
             return turn(y), weights
 
-    model = get_peft_model(Net(), LoraConfig(target_modules=["attn"], r=3, lora_alpha=6, init_lora_weights=False)).eval()
+    model = get_peft_model(
+        Net(), LoraConfig(target_modules=["attn"], r=3, lora_alpha=6, init_lora_weights=False)
+    ).eval()
     model.add_adapter("b", LoraConfig(target_modules=["attn"], r=2, init_lora_weights=False))
     model.eval()
     layer = model.get_base_model().attn

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
-
 from trimtab import (
     LoraConfig,
     PeftConfig,

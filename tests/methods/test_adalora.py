@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
-from tests.models import llama, tokens
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
+from tests.models import llama, tokens
 from trimtab import AdaLoraConfig, PeftModel, get_peft_model
 
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12}

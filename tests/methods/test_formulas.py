@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.contract.cases import move, tensors
-from tests.methods import formulas
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.contract.cases import move, tensors
+from tests.methods import formulas
 from trimtab import LoraConfig, TrainableTokensConfig, get_peft_model
 
 quickly = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, toy
-
 from trimtab import IA3Config, get_peft_model
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, same
 from tests.models import gpt2, llama
-
 from trimtab import LNTuningConfig, get_peft_model
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 
+from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from trimtab import LoHaConfig, get_peft_model
 
 R, ALPHA = 3, 5

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.methods.nets import Net, adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import toy
-
 from trimtab import OFTConfig, get_peft_model
 from trimtab.methods.oft import nearest_divisor
 

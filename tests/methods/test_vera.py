@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, tokens
-
 from trimtab import PeftModel, VeraConfig, get_peft_model
 
 ALL = ["q_proj", "v_proj", "down_proj"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
-
 from trimtab import LoraConfig, get_layer_status, get_model_status, get_peft_model
 from trimtab.errors import PeftWarning
 from trimtab.model.graft import RESIDENTS

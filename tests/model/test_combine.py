@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import classifier, llama, tokens, toy
 from torch import Tensor
 
 import trimtab
+from tests.models import classifier, llama, tokens, toy
 from trimtab.model import combine
 from trimtab.model.combine import TYPES, Recipe, agree, drop, split, split_product, total, trim
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from tests.contract.cases import move
 from tests.core.test_config import VALUES
 from tests.models import assert_untouched, llama, logits, snapshot, tokens, toy
-from torch import nn
-
 from trimtab import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
 from trimtab.core.config import default_of
 from trimtab.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning

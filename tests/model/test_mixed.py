@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.cases import move
-from tests.models import assert_untouched, llama, snapshot, tokens
 from torch import Tensor
 
+from tests.contract.cases import move
+from tests.models import assert_untouched, llama, snapshot, tokens
 from trimtab import (
     AdaLoraConfig,
     IA3Config,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from tests.models import llama, tokens
 from torch import Tensor, nn
 
+from tests.models import llama, tokens
 from trimtab import LoraConfig, PeftModel, get_peft_model
 
 CPU = torch.device("cpu")

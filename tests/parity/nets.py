@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tests.parity.models import MODELS, VOCABULARY
 from torch import Tensor, nn
+
+from tests.parity.models import MODELS, VOCABULARY
 
 
 class ConvNet(nn.Module):

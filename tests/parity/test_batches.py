@@ -81,7 +81,9 @@ def test_rows(name: str, fields: dict[str, Any], other: dict[str, Any]) -> None:
             ours.set_adapter("default")
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_alpha": 3, "target_modules": ["q_proj", "embed_tokens"]}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"lora_alpha": 3, "target_modules": ["q_proj", "embed_tokens"]}]
+)
 @pytest.mark.parametrize("active", [["default", "b"], ["c", "b"], ["b", "c", "default"]])
 def test_several_active(fields: dict[str, Any], active: list[str]) -> None:
     """Adapters in use together."""

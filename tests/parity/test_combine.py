@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.models import tokens, toy
 from torch import Tensor, nn
 
 import trimtab
+from tests.models import tokens, toy
 
 LAYERS = ["embed", "up", "down", "head"]
 NAMES = ["a", "b", "c"]

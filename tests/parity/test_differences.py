@@ -98,7 +98,9 @@ def test_names_that_end_alike() -> None:
     assert extra == {f"base_model.model.my_score.modules_to_save.default.{p}" for p in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["norm"]}, {"modules_to_save": ["embed_tokens", "norm"]}], ids=["norm", "longlora"])
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["norm"]}, {"modules_to_save": ["embed_tokens", "norm"]}], ids=["norm", "longlora"]
+)
 def test_files_of_names_that_end_alike(fields: dict[str, Any], tmp_path: Path) -> None:
     """Files that PEFT has written by that rule (LongLoRA's "norm" stands for every norm) load all the same."""
     theirs = adapt(peft, "llama", fields)

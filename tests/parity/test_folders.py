@@ -106,7 +106,12 @@ def resized(library: Any, fields: dict[str, Any], size: int, base: Path) -> Any:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [41]}, {"target_modules": ["embed_tokens"]}],
+    [
+        {},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [41]},
+        {"target_modules": ["embed_tokens"]},
+    ],
     ids=["plain", "saved", "tokens", "targeted"],
 )
 def test_resized_vocabulary(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -137,7 +142,10 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa_gpt2": ("gpt2", {"init_lora_weights": "pissa", "r": 4, "lora_alpha": 6}),
     "olora": ("llama", {"init_lora_weights": "olora", "r": 4, "lora_alpha": 2}),
     "rslora": ("llama", {"init_lora_weights": "pissa", "r": 4, "use_rslora": True, "lora_alpha": 5}),
-    "patterns": ("llama", {"init_lora_weights": "pissa", "r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "patterns": (
+        "llama",
+        {"init_lora_weights": "pissa", "r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
 }
 
 
@@ -200,7 +208,9 @@ def test_state_dicts(name: str, fields: dict[str, Any], injected: bool) -> None:
             models.append(adapt(library, name, fields, adapter_name="x"))
     stir(models[1])
     assert parameters(models[0]).keys() == parameters(models[1]).keys()
-    states = [quiet(library.get_peft_model_state_dict, m, adapter_name="x") for library, m in zip(BOTH, models, strict=True)]
+    states = [
+        quiet(library.get_peft_model_state_dict, m, adapter_name="x") for library, m in zip(BOTH, models, strict=True)
+    ]
     assert states[0].keys() == states[1].keys()
     result = quiet(trimtab.set_peft_model_state_dict, models[0], states[1], adapter_name="x")
     assert not result.unexpected_keys
@@ -246,7 +256,10 @@ def test_injected_from_state_dict() -> None:
     """`state_dict` says which modules are adapted."""
     source = adapt(peft, "llama", {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]})
     state = {k.removeprefix("base_model.model."): v for k, v in peft.get_peft_model_state_dict(source).items()}
-    models = [quiet(library.inject_adapter_in_model, library.LoraConfig(), build("llama"), state_dict=state) for library in BOTH]
+    models = [
+        quiet(library.inject_adapter_in_model, library.LoraConfig(), build("llama"), state_dict=state)
+        for library in BOTH
+    ]
     assert parameters(models[0]).keys() == parameters(models[1]).keys()
     for library, model in zip(BOTH, models, strict=True):
         quiet(library.set_peft_model_state_dict, model, state)
@@ -256,11 +269,25 @@ def test_injected_from_state_dict() -> None:
 def test_config_from_pretrained(tmp_path: Path) -> None:
     """The config alone, of either's file, and with overrides."""
     for library, name in zip(BOTH, ("ours", "theirs"), strict=True):
-        quiet(adapt(library, "gpt2", {"r": 3, "task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_proj"]}).save_pretrained, str(tmp_path / name))
-    configs = [quiet(library.PeftConfig.from_pretrained, str(tmp_path / name)) for library in BOTH for name in ("ours", "theirs")]
-    dicts = [json.loads(json.dumps(c.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))) for c in configs]
+        quiet(
+            adapt(
+                library, "gpt2", {"r": 3, "task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_proj"]}
+            ).save_pretrained,
+            str(tmp_path / name),
+        )
+    configs = [
+        quiet(library.PeftConfig.from_pretrained, str(tmp_path / name))
+        for library in BOTH
+        for name in ("ours", "theirs")
+    ]
+    dicts = [
+        json.loads(json.dumps(c.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+        for c in configs
+    ]
     for found in dicts[1:]:
-        assert {k: v for k, v in found.items() if k != "peft_type"} == {k: v for k, v in dicts[0].items() if k != "peft_type"}
+        assert {k: v for k, v in found.items() if k != "peft_type"} == {
+            k: v for k, v in dicts[0].items() if k != "peft_type"
+        }
     assert [type(c).__name__ for c in configs] == ["LoraConfig"] * 4
     assert trimtab.LoraConfig.from_pretrained(str(tmp_path / "theirs"), lora_alpha=99).lora_alpha == 99
 

@@ -9,6 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
+
+import trimtab
 from tests.parity.models import MODELS, batch, build
 from tests.parity.pairs import (
     BOTH,
@@ -22,9 +25,6 @@ from tests.parity.pairs import (
     trainable,
     weights_file,
 )
-from torch import Tensor, nn
-
-import trimtab
 from trimtab.methods import METHODS, config_class, load
 
 

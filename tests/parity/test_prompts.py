@@ -64,7 +64,9 @@ def inputs(task):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if task == "SEQ_CLS":
         return batch | {"labels": torch.tensor([0, 1])}
-    return batch | {"labels": ids} | ({"decoder_attention_mask": torch.ones_like(ids)} if task == "SEQ_2_SEQ_LM" else {})
+    return (
+        batch | {"labels": ids} | ({"decoder_attention_mask": torch.ones_like(ids)} if task == "SEQ_2_SEQ_LM" else {})
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -72,7 +74,9 @@ def inputs(task):
 def test_theirs_loads_here_and_ours_there(base_name, method, tmp_path):
     base, task = sharp(base_name), BASES[base_name][1]
     cls, fields = METHODS[method]
-    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, cls)(task_type=task, num_virtual_tokens=5, **fields))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), getattr(peft, cls)(task_type=task, num_virtual_tokens=5, **fields)
+    )
     theirs.eval().save_pretrained(tmp_path / "theirs")
     ours = trimtab.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
@@ -89,7 +93,9 @@ def test_theirs_loads_here_and_ours_there(base_name, method, tmp_path):
 @pytest.mark.parametrize("base_name", ["llama", "gpt2", "t5"])
 def test_generation(base_name, method, tmp_path):
     base, task = sharp(base_name), BASES[base_name][1]
-    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, METHODS[method][0])(task_type=task, num_virtual_tokens=5))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), getattr(peft, METHODS[method][0])(task_type=task, num_virtual_tokens=5)
+    )
     theirs.eval().save_pretrained(tmp_path)
     ours = trimtab.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     batch = {k: v for k, v in inputs(task).items() if k in ("input_ids", "attention_mask")}
@@ -110,10 +116,13 @@ def test_gradients_and_names(base_name, method):
     cls, fields = METHODS[method]
     models = []
     for library in (peft, trimtab):
-        model = library.get_peft_model(copy.deepcopy(base), getattr(library, cls)(task_type=task, num_virtual_tokens=5, **fields))
+        model = library.get_peft_model(
+            copy.deepcopy(base), getattr(library, cls)(task_type=task, num_virtual_tokens=5, **fields)
+        )
         models.append(model.eval())
     trained = [
-        {n.replace("base_model.model.", "base_model."): p for n, p in m.named_parameters() if p.requires_grad} for m in models
+        {n.replace("base_model.model.", "base_model."): p for n, p in m.named_parameters() if p.requires_grad}
+        for m in models
     ]
     assert trained[0].keys() == trained[1].keys()
     with torch.no_grad():

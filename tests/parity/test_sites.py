@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-import tests.parity.nets  # noqa: F401  (its models join the table)
 import torch
 import transformers
 from safetensors.torch import save_file
+
+import tests.parity.nets  # noqa: F401  (its models join the table)
+import trimtab
 from tests.parity.models import build
 from tests.parity.pairs import (
     BOTH,
@@ -27,8 +29,6 @@ from tests.parity.pairs import (
     weights_file,
 )
 from tests.parity.pairs import pair as same_numbers
-
-import trimtab
 
 transformers.logging.set_verbosity_error()
 

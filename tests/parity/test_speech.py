@@ -80,7 +80,9 @@ def test_errors(act: Act, words: str) -> None:
     assert mine is not None
     assert re.search(words, str(mine)), str(mine)
     if other is not None and not isinstance(other, AssertionError):
-        builtin = [c for c in type(other).__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)]
+        builtin = [
+            c for c in type(other).__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)
+        ]
         assert builtin, other
         assert any(isinstance(mine, c) for c in builtin), (type(mine).__mro__, type(other))
 

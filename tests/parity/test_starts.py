@@ -96,9 +96,17 @@ def test_identity(name: str, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "start", "r"),
-    [("llama", "pissa", 4), ("gpt2", "pissa", 4), ("llama", "pissa_niter_300", 4), ("llama", "olora", 3), ("bert", "olora", 8)],
+    [
+        ("llama", "pissa", 4),
+        ("gpt2", "pissa", 4),
+        ("llama", "pissa_niter_300", 4),
+        ("llama", "olora", 3),
+        ("bert", "olora", 8),
+    ],
 )
-@pytest.mark.parametrize("more", [{}, {"lora_alpha": 3}, {"use_rslora": True, "lora_alpha": 5}], ids=["1", "alpha", "rslora"])
+@pytest.mark.parametrize(
+    "more", [{}, {"lora_alpha": 3}, {"use_rslora": True, "lora_alpha": 5}], ids=["1", "alpha", "rslora"]
+)
 def test_mutating_starts(name: str, start: str, r: int, more: dict[str, Any]) -> None:
     """PiSSA's and OLoRA's products and what they leave of the base are PEFT's."""
     ours, theirs = (adapt(library, name, {"init_lora_weights": start, "r": r, **more}) for library in BOTH)

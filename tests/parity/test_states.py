@@ -85,7 +85,9 @@ def snapshot(model: Any) -> dict[str, Any]:
     """Everything a caller can ask about the state."""
     status = dataclasses.asdict(model.get_model_status())
     status["merged_adapters"].sort()
-    modes = {n: m.training for n, m in model.named_modules() if n.endswith(("q_proj", "lora_A.default", "model", "mlp"))}
+    modes = {
+        n: m.training for n, m in model.named_modules() if n.endswith(("q_proj", "lora_A.default", "model", "mlp"))
+    }
     return {
         "active": model.active_adapters,
         "trainable": trainable(model),
@@ -128,7 +130,9 @@ def test_sequence(fields: dict[str, Any], steps: list[Step], folder: Path) -> No
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_seq", "t5", "toy"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"r": 4, "modules_to_save": ["lm_head"]}, {"bias": "all"}, {"inference_mode": True}], ids=["plain", "save", "bias", "frozen"]
+    "fields",
+    [{}, {"r": 4, "modules_to_save": ["lm_head"]}, {"bias": "all"}, {"inference_mode": True}],
+    ids=["plain", "save", "bias", "frozen"],
 )
 def test_print(name: str, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """The line of `print_trainable_parameters`."""
@@ -176,14 +180,22 @@ def test_classes(task: str | None, row: tuple[str, str]) -> None:
         assert type(model).__name__ == cls
         assert type(model.base_model).__name__ == "LoraModel"
     ours, theirs = models
-    for attribute in ("active_adapter", "active_adapters", "modules_to_save", "base_model_torch_dtype", "has_active_enabled_adapter"):
+    for attribute in (
+        "active_adapter",
+        "active_adapters",
+        "modules_to_save",
+        "base_model_torch_dtype",
+        "has_active_enabled_adapter",
+    ):
         assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
     assert ours.peft_type.value == theirs.peft_type.value
     assert sorted(ours.targeted_module_names) == sorted(theirs.targeted_module_names)
     for attribute in ("base_model_name_or_path", "task_type", "inference_mode", "target_modules"):
         assert getattr(ours.active_peft_config, attribute) == getattr(theirs.active_peft_config, attribute), attribute
     assert type(ours.get_base_model()) is type(theirs.get_base_model()) is type(build(name))
-    assert dict(ours.named_modules()).keys() >= {n for n in dict(theirs.named_modules()) if "lora_" in n and n.endswith("default") and "dropout" not in n}
+    assert dict(ours.named_modules()).keys() >= {
+        n for n in dict(theirs.named_modules()) if "lora_" in n and n.endswith("default") and "dropout" not in n
+    }
 
 
 def test_disable() -> None:

@@ -128,4 +128,4 @@ def _targets(peft_type: str) -> dict[str, Any]:
     from trimtab.methods import load
 
     file, method, _ = METHODS[peft_type]
-    return dict(load(file, method).targets)
+    return {model: t if isinstance(t, str) else list(t) for model, t in load(file, method).targets.items()}

@@ -12,9 +12,7 @@ ATTENTION: dict[str, Any] = {
         ("q_proj", "v_proj"),
     ),
     **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ("query", "value")),
-    **dict.fromkeys(
-        ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ("query_key_value",)
-    ),
+    **dict.fromkeys(["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"], ("query_key_value",)),
     **dict.fromkeys(["gpt2", "gpt_bigcode"], ("c_attn",)),
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "deberta-v2": ["query_proj", "value_proj"],

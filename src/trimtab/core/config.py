@@ -155,7 +155,8 @@ class PeftConfig:
         for f in dataclasses.fields(self):
             if f.name in self.pending and getattr(self, f.name) != default_of(f):
                 raise NotImplementedError(
-                    f"`{f.name}={getattr(self, f.name)!r}` of {type(self).__name__} does not act yet: {self.pending[f.name]}."
+                    f"`{f.name}={getattr(self, f.name)!r}` of {type(self).__name__} does not act yet: "
+                    f"{self.pending[f.name]}."
                 )
 
     def copy(self: Config) -> Config:
@@ -213,7 +214,11 @@ class PeftConfig:
         given = {k: v for k, v in attributes.items() if k in known}
         dropped = sorted(set(given) & target.runtime | set(unknown) & target.runtime)
         for key in dropped:
-            warnings.warn(f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.", PeftWarning, stacklevel=3)
+            warnings.warn(
+                f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.",
+                PeftWarning,
+                stacklevel=3,
+            )
             given.pop(key, None)
             unknown.pop(key, None)
         if unknown:

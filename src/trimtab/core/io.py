@@ -62,12 +62,12 @@ def write_whole(files: Mapping[Path, Callable[[Path], None]]) -> None:
             os.close(handle)
             staged.append((temporary, path))
             writer(Path(temporary))
-            with open(temporary, "rb+") as file:
+            with Path(temporary).open("rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            Path(temporary).chmod(0o666 & ~_umask())
         while staged:
             temporary, path = staged[0]
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
             staged.pop(0)
     finally:
         for temporary, _ in staged:

@@ -47,7 +47,9 @@ class Method:
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     frozen: ClassVar[frozenset[str]] = frozenset()  # leaves that are kept but never trained
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # other fields that follow from the model_type, the same way
+    defaults: ClassVar[
+        Mapping[str, Mapping[str, Any]]
+    ] = {}  # other fields that follow from the model_type, the same way
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it

@@ -146,7 +146,10 @@ def _report(
                 "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
                 f"and `modules_to_save` configuration: {sorted(excluded)[:5]} fit, but are excluded."
             )
-        message = f"Target modules {_show(wanted)} not found in the base model. Please check the target modules and try again."
+        message = (
+            f"Target modules {_show(wanted)} not found in the base model. "
+            "Please check the target modules and try again."
+        )
         if config.layers_to_transform is not None:
             message += (
                 f" Note: You specified 'layers_to_transform': {config.layers_to_transform}. You should also specify "
@@ -155,7 +158,9 @@ def _report(
         raise NoMatchingPeftModuleError(message + nearest(wanted, kinds))
     missed = set() if isinstance(wanted, str) else set(wanted or ()) - used
     if missed:
-        message = f"`target_modules` {sorted(missed)} fit no module of the model; the others do.{nearest(missed, kinds)}"
+        message = (
+            f"`target_modules` {sorted(missed)} fit no module of the model; the others do.{nearest(missed, kinds)}"
+        )
         if strict:
             raise NoMatchingPeftModuleError(message)
         warnings.warn(message, PeftWarning, stacklevel=5)

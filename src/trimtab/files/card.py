@@ -45,7 +45,9 @@ def render(path: Path, config: Any) -> str:
     task = str(getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None)))
     base = getattr(config, "base_model_name_or_path", None)
     auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModel"
-    body = BODY.format(title="Adapter", method=method, base=f" for {base}" if base else "", auto=auto, version=FORMAT_VERSION)
+    body = BODY.format(
+        title="Adapter", method=method, base=f" for {base}" if base else "", auto=auto, version=FORMAT_VERSION
+    )
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if text.startswith("---\n") and "\n---\n" in text[4:]:

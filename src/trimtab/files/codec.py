@@ -163,9 +163,10 @@ def copies_held(names: Iterable[str], model: nn.Module, tensors: Mapping[str, Te
     wanted = list(names)
     endings = tuple(wanted)
     for path, module in model.named_modules() if endings else ():
-        if path.endswith(endings) and matches(set(wanted), path) is None:
-            if any(f"{PREFIX}{path}.{name}" in tensors for name, _ in module.named_parameters(recurse=False)):
-                wanted.append(path)
+        if not path.endswith(endings) or matches(set(wanted), path) is not None:
+            continue
+        if any(f"{PREFIX}{path}.{name}" in tensors for name, _ in module.named_parameters(recurse=False)):
+            wanted.append(path)
     return wanted
 
 

@@ -25,7 +25,8 @@ def check_name(adapter: str) -> None:
         raise AdapterNameError(f"An adapter's name should be a non-empty string, not {adapter!r}.")
     if "." in adapter or "/" in adapter or "\\" in adapter or "\0" in adapter:
         raise AdapterNameError(
-            f"Adapter name '{adapter}' cannot be used: it names a module and a folder, so it may hold no '.' and no path separator."
+            f"Adapter name '{adapter}' cannot be used: it names a module and a folder, so "
+            "it may hold no '.' and no path separator."
         )
 
 
@@ -57,7 +58,9 @@ def writers(
     def write_pickle(path: Path) -> None:
         torch.save(plain, path)
 
-    weights: tuple[str, Callable[[Path], None]] = (WEIGHTS, write_safetensors) if safe_serialization else (PICKLED, write_pickle)
+    weights: tuple[str, Callable[[Path], None]] = (
+        (WEIGHTS, write_safetensors) if safe_serialization else (PICKLED, write_pickle)
+    )
     return {folder / weights[0]: weights[1], folder / CONFIG_NAME: config.writer(auto_mapping_dict=auto_mapping)}
 
 
@@ -70,7 +73,9 @@ def save(files: Mapping[Path, Callable[[Path], None]]) -> None:
             (path.parent / other).unlink(missing_ok=True)
 
 
-def load_peft_weights(model_id: str | os.PathLike[str], device: str | torch.device | None = None, **kwargs: Any) -> dict[str, Tensor]:
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | torch.device | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
     """The tensors of an adapter in a folder or on the Hub, by their keys on disk.
 
     Raises:

@@ -22,7 +22,8 @@ def default(method: Any) -> None:
 def gaussian(method: Any) -> None:
     """A normal with standard deviation 1 / r, B zero; an embedding's pair as by default."""
     if method.site.kind == "embedding":
-        return default(method)
+        default(method)
+        return
     A, B = method.factors
     nn.init.normal_(A, std=1 / method.r)
     nn.init.zeros_(B)

@@ -21,9 +21,7 @@ DEFAULTS: dict[str, tuple[list[str], list[str]]] = {
     "gpt2": (["c_attn"], ["mlp.c_proj"]),
     "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
     "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
-    **dict.fromkeys(
-        ["gpt_neox", "RefinedWeb", "RefinedWebModel", "falcon"], (["query_key_value"], ["dense_4h_to_h"])
-    ),
+    **dict.fromkeys(["gpt_neox", "RefinedWeb", "RefinedWebModel", "falcon"], (["query_key_value"], ["dense_4h_to_h"])),
     "roberta": (["key", "value"], ["output.dense"]),
     "bert": (["key", "value"], ["output.dense"]),
     "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),

@@ -133,7 +133,12 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
-    config, kinds, fused, targets = LoraConfig, frozenset({"linear", "embedding", "conv", "attention", "parameter"}), True, ATTENTION
+    config, kinds, fused, targets = (
+        LoraConfig,
+        frozenset({"linear", "embedding", "conv", "attention", "parameter"}),
+        True,
+        ATTENTION,
+    )
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
     def build(self, site: Site, config: Any) -> dict[str, Tensor]:

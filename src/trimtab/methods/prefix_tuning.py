@@ -1,4 +1,4 @@
-"""Prefix tuning (Li & Liang 2021, https://arxiv.org/abs/2101.00190, section 4).   Every layer attends to [P_k; K], [P_v; V].
+"""Prefix tuning (Li & Liang 2021, https://arxiv.org/abs/2101.00190, section 4).   Layers attend to [P_k; K], [P_v; V].
 
 With `prefix_projection` the prefix comes out of a small MLP in training (section 4.3); only what comes out is saved.
 """
@@ -36,7 +36,9 @@ class PrefixTuning(PromptMethod):
     def build(self, config: Any) -> None:
         width = config.num_layers * 2 * config.token_dim
         self.projected = config.prefix_projection and not config.inference_mode
-        self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim if self.projected else width)  # (n, dim)
+        self.embedding = nn.Embedding(
+            config.num_virtual_tokens, config.token_dim if self.projected else width
+        )  # (n, dim)
         if self.projected:
             self.transform = nn.Sequential(
                 nn.Linear(config.token_dim, config.encoder_hidden_size),  # (hidden, dim)

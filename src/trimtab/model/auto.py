@@ -23,8 +23,10 @@ class AutoPeftModel:
     task: ClassVar[TaskType | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise OSError(f"{type(self).__name__} is designed to be instantiated using the "
-                      f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` method.")
+        raise OSError(
+            f"{type(self).__name__} is designed to be instantiated using the "
+            f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` method."
+        )
 
     @classmethod
     def from_pretrained(
@@ -50,21 +52,37 @@ class AutoPeftModel:
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         name = peft_config.base_model_name_or_path
         if not name:
-            raise ConfigError(f"The adapter in '{pretrained_model_name_or_path}' does not name its base model: load that "
-                              "yourself and call PeftModel.from_pretrained(model, adapter).")
+            raise ConfigError(
+                f"The adapter in '{pretrained_model_name_or_path}' does not name its base model: load that "
+                "yourself and call PeftModel.from_pretrained(model, adapter)."
+            )
         task = getattr(peft_config.task_type, "value", peft_config.task_type)
         if cls.task is not None and task is not None and task != cls.task.value:
-            raise ConfigError(f"Expected target PEFT class: {shells.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__}, but "
-                              f"you have asked for: {cls.target.__name__} make sure that you are loading the correct model for your task type.")
+            raise ConfigError(
+                f"Expected target PEFT class: {shells.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__}, but "
+                f"you have asked for: {cls.target.__name__} make sure that "
+                "you are loading the correct model for your task type."
+            )
         if cls.task is None and task is None and cls.base is None and not peft_config.auto_mapping:
-            raise ConfigError("Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.")
+            raise ConfigError(
+                "Cannot infer the auto class from the config, please make sure that "
+                "you are loading the correct model for your task type."
+            )
         base_class = cls._base_class(peft_config, task)
         place = {k: v for k, v in hub.items() if k in ("cache_dir", "token", "local_files_only", "force_download")}
         base = base_class.from_pretrained(resolve_base(name), revision=peft_config.revision, **place, **model_arguments)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, hub)
-        adapter = {k: v for k, v in kwargs.items() if k in ("torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage")}
+        adapter = {
+            k: v for k, v in kwargs.items() if k in ("torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage")
+        }
         return cls.target.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **hub, **adapter
+            base,
+            pretrained_model_name_or_path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            **hub,
+            **adapter,
         )
 
     @classmethod
@@ -108,7 +126,11 @@ class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """AutoPeftModel for sequence classification."""
 
-    target, base, task = shells.PeftModelForSequenceClassification, "AutoModelForSequenceClassification", TaskType.SEQ_CLS
+    target, base, task = (
+        shells.PeftModelForSequenceClassification,
+        "AutoModelForSequenceClassification",
+        TaskType.SEQ_CLS,
+    )
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):

@@ -26,8 +26,10 @@ def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tens
     """
     if config.rank_pattern or config.alpha_pattern:
         if config.use_rslora:
-            raise ConfigError("Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when "
-                              "using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`.")
+            raise ConfigError(
+                "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when "
+                "using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
+            )
         config.rank_pattern = {k: 2 * r for k, r in config.rank_pattern.items()}
         config.alpha_pattern = {k: 2 * a for k, a in config.alpha_pattern.items()}
     first = load_peft_weights(start)
@@ -50,7 +52,9 @@ def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tens
 
 
 def prepare_model_for_kbit_training(
-    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make a quantised base ready for training: frozen, its norms in fp32, gradient checkpointing on.
 

@@ -49,7 +49,7 @@ class SavedModule(nn.Module):
         groups, order = rows.split(len(x), x.device)
         parts: list[Tensor] = []
         for name, index in groups:
-            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            module = self.modules_to_save._modules.get(name) or self.original_module
             parts.append(module(x[index], *rest, **kwargs))
         return torch.cat(parts)[order]
 

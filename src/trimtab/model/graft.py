@@ -1,4 +1,4 @@
-"""Putting adapters into a model and taking them out: match, build, check, swap in. Nothing changes until all is checked."""
+"""Putting adapters into a model and taking them out: match, build, check, swap in; nothing changes before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Graft:
         self.prompts = nn.ModuleDict()
         self.commons: dict[str, Leaves] = {}  # name -> {adapter: tensor} of what adapters keep once for all sites
         self.modules: dict[str, nn.Module] = {}
-        self.users: dict[str, list[tuple[nn.Module, str]]] = {}  # path -> every (parent, attribute) that holds the module
+        self.users: dict[
+            str, list[tuple[nn.Module, str]]
+        ] = {}  # path -> every (parent, attribute) that holds the module
         self.ties: list[list[str]] = []  # the modules that hold one parameter between them
         paths = {id(module): name for name, module in model.named_modules()}
         owners: dict[int, list[str]] = {}
@@ -115,7 +117,9 @@ class Graft:
             staged.copies()
             staged.biases()
             if not adapter.layers and not adapter.saved and adapter.prompt is None:
-                raise NoMatchingPeftModuleError("The config selects nothing to train: name `target_modules` or `modules_to_save`.")
+                raise NoMatchingPeftModuleError(
+                    "The config selects nothing to train: name `target_modules` or `modules_to_save`."
+                )
             if tensors is not None:
                 own = self.slots(adapter)
                 wanted = [*own, *self.embeddings(adapter, reading=True)]
@@ -180,7 +184,9 @@ class Graft:
         before = self.board.route.active
         self.board.set(active=tuple(names))
         if trainable is not None:
-            for name in [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before:
+            for name in (
+                [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
+            ):
                 self.set_trainable(name, False)
             for name in names:
                 self.set_trainable(name, trainable)
@@ -218,7 +224,9 @@ class Graft:
         route = self.board.route
         free = []
         for name, adapter in self.adapters.items():
-            needed = name in route.active or adapter.trainable or any(name in x.merged_adapters for x in adapter.layers[:1])
+            needed = (
+                name in route.active or adapter.trainable or any(name in x.merged_adapters for x in adapter.layers[:1])
+            )
             if needed and adapter.parked:
                 self._move(adapter, "unpark")
             elif not needed and not adapter.parked and not adapter.saved:

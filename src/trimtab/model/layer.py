@@ -142,7 +142,9 @@ class AdaptedLayer(nn.Module):
     def _mixed(self, route: Any, *args: Any, **kwargs: Any) -> Any:
         """Rows go to adapters by the plan: one base product for all rows whose methods are fused."""
         if self.merged_adapters:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         site = next(iter(self.sites.values()))
         groups, order = route.rows.split(*site.rows(args, kwargs))
         stacks = [self._stack((name,)) for name, _ in groups]
@@ -151,7 +153,10 @@ class AdaptedLayer(nn.Module):
         if not site.fused:
             return site.join([self._alone(n, *site.cut(args, kwargs, rows)) for n, rows in groups], order)
         x, args, kwargs = first_input(args, kwargs)
-        fused = [all(m.fused for m in s) and self.mutator in (None, name) for s, (name, _) in zip(stacks, groups, strict=True)]
+        fused = [
+            all(m.fused for m in s) and self.mutator in (None, name)
+            for s, (name, _) in zip(stacks, groups, strict=True)
+        ]
         xs = [x[rows] for _, rows in groups]
         inputs = [self._befores(s, part) if f else [part] for s, part, f in zip(stacks, xs, fused, strict=True)]
         base: dict[int, Tensor] = {}

@@ -20,7 +20,7 @@ class LinearLeaf(nn.Linear):
         nn.Module.__init__(self)
         # Past nn.Module's own setattr, which costs more than all the rest where hundreds are made.
         self.__dict__["out_features"], self.__dict__["in_features"] = weight.shape
-        self._parameters["bias"] = None
+        self._parameters.update(weight=None, bias=None)  # in the order every Linear layer has them
 
 
 class Leaves(nn.Module):

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from trimtab.model.graft import Graft
 
 
-def merge(graft: Graft, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: Callable[[Any], Any] = iter) -> None:
+def merge(
+    graft: Graft, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: Callable[[Any], Any] = iter
+) -> None:
     """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
     chosen = list(graft.board.route.active if names is None else names)
     for name in chosen:
@@ -75,4 +77,3 @@ def unmerge(graft: Graft) -> None:
     if graft.untied:
         graft.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
         graft.untied = False
-

@@ -160,14 +160,23 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
     # ------------------------------------------------------------------ adapters
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Add a new adapter beside those that are there; it is neither active nor trainable until `set_adapter`.
 
         Raises:
             AdapterNameError: the name is taken, or cannot name a module and a folder.
         """
         self.base_model.add(
-            adapter_name, self._completed(self.get_base_model(), peft_config), autocast=autocast_adapter_dtype, trainable=False
+            adapter_name,
+            self._completed(self.get_base_model(), peft_config),
+            autocast=autocast_adapter_dtype,
+            trainable=False,
         )
 
     def load_adapter(
@@ -343,8 +352,16 @@ class PeftModel(nn.Module):
         """Write the model card, or bring the data of the one that is there up to date."""
         store.save(card.writers(Path(output_dir), self.active_peft_config))
 
-    def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None,
-                    token: str | bool | None = None, revision: str | None = None, create_pr: bool = False, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Upload the adapters to a repository on the Hub, made at need; arguments as `save_pretrained` has them."""
         import tempfile
 
@@ -354,7 +371,11 @@ class PeftModel(nn.Module):
             self.save_pretrained(folder, **kwargs)
             url = create_repo(repo_id, private=private, token=token, exist_ok=True)
             return upload_folder(
-                repo_id=url.repo_id, folder_path=folder, token=token, revision=revision, create_pr=create_pr,
+                repo_id=url.repo_id,
+                folder_path=folder,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
                 commit_message=commit_message or "Upload adapter",
             )
 

@@ -42,7 +42,9 @@ def complete(config: Any, model: Any, cached: bool) -> None:
     config.num_layers = fact("num_layers", "num_hidden_layers", "num_layers", "n_layer")
     config.token_dim = fact("token_dim", "hidden_size", "n_embd", "d_model")
     heads = config.num_attention_heads
-    config.num_attention_heads = fact("num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+    config.num_attention_heads = fact(
+        "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
+    )
     kv_heads = getattr(facts, "num_key_value_heads", None)
     if cached and given is None and heads is None and isinstance(kv_heads, int):
         width = getattr(facts, "head_dim", None) or config.token_dim // config.num_attention_heads
@@ -118,7 +120,12 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
         inputs["generation_config"] = changed = copy.deepcopy(inputs["generation_config"])
         if changed.max_length is not None:
             changed.max_length += count
-    elif "max_length" not in inputs and "max_new_tokens" not in inputs and settings.max_new_tokens is None and settings.max_length:
+    elif (
+        "max_length" not in inputs
+        and "max_new_tokens" not in inputs
+        and settings.max_new_tokens is None
+        and settings.max_length
+    ):
         inputs["max_length"] = settings.max_length + count
     out = base.generate(*args, **inputs)
     if isinstance(out, Tensor):

@@ -136,7 +136,7 @@ class Checkpointing:
 
 
 class CheckpointSwitch:
-    """Stands in for a model's `_set_gradient_checkpointing`, so that checkpointing switched on later keeps routes too."""
+    """Stands in for a model's `_set_gradient_checkpointing`, so that checkpointing switched on later is ours."""
 
     def __init__(self, model: Any, board: Board) -> None:
         self.model, self.board = model, board

@@ -49,7 +49,10 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
     for field_name, table in getattr(method, "defaults", {}).items():
         if getattr(config, field_name) is None:
             if model_type not in table:
-                raise ConfigError(f"Please specify `{field_name}` in `peft_config`: there is no default for models of type {model_type!r}.")
+                raise ConfigError(
+                    f"Please specify `{field_name}` in `peft_config`: "
+                    f"there is no default for models of type {model_type!r}."
+                )
             setattr(config, field_name, set(table[model_type]))
     kinds = {n: kind(m) for n, m in graft.modules.items()}
     head = head_of(graft)
@@ -110,7 +113,9 @@ def tokens(graft: Graft, config: Any) -> dict[str, Any]:
     for key, tokens in wanted.items():
         paths = [n for n in graft.modules if matches({key}, n)]
         if not paths:
-            raise NoMatchingPeftModuleError(f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], graft.modules)}")
+            raise NoMatchingPeftModuleError(
+                f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], graft.modules)}"
+            )
         for path in paths:
             for name in [path, *tied(graft, path)]:
                 found[name] = cls(token_indices=list(tokens))

@@ -69,7 +69,9 @@ def embeddings(graft: Graft, adapter: Adapter, reading: bool = False) -> list[Sl
         if base._parameters.get("weight") is None:
             continue
         memory = f"{path}.{forms[base is not module]}"
-        leaves = [t for x in adapter.layers if x.path == path for m in x.methods[adapter.name] for t in m._leaves.values()]
+        leaves = [
+            t for x in adapter.layers if x.path == path for m in x.methods[adapter.name] for t in m._leaves.values()
+        ]
         own = forms[0 if not leaves else 2 if all(t.startswith("token_adapter.") for t in leaves) else 1]
         disks = [f"{path}.{form}" for form in (forms if reading else (own,))]
         found += [Slot(memory, disk, base, "weight", optional=True) for disk in disks]

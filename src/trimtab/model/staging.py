@@ -54,7 +54,9 @@ class Staged:
         """The adapted layer of a module, or of a parameter of it (whose path is then `key`)."""
         path = key.removesuffix(f".{param}") if param else key
         if path in self.graft.saved:
-            raise ConfigError(f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well.")
+            raise ConfigError(
+                f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well."
+            )
         layer = self.graft.layers.get(key) or self.new.get(key)
         if layer is not None:
             return layer
@@ -90,14 +92,19 @@ class Staged:
                 layer.factory = self._factory(site)
                 one = cls(layer, site, self.adapter.name, config, self.graft.commons)
                 tensors = one.build(site, config)
-                templates = {one.leaf(prefix + leaf_template(n)): _parameter(t, site, n in one.frozen) for n, t in tensors.items()}
+                templates = {
+                    one.leaf(prefix + leaf_template(n)): _parameter(t, site, n in one.frozen)
+                    for n, t in tensors.items()
+                }
                 if cls.tied:
                     one.home = homes.setdefault(id(layer.frozen._parameters["weight"]), layer)
                 methods.append(one)
                 leaves.append(templates if one.home is layer else {})
             layer.attach(self.adapter.name, methods, leaves)
             self.adapter.layers.append(layer)
-        for name, tensor in self.adapter.method.share(self.adapter.config, [m.site for m in self.adapter.methods]).items():
+        for name, tensor in self.adapter.method.share(
+            self.adapter.config, [m.site for m in self.adapter.methods]
+        ).items():
             first = self.adapter.methods[0]
             tensor = tensor.to(device=first.site.device, dtype=first.layer.factory["dtype"])
             self.graft.commons.setdefault(name, Leaves()).put(self.adapter.name, "", tensor)
@@ -133,7 +140,9 @@ class Staged:
                 continue
             found.add(why)
             if any(layer.path == path for layer in (*self.graft.layers.values(), *self.adapter.layers)):
-                raise ConfigError(f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well.")
+                raise ConfigError(
+                    f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
+                )
             wrapper = self.graft.saved.get(path)
             if wrapper is None:
                 wrapper = self.saved[path] = SavedModule(module, path, self.graft.board)
@@ -141,7 +150,10 @@ class Staged:
             self.adapter.saved.append(wrapper)
         missed = wanted - found - set(getattr(self.adapter.config, "heads", ()))
         if missed:
-            warn(f"`modules_to_save` {sorted(missed)} fit no module of the model.{nearest(missed, dict.fromkeys(self.graft.modules, ''))}")
+            warn(
+                f"`modules_to_save` {sorted(missed)} fit no module of the model."
+                f"{nearest(missed, dict.fromkeys(self.graft.modules, ''))}"
+            )
 
     def biases(self) -> None:
         """Take over the biases the adapter trains."""
@@ -149,7 +161,10 @@ class Staged:
         if kind == "none" or not isinstance(kind, str) or not hasattr(self.adapter.config, "bias"):
             return
         if any(a.biases for a in self.graft.adapters.values()):
-            raise ConfigError("Only 1 adapter with bias is supported. When using multiple adapters, set bias to 'none' for all adapters.")
+            raise ConfigError(
+                "Only 1 adapter with bias is supported. "
+                "When using multiple adapters, set bias to 'none' for all adapters."
+            )
         adapted = {layer.path for layer in self.adapter.layers}
         names = self.graft.modules if kind == "all" else adapted
         bases = {n: self.graft.modules[n] for n in names}

@@ -88,7 +88,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     own = _base_tensors(model)
     missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
     if strict and (missing or unexpected):
-        raise RuntimeError(f"The state dict does not fit the base model: missing keys {missing}, unexpected keys {unexpected}.")
+        raise RuntimeError(
+            f"The state dict does not fit the base model: missing keys {missing}, unexpected keys {unexpected}."
+        )
     with torch.no_grad():
         for key, tensor in own.items():
             if key in state_dict:
@@ -122,7 +124,8 @@ def adapter_tensors(
     if embeddings is True or (embeddings == "auto" and (named or resized)):
         if embeddings == "auto":
             why = "as the embedding layer has been resized during finetuning" if resized else (
-                "as embedding layers found in `target_modules`: the base's embedding goes into the adapter's file. Pass "
+                "as embedding layers found in `target_modules`: "
+                "the base's embedding goes into the adapter's file. Pass "
                 "`save_embedding_layers=False` to leave it out")  # fmt: skip
             warn(f"Setting `save_embedding_layers` to `True` {why}.", UserWarning)
         taken = {s.disk for s in slots}

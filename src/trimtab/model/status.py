@@ -51,7 +51,9 @@ def _graft(model: nn.Module) -> tuple[nn.Module, Graft]:
     while find_graft(base) is None:
         inner = base._modules.get("base_model", base._modules.get("model"))
         if inner is None:
-            raise ValueError(f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?")
+            raise ValueError(
+                f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?"
+            )
         base = inner
     graft = find_graft(base)
     assert graft is not None
@@ -85,7 +87,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             )
         )
     if not rows:
-        raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model or contains injected adapters.")
+        raise ValueError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or contains injected adapters."
+        )
     return rows
 
 
@@ -140,4 +144,11 @@ def _same(values: list[Any]) -> Any:
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
-__all__ = ["AdaptedLayer", "TunerLayerStatus", "TunerModelStatus", "count_parameters", "get_layer_status", "get_model_status"]
+__all__ = [
+    "AdaptedLayer",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "count_parameters",
+    "get_layer_status",
+    "get_model_status",
+]

@@ -35,7 +35,15 @@ def _signature(*names: str) -> Any:
     return decorate
 
 
-_ENCODER = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states", "return_dict")
+_ENCODER = (
+    "input_ids",
+    "attention_mask",
+    "inputs_embeds",
+    "labels",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
@@ -59,8 +67,19 @@ class PeftModelForTokenClassification(PeftModel):
     """A token classifier with adapters; its head is trained and saved whole."""
 
 
-@_signature("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions",
-            "end_positions", "output_attentions", "output_hidden_states", "return_dict", "task_ids")
+@_signature(
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "start_positions",
+    "end_positions",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "task_ids",
+)
 class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answerer with adapters; its head is trained and saved whole."""
 
@@ -113,14 +132,22 @@ def get_peft_model(
         trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364
     """
     if isinstance(model, PeftModel):
-        warn("The model is a PeftModel already: use its add_adapter() to give it another adapter. Its base model is adapted further.")
+        warn(
+            "The model is a PeftModel already: use its add_adapter() to give it another adapter. "
+            "Its base model is adapted further."
+        )
         model = model.get_base_model()
     if getattr(model, "peft_config", None) is not None and find_graft(model) is not None:
-        warn("The model has adapters already, and this adds one beside them. To change it to another config, call "
-             "`.unload()` first.")
+        warn(
+            "The model has adapters already, and this adds one beside them. To change it to another config, call "
+            "`.unload()` first."
+        )
     if revision is not None:
         if peft_config.revision is not None and peft_config.revision != revision:
-            warn(f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}")
+            warn(
+                f"peft config has already set base model revision to {peft_config.revision}, "
+                f"overwriting with revision {revision}"
+            )
         peft_config = peft_config.copy()
         peft_config.revision = revision
     cls = task_class(peft_config, PeftModel)

@@ -54,8 +54,10 @@ class Tuner(nn.Module):
         """Add an adapter; see `Graft.add`."""
         prefix = PREFIXES.get(str(getattr(config.peft_type, "value", config.peft_type)), "")
         if name and isinstance(name, str) and name in prefix:
-            warn(f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
-                 "libraries may then take one for the other.")
+            warn(
+                f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
+                "libraries may then take one for the other."
+            )
         adapter = self.graft.add(name, config, **kwargs)
         self._modules.update(self.graft.commons)
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
@@ -187,7 +189,9 @@ class Tuner(nn.Module):
             if any(a.biases for a in graft.adapters.values()):
                 raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
             if graft.merged:
-                raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             rows = Rows(adapter_names)
         with graft.board.using(replace(graft.board.route, rows=rows, extras=extras)):
             yield

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, load_fsdp_model, save_fsdp_model
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tests.as_peft import tiny
 from torch.distributed.tensor import DTensor
+
+from tests.as_peft import tiny
 
 how, folder = sys.argv[1], Path(sys.argv[2])
 plugin = None

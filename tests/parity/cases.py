@@ -23,21 +23,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all_linear_seq": ("bert_seq", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "all_linear_llama_seq": ("llama_seq", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "all_linear_condensed": ("llama_deep", {"target_modules": "all-linear", "exclude_modules": r".*layers\.[0-7]\..*"}),
-    "long_list_condensed": ("llama_deep", {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(11)]
-                                           + [f"model.layers.{i}.mlp.up_proj" for i in range(11)]}),  # fmt: skip
-    "long_list_partial": ("llama_deep", {"target_modules": [f"layers.{i}.self_attn.{p}_proj" for i in range(10) for p in "qk"]}),
+    "long_list_condensed": (
+        "llama_deep",
+        {
+            "target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(11)]
+            + [f"model.layers.{i}.mlp.up_proj" for i in range(11)]
+        },
+    ),
+    "long_list_partial": (
+        "llama_deep",
+        {"target_modules": [f"layers.{i}.self_attn.{p}_proj" for i in range(10) for p in "qk"]},
+    ),
     "exclude_list": ("llama", {"target_modules": ATTENTION, "exclude_modules": ["layers.0.self_attn.q_proj"]}),
     "exclude_regex": ("llama", {"target_modules": ATTENTION, "exclude_modules": r".*layers\.0\..*"}),
     "layer_int": ("llama", {"target_modules": ATTENTION, "layers_to_transform": 1}),
     "layer_list": ("llama_deep", {"target_modules": ATTENTION, "layers_to_transform": [0, 3, 10]}),
     "layers_pattern": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": "layers"}),
-    "layers_pattern_list": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]}),
+    "layers_pattern_list": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+    ),
     # rank and scale
     "rank": ("llama", {"r": 3, "lora_alpha": 5}),
     "rslora": ("llama", {"r": 4, "lora_alpha": 5, "use_rslora": True}),
     "rank_pattern": ("llama", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 3}}),
-    "alpha_pattern": ("llama", {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 3, "^model.layers.0.self_attn.k_proj": 7}}),
-    "patterns": ("gpt2", {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"h.0.attn.c_attn": 5}, "alpha_pattern": {"c_proj": 1}}),
+    "alpha_pattern": (
+        "llama",
+        {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 3, "^model.layers.0.self_attn.k_proj": 7}},
+    ),
+    "patterns": (
+        "gpt2",
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "rank_pattern": {"h.0.attn.c_attn": 5},
+            "alpha_pattern": {"c_proj": 1},
+        },
+    ),
     # training
     "dropout": ("llama", {"lora_dropout": 0.3, "target_modules": "all-linear"}),
     "dropout_conv1d": ("gpt2", {"lora_dropout": 0.3}),
@@ -99,4 +121,4 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "task_qa": ("bert_qa", {"task_type": "QUESTION_ANS"}),
     "task_features": ("bert", {"task_type": "FEATURE_EXTRACTION"}),
     "task_causal": ("llama", {"task_type": "CAUSAL_LM", "inference_mode": True}),
-}  # fmt: skip
+}

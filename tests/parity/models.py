@@ -14,26 +14,75 @@ VOCABULARY = 40
 
 
 def _gpt2(cls: Any = tf.GPT2LMHeadModel, **more: Any) -> nn.Module:
-    return cls(tf.GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0,
-                             embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more))  # fmt: skip
+    return cls(
+        tf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            **more,
+        )
+    )
 
 
 def _llama(cls: Any = tf.LlamaForCausalLM, layers: int = 2, **more: Any) -> nn.Module:
-    return cls(tf.LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
-                              num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0,
-                              bos_token_id=1, eos_token_id=2, **more))  # fmt: skip
+    return cls(
+        tf.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **more,
+        )
+    )
 
 
 def _bert(cls: Any = tf.BertModel, labels: int = 3, **more: Any) -> nn.Module:
-    return cls(tf.BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                             intermediate_size=24, max_position_embeddings=32, hidden_dropout_prob=0.0,
-                             attention_probs_dropout_prob=0.0, num_labels=labels, **more))  # fmt: skip
+    return cls(
+        tf.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=labels,
+            **more,
+        )
+    )
 
 
 def _t5(**more: Any) -> nn.Module:
     return tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,
-                    decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, **more))  # fmt: skip
+        tf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=2,
+            **more,
+        )
+    )
 
 
 class Toy(nn.Module):

@@ -25,7 +25,10 @@ def then(act: Callable[[Any, Any], Any], **fields: Any) -> Act:
 
 
 FAULTS: dict[str, tuple[Act, str]] = {
-    "no target": (wrap(target_modules=["nothing"]), "not found in the base model. Please check the target modules and try again"),
+    "no target": (
+        wrap(target_modules=["nothing"]),
+        "not found in the base model. Please check the target modules and try again",
+    ),
     "no target, regex": (wrap(target_modules="q_proj"), "not found in the base model"),
     "no target in layer": (wrap(target_modules=["q_proj"], layers_to_transform=[9]), "layers_to_transform"),
     "all excluded": (wrap(target_modules=["q_proj"], exclude_modules=["q_proj"]), "All modules were excluded"),
@@ -35,8 +38,14 @@ FAULTS: dict[str, tuple[Act, str]] = {
     "r negative": (wrap(r=-2), "`r` should be a positive integer value but the value passed is -2"),
     "task": (wrap(task_type="NOTHING"), "Invalid task type: 'NOTHING'"),
     "pattern without layers": (wrap(target_modules=["q_proj"], layers_pattern="layers"), "`layers_to_transform`"),
-    "layers with regex": (wrap(target_modules=".*q_proj", layers_to_transform=[0]), "`layers_to_transform` cannot be used when `target_modules` is a str"),
-    "pattern with regex": (wrap(target_modules=".*q_proj", layers_pattern="layers"), "`layers_pattern` cannot be used when `target_modules` is a str"),
+    "layers with regex": (
+        wrap(target_modules=".*q_proj", layers_to_transform=[0]),
+        "`layers_to_transform` cannot be used when `target_modules` is a str",
+    ),
+    "pattern with regex": (
+        wrap(target_modules=".*q_proj", layers_pattern="layers"),
+        "`layers_pattern` cannot be used when `target_modules` is a str",
+    ),
     "dora and lora_bias": (wrap(use_dora=True, lora_bias=True), "lora_bias=True is not supported for DoRA"),
     "start and lora_bias": (wrap(lora_bias=True, init_lora_weights="pissa"), "only supported with init_lora_weights"),
     "lora_bias on embedding": (wrap(lora_bias=True, target_modules=["embed_tokens"]), "lora_bias"),
@@ -46,15 +55,33 @@ FAULTS: dict[str, tuple[Act, str]] = {
     "unknown set": (then(lambda lib, m: m.set_adapter("x")), "not found"),
     "unknown delete": (then(lambda lib, m: m.delete_adapter("x")), "does not exist"),
     "dot in name": (then(lambda lib, m: m.add_adapter("a.b", lib.LoraConfig())), r"\."),
-    "two biases": (then(lambda lib, m: m.add_adapter("b", lib.LoraConfig(bias="all")), bias="all"), "supports|Only 1 adapter with bias"),
-    "selected": (then(lambda lib, m: m.save_pretrained("/tmp/never", selected_adapters=["x"])), "You passed an invalid `selected_adapters` arguments"),
-    "no adapters": (lambda lib: lib.get_layer_status(build("llama")) if hasattr(lib, "get_layer_status") else None, "[Nn]o adapter"),
-    "nowhere": (lambda lib: lib.PeftModel.from_pretrained(build("llama"), "/nowhere/at/all"), "Can't find 'adapter_config.json'|no such folder|Repo id"),
-    "config nowhere": (lambda lib: lib.PeftConfig.from_pretrained("/nowhere/at/all"), "Can't find 'adapter_config.json'|no such folder|Repo id"),
+    "two biases": (
+        then(lambda lib, m: m.add_adapter("b", lib.LoraConfig(bias="all")), bias="all"),
+        "supports|Only 1 adapter with bias",
+    ),
+    "selected": (
+        then(lambda lib, m: m.save_pretrained("/tmp/never", selected_adapters=["x"])),
+        "You passed an invalid `selected_adapters` arguments",
+    ),
+    "no adapters": (
+        lambda lib: lib.get_layer_status(build("llama")) if hasattr(lib, "get_layer_status") else None,
+        "[Nn]o adapter",
+    ),
+    "nowhere": (
+        lambda lib: lib.PeftModel.from_pretrained(build("llama"), "/nowhere/at/all"),
+        "Can't find 'adapter_config.json'|no such folder|Repo id",
+    ),
+    "config nowhere": (
+        lambda lib: lib.PeftConfig.from_pretrained("/nowhere/at/all"),
+        "Can't find 'adapter_config.json'|no such folder|Repo id",
+    ),
     "merged delete": (then(lambda lib, m: (m.merge_adapter(), m.delete_adapter("default"))), "merged|unmerge"),
-    "safe merge": (then(lambda lib, m: (broken(m), m.merge_and_unload(safe_merge=True))), "NaNs detected in the merged weights"),
+    "safe merge": (
+        then(lambda lib, m: (broken(m), m.merge_and_unload(safe_merge=True))),
+        "NaNs detected in the merged weights",
+    ),
     "tokens of nothing": (wrap(trainable_token_indices={"nothing": [1]}), "nothing"),
-}  # fmt: skip
+}
 
 
 def broken(model: Any) -> None:
@@ -88,7 +115,10 @@ def test_errors(act: Act, words: str) -> None:
 
 
 WARNINGS: dict[str, tuple[Act, str]] = {
-    "unused exclusion": (lambda lib: loud(lib, target_modules=["q_proj"], exclude_modules=["nothing"]), "exclude_modules"),
+    "unused exclusion": (
+        lambda lib: loud(lib, target_modules=["q_proj"], exclude_modules=["nothing"]),
+        "exclude_modules",
+    ),
     "unused rank": (lambda lib: loud(lib, rank_pattern={"nothing": 3}), "rank_pattern"),
     "unused alpha": (lambda lib: loud(lib, alpha_pattern={"nothing": 3}), "alpha_pattern"),
     "flat weights": (lambda lib: loud(lib, fan_in_fan_out=True), "fan_in_fan_out"),
@@ -97,10 +127,13 @@ WARNINGS: dict[str, tuple[Act, str]] = {
     "merged twice": (lambda lib: merged_twice(lib), "merged"),
     "unmerged twice": (lambda lib: adapt(lib, "llama", {}).unmerge_adapter(), "[Aa]lready unmerged"),
     "deleted active": (lambda lib: deleted(lib), "Adapter default was active which is now deleted"),
-    "embeddings saved": (lambda lib: embedded(lib), "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`"),
+    "embeddings saved": (
+        lambda lib: embedded(lib),
+        "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`",
+    ),
     "tied target": (lambda lib: merge_tied(lib), "tie|share"),
     "unknown field": (lambda lib: lib.PeftConfig.from_peft_type(peft_type="LORA", nonsense=1), "nonsense"),
-}  # fmt: skip
+}
 
 
 def loud(library: Any, **fields: Any) -> Any:

@@ -63,7 +63,10 @@ SEQUENCES: dict[str, tuple[dict[str, Any], list[Step]]] = {
     "delete": ({}, [add("b"), call("delete_adapter", "b")]),
     "delete_active": ({}, [add("b"), add("c"), call("delete_adapter", "default")]),
     "delete_one_of_several": ({}, [add("b"), tuner("set_adapter", ["default", "b"]), call("delete_adapter", "b")]),
-    "requires_grad": ({}, [add("b"), call("set_requires_grad", "b"), call("set_requires_grad", ["default", "b"], False)]),
+    "requires_grad": (
+        {},
+        [add("b"), call("set_requires_grad", "b"), call("set_requires_grad", ["default", "b"], False)],
+    ),
     "load": ({}, [read("b"), call("set_adapter", "b")]),
     "load_trainable": ({}, [read("b", is_trainable=True), call("set_adapter", "b")]),
     "from_pretrained": ({}, [fresh(), read("b"), call("set_adapter", "b"), call("set_adapter", "default")]),
@@ -74,11 +77,17 @@ SEQUENCES: dict[str, tuple[dict[str, Any], list[Step]]] = {
     "save_one": (SAVE, [add("b"), call("set_adapter", "b"), call("set_adapter", "default")]),
     "tokens": (TOKENS, [add("b", **TOKENS), call("set_adapter", "b"), call("set_adapter", "default")]),
     "merge": ({}, [add("b"), call("merge_adapter"), call("unmerge_adapter"), call("merge_adapter", ["b"])]),
-    "merge_several": ({}, [add("b"), tuner("set_adapter", ["default", "b"]), call("merge_adapter"), call("unmerge_adapter")]),
+    "merge_several": (
+        {},
+        [add("b"), tuner("set_adapter", ["default", "b"]), call("merge_adapter"), call("unmerge_adapter")],
+    ),
     "modes": ({}, [call("eval"), add("b"), call("train"), read("c")]),
     "dora": ({"use_dora": True}, [add("b", use_dora=True), call("set_adapter", "b")]),
-    "biases": ({"bias": "lora_only", "target_modules": ["q_proj"]}, [add("b"), call("set_adapter", "b"), call("set_adapter", "default")]),
-}  # fmt: skip
+    "biases": (
+        {"bias": "lora_only", "target_modules": ["q_proj"]},
+        [add("b"), call("set_adapter", "b"), call("set_adapter", "default")],
+    ),
+}
 
 
 def snapshot(model: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleaved, median_ms, once, table
+from common import interleaved, median_ms, once
+from report import table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -107,17 +108,24 @@ def main() -> int:
     parser.add_argument("--many", type=int, default=100)
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--peft", action="store_true", help="measure PEFT as well (at most 10 adapters)")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = []
+    text: list[str] = []
     arms = [("trimtab", options.many, options.blocks)] + ([("peft", min(options.many, 10), 3)] if options.peft else [])
     for name, many, blocks in arms:
         rows = measure(importlib.import_module(name), options.few, many, blocks)
-        print(f"\n{name}: 196 LoRA sites, processor time, medians of {blocks} interleaved runs, one thread\n")
         head = ["", f"{options.few} adapters, ms", f"{many} adapters, ms", "ratio"]
-        print(table(head, [(act, f"{a:.2f}", f"{b:.2f}", f"{q:.2f}") for act, a, b, q in rows]))
+        title = f"{name}: processor time, medians of {blocks} interleaved runs, one thread"
+        text.append(f"{title}\n\n" + table(head, [[act, f"{a:.2f}", f"{b:.2f}", f"{q:.2f}"] for act, a, b, q in rows]))
         if name == "trimtab":
             failed = [act for act, _, _, ratio in rows if act in HELD and ratio >= LIMIT]
+    title = "Adding, loading, switching and disabling with few and with many adapters, 196 LoRA sites"
+    if options.write:
+        write("adapter_count", title, "\n\n".join(text))
+    else:
+        print("\n\n".join([title, *text]))
     if failed:
         print(f"\nFAILED: {', '.join(failed)} cost {LIMIT} times as much or more with {options.many} adapters")
     return 1 if failed else 0

@@ -26,11 +26,3 @@ def interleaved(arms: dict[str, Callable[[], float]], blocks: int) -> dict[str, 
 def median_ms(seconds: Sequence[float]) -> float:
     """The median in milliseconds."""
     return 1000 * statistics.median(seconds)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

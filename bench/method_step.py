@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -119,7 +118,7 @@ def main() -> None:
         rows.append(row)
     head = ["method", "step", "relative to our LoRA", "peak growth"]
     head += ["PEFT relative to our LoRA", "PEFT / ours", "PEFT peak growth"] if "peft" in libraries else []
-    from bench import report
+    import report
 
     text = report.table(head, rows)
     title = f"One training step of each method, SmolLM2-135M, fp32, 2 x {options.tokens // 2} tokens"

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trimtab import LoraConfig, get_peft_model, merge_error, prepare_model_for_kbit_training
+from trimtab.core import weights
+from trimtab.files.sources import resolve_base
+from trimtab.train.data import encode_rows, read_rows
+from trimtab.train.loop import loss_of
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-
-from trimtab import LoraConfig, get_peft_model, merge_error, prepare_model_for_kbit_training  # noqa: E402
-from trimtab.core import weights  # noqa: E402
-from trimtab.files.sources import resolve_base  # noqa: E402
-from trimtab.train.data import encode_rows, read_rows  # noqa: E402
-from trimtab.train.loop import loss_of  # noqa: E402
 
 BASE, RATE = "smollm2-135m-instruct", 1e-3
 
@@ -131,7 +129,7 @@ def main() -> None:
     four, full = (run(four_bit, args.double, args.steps, args.batch) for four_bit in (True, False))
     assert four["after"] < four["before"], "the loss did not fall"
 
-    from bench.report import table, write
+    from report import table, write
 
     def row(title: str, key: str, form: str = "{:.3f}") -> list[object]:
         return [title, *(form.format(f[key]) if key in f else "" for f in (four, full))]

@@ -1,4 +1,4 @@
-"""Half-precision activations times factors in fp32: exact, block by block, and nothing wide kept for the backward pass."""
+"""Half-precision activations times factors in fp32: exact, block by block, nothing wide kept for the backward pass."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def demo(
 
     About 6 minutes on 2 cores; no GPU and no hub is needed.
     """
+    # Before torch is imported: threads that wait should sleep, not spin. On a machine that others use too, spinning
+    # made training 4 times as slow.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trimtab.train.demo import run
 
     raise typer.Exit(run(out=out, base=model, data=data, rows=rows, epochs=epochs))

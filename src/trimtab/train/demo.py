@@ -83,7 +83,7 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
     model, tokenizer = load(folder)
     task = load_task(data or default_data(), tokenizer)
     console.print(f"Base model: {base} ({sum(p.numel() for p in model.parameters()):,} parameters, {folder})")
-    console.print(f"Task: {len(task.train)} rows to learn from, {len(task.test)} to be tested on, for example")
+    console.print(f"Task: {len(task.train)} rows to learn from, {len(task.test)} others to be tested on, for example")
     console.print(f"  {task.prompts[0]}\n  -> {task.expected[0]}", markup=False)
 
     torch.manual_seed(0)

@@ -27,6 +27,13 @@ METHODS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# Fields by which the config of one method asks for another beside it: {module: value}, or a value for the input
+# embedding. field: (peft_type, the argument of its config that takes the value, what stands before its leaves)
+COMPANIONS: dict[str, tuple[str, str, str]] = {
+    "trainable_token_indices": ("TRAINABLE_TOKENS", "token_indices", "token_adapter."),
+}
+
+
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The config class of a method, by its `peft_type`."""
     file, _, config = _row(peft_type)

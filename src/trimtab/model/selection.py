@@ -22,7 +22,7 @@ from trimtab.core.targets import (
 )
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError
 from trimtab.files.experts import FORMER, rewrite
-from trimtab.methods import default_targets, load
+from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
 if TYPE_CHECKING:
     from trimtab.model.graft import Graft
@@ -101,24 +101,22 @@ def without_parts(graft: Graft, targets: list[Target]) -> list[Target]:
     return [t for t in targets if not part(t.name)]
 
 
-def tokens(graft: Graft, config: Any) -> dict[str, Any]:
-    """Embedding path -> config of its trainable tokens, for adapters that train some beside their own change."""
-    wanted = getattr(config, "trainable_token_indices", None)
-    if not wanted:
-        return {}
-    if isinstance(wanted, list):
-        wanted = {path_of(graft, graft.model.get_input_embeddings()): wanted}  # type: ignore[operator]
-    cls = load("trainable_tokens", "TrainableTokensConfig")
-    found: dict[str, Any] = {}
-    for key, tokens in wanted.items():
-        paths = [n for n in graft.modules if matches({key}, n)]
-        if not paths:
-            raise NoMatchingPeftModuleError(
-                f"`trainable_token_indices` names '{key}', which is no module.{nearest([key], graft.modules)}"
-            )
-        for path in paths:
-            for name in [path, *tied(graft, path)]:
-                found[name] = cls(token_indices=list(tokens))
+def companions(graft: Graft, config: Any) -> dict[str, tuple[type[Method], Any, str]]:
+    """Module path -> (method, its config, prefix of its leaves) of what the adapter trains beside its own change."""
+    found: dict[str, tuple[type[Method], Any, str]] = {}
+    for field_name, (peft_type, argument, prefix) in COMPANIONS.items():
+        wanted = getattr(config, field_name, None) or {}
+        if not isinstance(wanted, dict):
+            wanted = {path_of(graft, graft.model.get_input_embeddings()): wanted}  # type: ignore[operator]
+        for key, value in wanted.items():
+            paths = [n for n in graft.modules if matches({key}, n)]
+            if not paths:
+                raise NoMatchingPeftModuleError(
+                    f"`{field_name}` names '{key}', which is no module.{nearest([key], graft.modules)}"
+                )
+            own = config_class(peft_type)(**{argument: list(value)})  # type: ignore[arg-type]
+            for path in paths:
+                found |= dict.fromkeys([path, *tied(graft, path)], (method_class(own), own, prefix))
     return found
 
 

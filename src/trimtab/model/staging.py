@@ -12,13 +12,12 @@ from trimtab.core.report import warn
 from trimtab.core.site import Site, site_class
 from trimtab.core.targets import matches, nearest
 from trimtab.errors import ConfigError
-from trimtab.methods import load
 from trimtab.model.adapter import Adapter
 from trimtab.model.copies import SavedBiases, SavedModule
 from trimtab.model.layer import AdaptedLayer
 from trimtab.model.leaves import Leaves
 from trimtab.model.prompts import complete
-from trimtab.model.selection import tied, tokens
+from trimtab.model.selection import companions, tied
 from trimtab.model.slots import holder
 
 if TYPE_CHECKING:
@@ -77,8 +76,8 @@ class Staged:
         for target in self.adapter.targets if self.adapter.method.tied else ():
             for path in tied(self.graft, target.name):
                 plans.setdefault(path, plans[target.name])
-        for path, config in tokens(self.graft, self.adapter.config).items():
-            plans.setdefault(path, []).append((load("trainable_tokens", "TrainableTokens"), config, "token_adapter."))
+        for path, companion in companions(self.graft, self.adapter.config).items():
+            plans.setdefault(path, []).append(companion)
         params = {t.name: t.param for t in self.adapter.targets if t.param}
         for target in self.adapter.targets:
             for part in getattr(site_class(self.graft.modules[target.module], target.param or None), "parts", ()):

@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trimtab.files import sources
 from trimtab.files.sources import PACKAGED, BaseModelError, PackagedModel, cache_folder, packaged, resolve_base
 
-gguf = pytest.importorskip("gguf")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 

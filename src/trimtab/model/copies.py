@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from trimtab.core import offload, weights
 from trimtab.model.route import Board
+from trimtab.model.switch import Switched
 
 
-class SavedModule(nn.Module):
+class SavedModule(Switched):
     """A module of the base and the copies that adapters train of it; the current route says which one runs."""
 
     def __init__(self, original_module: nn.Module, name: str, board: Board) -> None:
@@ -54,11 +55,6 @@ class SavedModule(nn.Module):
         return torch.cat(parts)[order]
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The adapters in use that have a copy here."""
-        return [n for n in self.board.route.at(id(self))[0] if n in self.modules_to_save]
-
-    @property
     def adapters(self) -> list[str]:
         """The adapters that have a copy."""
         return list(self.modules_to_save)
@@ -73,27 +69,9 @@ class SavedModule(nn.Module):
         return ((None, p) for p in self.modules_to_save[adapter].parameters())
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter in use, or the list of them where there are several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the original runs, whatever is active."""
-        return not self.board.route.at(id(self))[1]
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Switch this module by itself; the model's own `set_adapter` makes it follow again."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        for name in self.modules_to_save:
-            self.set_requires_grad(name, name in names and not inference_mode)
-        self.board.override(id(self), names, not self.disable_adapters)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch the copies on or off, and with them whether they train."""
-        self.set_requires_grad(self.active_adapters, enabled)
-        self.board.override(id(self), tuple(self.active_adapters), enabled)
+    def active_adapters(self) -> list[str]:
+        """The adapters in use that have a copy here."""
+        return [n for n in self.board.route.at(id(self))[0] if n in self.modules_to_save]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """{key of a tensor on disk: its key in memory}, both below this module."""

@@ -16,13 +16,14 @@ from trimtab.core.site import Site
 from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
 from trimtab.model.leaves import Leaves
 from trimtab.model.route import BASE, Board
+from trimtab.model.switch import Switched
 from trimtab.model.views import View
 
 Stack = list[Method]
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Switched):
     """A frozen layer (`base_layer`) with any number of adapters of any methods.
 
     What it computes follows the board's current route: nothing, one or several adapters stacked (the first of `active`
@@ -331,36 +332,10 @@ class AdaptedLayer(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     # ------------------------------------------------------------------ this layer by itself
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters in use here, innermost first."""
-        return list(self.board.route.at(id(self))[0])
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter in use here, or the list of them where there are several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off here."""
-        return not self.board.route.at(id(self))[1]
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Switch this layer by itself; the model's own `set_adapter` makes it follow again."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+    def unpark(self, adapter: str) -> None:
+        """Bring an adapter that was parked back into the module tree."""
         for leaves in self.leaves():
-            for name in names:
-                leaves.unpark(name)
-        for name in self.methods:
-            self.set_requires_grad(name, name in names and not inference_mode)
-        self.board.override(id(self), names, not self.disable_adapters)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters of this layer on or off, and with them whether they train."""
-        self.set_requires_grad(self.active_adapters, enabled)
-        self.board.override(id(self), tuple(self.active_adapters), enabled)
+            leaves.unpark(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter of this layer; if it was in use, the first remaining one takes its place."""

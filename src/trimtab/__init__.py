@@ -47,6 +47,11 @@ _PUBLIC = {
     "trimtab.model.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
     "trimtab.model.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
     "trimtab.files.store": ["load_peft_weights"],
+    "trimtab.train.optimizers": [
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+        "create_riemannian_optimizer",
+    ],
     "trimtab.errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

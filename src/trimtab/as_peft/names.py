@@ -37,6 +37,8 @@ ALIASES = {
     "CONFIG_NAME": "trimtab.core.config:CONFIG_NAME",
     "PeftConfigMixin": "trimtab.core.config:PeftConfig",
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "trimtab.core.targets:CONDENSE_FROM",
+    "LoraFAOptimizer": "trimtab.train.optimizers:LoraFAOptimizer",
+    "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
 # Modules that answer for whatever public name they have.
@@ -90,6 +92,8 @@ def find(path: str, name: str) -> Any:
     if name in ALIASES:
         module, _, attribute = ALIASES[name].partition(":")
         return getattr(import_module(module), attribute)
+    if (path, name) == ("peft.optimizers.loraplus", "Embedding"):
+        path = "peft.tuners.lora.layer"
     method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
     if method in METHODS and (base := classes.base_of(prefixes()[method], name)) is not None:
         return classes.layer_class(method, name, base)

@@ -6,7 +6,11 @@ PeftError(Exception)
 ├── AdapterNameError(KeyError, ValueError)  a name that is taken, unknown, or cannot name a folder and a module
 ├── AdapterFileError(RuntimeError, ValueError)  files that are missing, damaged, or do not fit the model
 ├── ReadOnlyWeight(ValueError)              a number format that can be read but not written
-└── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
+├── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
+├── BaseModelError(OSError)                 a base model that cannot be fetched, checked or converted
+├── DataError(ValueError)                   rows that cannot be trained on, named by file and line
+├── TrainError(RuntimeError)                a run that cannot go on, or cannot be resumed
+└── OptimizerError(ValueError)              an optimiser that does not fit the model's adapters
 
 PeftWarning(UserWarning)                    something works, but probably not as meant
 """
@@ -43,6 +47,22 @@ class ReadOnlyWeight(PeftError, ValueError):
 
 class RouteError(PeftError, RuntimeError):
     """A forward pass that cannot know which adapter its rows belong to."""
+
+
+class BaseModelError(PeftError, OSError):
+    """The base model could not be had. The message says why and what to do."""
+
+
+class TrainError(PeftError, RuntimeError):
+    """Training cannot start, or cannot go on."""
+
+
+class DataError(PeftError, ValueError):
+    """Rows that cannot be trained on; the message names each of them."""
+
+
+class OptimizerError(PeftError, ValueError):
+    """An optimiser that cannot be made of this model, or of these settings."""
 
 
 class PeftWarning(UserWarning):

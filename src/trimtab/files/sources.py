@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.errors import PeftError
+from trimtab.errors import BaseModelError
 
 __all__ = [
     "PACKAGED",
@@ -32,10 +32,6 @@ __all__ = [
     "packaged_smollm2",
     "resolve_base",
 ]
-
-
-class BaseModelError(PeftError, OSError):
-    """The base model could not be had. The message says why and what to do."""
 
 
 @dataclass(frozen=True)

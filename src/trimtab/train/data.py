@@ -27,17 +27,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.errors import PeftError
+from trimtab.errors import DataError
 
 __all__ = ["DataError", "Example", "batch_plan", "collate", "encode_row", "encode_rows", "read_rows"]
 
 IGNORE = -100  # the label that every Hugging Face loss skips
 Row = Mapping[str, Any]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-
-
-class DataError(PeftError, ValueError):
-    """Rows that cannot be trained on; the message names each of them."""
 
 
 @dataclass(frozen=True)

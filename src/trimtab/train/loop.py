@@ -22,15 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.io import write_whole
-from trimtab.errors import PeftError
+from trimtab.errors import TrainError
 from trimtab.train.data import IGNORE, Example, batch_plan, collate
 from trimtab.train.progress import Progress
 
 __all__ = ["TrainError", "TrainResult", "TrainingArguments", "evaluate", "train"]
-
-
-class TrainError(PeftError, RuntimeError):
-    """Training cannot start, or cannot go on."""
 
 
 @dataclass(frozen=True)

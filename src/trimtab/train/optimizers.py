@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab.core.families import LowRank, wide
-from trimtab.errors import PeftError, PeftWarning
+from trimtab.errors import OptimizerError, PeftWarning
 from trimtab.model.layer import AdaptedLayer
 
 __all__ = [
@@ -28,10 +28,6 @@ __all__ = [
 ]
 
 RIDGE = 1e-8  # keeps LoRA-FA's A·Aᵀ from being singular
-
-
-class OptimizerError(PeftError, ValueError):
-    """An optimiser that cannot be made of this model, or of these settings."""
 
 
 def create_loraplus_optimizer(

@@ -118,11 +118,12 @@ class AdaptedLayer(Switched):
         """A parameter as the model must see it where it reads the layer's without calling it."""
         route = self.board.now()
         active, enabled = route.at(id(self))
-        own = {**offload.parameters(self.frozen), **({} if enabled else {**self.held, **self.pristine})}
         stack = self._stack(active) if enabled else []
         if enabled and route.rows is not None and not self.methods.keys().isdisjoint(route.rows.names):
             raise RouteError(f"'{self.name}' is read, not called: it cannot know which rows belong to which adapter.")
         alone = self.mutator is not None and self.mutator not in active and not self.held
+        originals = {**self.held, **self.pristine} if not enabled else self.pristine if alone else {}
+        own = {**offload.parameters(self.frozen), **originals}
         with self._parameters_of(self.pristine) if enabled and alone else contextlib.nullcontext():
             for site, (W, b) in self._fold(self._below(stack) if stack else []).items():
                 own.update(site.named(W, b))

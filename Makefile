@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      fine-tune a LoRA on a real model and data (about 6 minutes on 2 cores after the install)"
+	@echo "make demo      fine-tune a LoRA on a real model and data (6 to 10 minutes on 2 cores after the install)"
 	@echo "make test      the tests; test-all adds the slow ones and the linters"
 	@echo "make bench     the benchmarks (ARGS=--write puts their tables into docs/benchmarks.md)"
 	@echo "make lint      ruff and mypy        make format   apply ruff's fixes and layout"

@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Fine-tune a LoRA on real data, show what it learned, and load it again in a fresh process.
 
-    About 6 minutes on 2 cores; no GPU and no hub is needed.
+    6 to 10 minutes on 2 cores; no GPU and no hub is needed.
     """
     # Before torch is imported: threads that wait should sleep, not spin. On a machine that others use too, spinning
     # made training 4 times as slow.

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from trimtab import LoraConfig, get_peft_model, merge_error, prepare_model_for_kbit_training
-from trimtab.core import weights
 from trimtab.files.sources import resolve_base
+from trimtab.formats import weights
 from trimtab.train.data import encode_rows, read_rows
 from trimtab.train.loop import loss_of
 

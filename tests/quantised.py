@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
-from trimtab.core import weights
+from trimtab.formats import weights
 
 IN, HIDDEN, OUT = 64, 96, 8
 

@@ -17,7 +17,7 @@ _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
     "trimtab.methods": ["PeftConfig"],
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
-    "trimtab.model.tasks": [
+    "trimtab.shell.tasks": [
         "PeftModel",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
@@ -29,7 +29,7 @@ _PUBLIC = {
         "get_peft_model",
         "inject_adapter_in_model",
     ],
-    "trimtab.model.auto": [
+    "trimtab.shell.auto": [
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
         "AutoPeftModelForFeatureExtraction",
@@ -38,14 +38,14 @@ _PUBLIC = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ],
-    "trimtab.model.state": [
+    "trimtab.shell.state": [
         "get_base_model_state_dict",
         "get_peft_model_state_dict",
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
-    "trimtab.model.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
-    "trimtab.model.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
+    "trimtab.shell.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
+    "trimtab.shell.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
     "trimtab.files.store": ["load_peft_weights"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _tuner(name: str) -> Any:
-    from trimtab.model.tuner import tuner_class
+    from trimtab.shell.tuner import tuner_class
 
     for peft_type, (_, _, config) in METHODS.items():
         if config.removesuffix("Config") + "Model" == name:

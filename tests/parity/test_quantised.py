@@ -17,7 +17,7 @@ from transformers import TorchAoConfig
 import trimtab
 from tests.parity.pairs import near, parameters, quiet, stir, trainable
 from tests.quantised import FORMATS, inputs, net
-from trimtab.core import weights
+from trimtab.formats import weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

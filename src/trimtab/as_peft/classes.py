@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import config_class
-from trimtab.model.layer import AdaptedLayer
 
 
 def _conv1d() -> type[nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from trimtab.core.config import PeftType, PromptLearningConfig
 from trimtab.files.codec import EMBEDDINGS, PREFIXES
 from trimtab.methods import METHODS, config_class
-from trimtab.model.tuner import tuner_class
+from trimtab.shell.tuner import tuner_class
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = tuple(n for n in dir(torch) if n.startswith("float8_"))

@@ -16,10 +16,10 @@ from trimtab.core.config import CONFIG_NAME, PeftConfig, match_pattern
 from trimtab.core.io import locate
 from trimtab.core.targets import inside, layer_index, matches
 from trimtab.errors import AdapterFileError
-from trimtab.model.layer import AdaptedLayer
-from trimtab.model.peft_model import PeftModel
-from trimtab.model.staging import HALF
-from trimtab.model.state import locate_graft
+from trimtab.graft.staging import HALF
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.shell.peft_model import PeftModel
+from trimtab.shell.state import locate_graft
 
 __all__ = [
     "_get_submodules",

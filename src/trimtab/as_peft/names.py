@@ -25,13 +25,13 @@ MODULES = {
 
 # peft's name: where trimtab has it, under which name.
 ALIASES = {
-    "BaseTuner": "trimtab.model.tuner:Tuner",
-    "BaseTunerLayer": "trimtab.model.layer:AdaptedLayer",
-    "ModulesToSaveWrapper": "trimtab.model.copies:SavedModule",
-    "AuxiliaryTrainingWrapper": "trimtab.model.copies:SavedModule",
+    "BaseTuner": "trimtab.shell.tuner:Tuner",
+    "BaseTunerLayer": "trimtab.layer.adapted:AdaptedLayer",
+    "ModulesToSaveWrapper": "trimtab.layer.copies:SavedModule",
+    "AuxiliaryTrainingWrapper": "trimtab.layer.copies:SavedModule",
     "TrainableTokensWrapper": "trimtab.as_peft.classes:TokensWrapper",
-    "PeftMixedModel": "trimtab.model.peft_model:PeftModel",  # every model can hold adapters of several methods
-    "MixedModel": "trimtab.model.tuner:Tuner",
+    "PeftMixedModel": "trimtab.shell.peft_model:PeftModel",  # every model can hold adapters of several methods
+    "MixedModel": "trimtab.shell.tuner:Tuner",
     "SAFETENSORS_WEIGHTS_NAME": "trimtab.files.store:WEIGHTS",
     "WEIGHTS_NAME": "trimtab.files.store:PICKLED",
     "CONFIG_NAME": "trimtab.core.config:CONFIG_NAME",

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trimtab.core import kernels, offload, weights
+from trimtab.core import kernels
+from trimtab.formats import offload, weights
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer's call
 

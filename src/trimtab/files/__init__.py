@@ -1,1 +1,1 @@
-"""Floor 2: adapters on disk. Knows configs and tensors by name, no model."""
+"""Floor 4: adapters on disk. Knows configs and tensors by name, no model."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import offload
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
+from trimtab.formats import offload
 
 PREFIX = "base_model.model."  # of every key on disk that belongs to a module of the base model
 

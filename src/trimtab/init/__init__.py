@@ -1,4 +1,4 @@
-"""Floor 1: ways to start a low-rank pair. One function a file; the table below is all that knows them by name.
+"""Floor 3: ways to start a low-rank pair. One function a file; the table below is all that knows them by name.
 
 Each takes the method (its `site`, `r`, `scaling` and factors) and fills A and B in place; one that moves part of the
 base's weight into the pair returns what is left, W - s·B·A.

@@ -1,4 +1,4 @@
-"""Floor 1: one file a method. The registry: one line a method, loaded when first used; torch is not, until then."""
+"""Floor 3: one file a method. The registry: one line a method, loaded when first used; torch is not, until then."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from trimtab.core.families import LowRank, wide
 from trimtab.errors import OptimizerError, PeftWarning
-from trimtab.model.layer import AdaptedLayer
+from trimtab.layer.adapted import AdaptedLayer
 
 __all__ = [
     "LoraFAOptimizer",

@@ -1,1 +1,1 @@
-"""Floor 0: one file a kind of layer, beside the plain ones in `core/site.py`, whose table names them all."""
+"""Floor 2: one file a kind of layer, beside the plain ones in `core/site.py`, whose table names them all."""

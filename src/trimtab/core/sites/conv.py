@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import offload, weights
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, ReadOnlyWeight, RouteError
+from trimtab.formats import offload, weights
 
 
 class ConvSite(Site):

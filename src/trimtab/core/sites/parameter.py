@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import weights
 from trimtab.core.site import Call, Site
 from trimtab.errors import ConfigError, RouteError
+from trimtab.formats import weights
 
 
 class ParameterSite(Site):

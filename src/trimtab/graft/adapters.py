@@ -7,8 +7,8 @@ from typing import Any
 
 from trimtab.core.method import Method, PromptMethod
 from trimtab.core.targets import Target
-from trimtab.model.copies import SavedBiases, SavedModule
-from trimtab.model.layer import AdaptedLayer
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedBiases, SavedModule
 
 
 @dataclass

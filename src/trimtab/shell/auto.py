@@ -11,8 +11,8 @@ from trimtab.core.config import PeftConfig, TaskType
 from trimtab.core.io import locate, split_hub_arguments
 from trimtab.errors import ConfigError
 from trimtab.files.sources import resolve_base
-from trimtab.model import tasks as shells
-from trimtab.model.peft_model import PeftModel
+from trimtab.shell import tasks as shells
+from trimtab.shell.peft_model import PeftModel
 
 
 class AutoPeftModel:

@@ -25,8 +25,8 @@ from trimtab.core.families import wide
 from trimtab.core.method import require_rank
 from trimtab.errors import AdapterNameError
 from trimtab.files.codec import copy_keys, leaf_keys
-from trimtab.model.adapter import Adapter
-from trimtab.model.graft import Graft
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.graft import Graft
 
 FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what else decides which layers are adapted
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
 from trimtab.files.codec import PREFIXES
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.combine import Recipe, combine
+from trimtab.graft.graft import Graft
+from trimtab.layer.adapted import require_known
+from trimtab.layer.plan import Rows
 from trimtab.methods import config_class
-from trimtab.model.adapter import Adapter
-from trimtab.model.combine import Recipe, combine
-from trimtab.model.graft import Graft
-from trimtab.model.layer import require_known
-from trimtab.model.route import Rows
 
 
 class Tuner(nn.Module):
@@ -136,7 +136,7 @@ class Tuner(nn.Module):
             adapter_name: the new adapter's name.
             combination_type: "cat" (the exact weighted sum, at the sum of the ranks), "svd" (its best approximation of
                 a given rank), "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" (of the factors), or one
-                of the last four with "_svd" (of the deltas). The formulas are in `trimtab.model.combine`.
+                of the last four with "_svd" (of the deltas). The formulas are in `trimtab.graft.combine`.
             svd_rank: the rank that SVDs are cut to; by default the largest of the adapters'.
             svd_clamp: cut the factors' entries at plus and minus this quantile.
             svd_full_matrices: without effect: the thin SVD gives the same factors.

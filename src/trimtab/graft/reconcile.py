@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trimtab.model.copies import SavedModule
-from trimtab.model.layer import AdaptedLayer
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedModule
 
 if TYPE_CHECKING:
-    from trimtab.model.graft import Graft
+    from trimtab.graft.graft import Graft
 
 
 def reconcile(graft: Graft) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.model.layer import AdaptedLayer
+from trimtab.layer.adapted import AdaptedLayer
 
 Chains = dict[str, list[AdaptedLayer]]  # path of a module -> the layers around it, innermost first
 

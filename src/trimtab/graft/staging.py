@@ -12,16 +12,16 @@ from trimtab.core.report import warn
 from trimtab.core.site import Site, site_class
 from trimtab.core.targets import matches, nearest
 from trimtab.errors import ConfigError
-from trimtab.model.adapter import Adapter
-from trimtab.model.copies import SavedBiases, SavedModule
-from trimtab.model.layer import AdaptedLayer
-from trimtab.model.leaves import Leaves
-from trimtab.model.prompts import complete
-from trimtab.model.selection import companions, tied
-from trimtab.model.slots import holder
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.prompts import complete
+from trimtab.graft.selection import companions, tied
+from trimtab.graft.slots import holder
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedBiases, SavedModule
+from trimtab.layer.leaves import Leaves
 
 if TYPE_CHECKING:
-    from trimtab.model.graft import Graft
+    from trimtab.graft.graft import Graft
 
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import weights
 from trimtab.errors import ConfigError
 from trimtab.files.codec import PREFIX
 from trimtab.files.store import load_peft_weights
-from trimtab.model.graft import Graft, find_graft
-from trimtab.model.layer import first_input
+from trimtab.formats import weights
+from trimtab.graft.graft import Graft, find_graft
+from trimtab.layer.adapted import first_input
 
 
 def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:

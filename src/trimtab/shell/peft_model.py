@@ -19,18 +19,18 @@ from trimtab.errors import ConfigError
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX, Slot, copies_held, fit, gathered
 from trimtab.files.experts import fuse
-from trimtab.model import prompts
-from trimtab.model.convert import subtract_start
-from trimtab.model.graft import Graft, find_graft
-from trimtab.model.state import adapter_tensors
-from trimtab.model.status import (
+from trimtab.graft import prompts
+from trimtab.graft.graft import Graft, find_graft
+from trimtab.shell.convert import subtract_start
+from trimtab.shell.state import adapter_tensors
+from trimtab.shell.status import (
     TunerLayerStatus,
     TunerModelStatus,
     count_parameters,
     get_layer_status,
     get_model_status,
 )
-from trimtab.model.tuner import Tuner, tuner_class
+from trimtab.shell.tuner import Tuner, tuner_class
 
 # Heads that a task trains whole, whatever the config says.
 HEADS = {

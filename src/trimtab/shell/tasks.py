@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
 from trimtab.errors import ConfigError
-from trimtab.model.graft import find_graft
-from trimtab.model.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
-from trimtab.model.tuner import tuner_class
+from trimtab.graft.graft import find_graft
+from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
+from trimtab.shell.tuner import tuner_class
 
 
 def _signature(*names: str) -> Any:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.core.report import warn
-from trimtab.model.layer import AdaptedLayer
+from trimtab.layer.adapted import AdaptedLayer
 
 if TYPE_CHECKING:
-    from trimtab.model.graft import Graft
+    from trimtab.graft.graft import Graft
 
 
 def merge(

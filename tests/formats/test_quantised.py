@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.core.test_weights import PackedLinear, bits
+from tests.formats.test_weights import PackedLinear, bits
 from tests.models import llama, tokens
 from tests.quantised import FORMATS, HIDDEN, IN, inputs, net, quantise, quantised_model, twin
 from trimtab import (
@@ -23,9 +23,9 @@ from trimtab import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from trimtab.core import weights
 from trimtab.errors import ReadOnlyWeight
-from trimtab.model.layer import AdaptedLayer
+from trimtab.formats import weights
+from trimtab.layer.adapted import AdaptedLayer
 
 each = pytest.mark.parametrize("name", FORMATS)
 KINDS: dict[str, dict[str, Any]] = {

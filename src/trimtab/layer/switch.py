@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from trimtab.model.route import Board
+from trimtab.layer.plan import Board
 
 
 class Switched(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import trimtab
 from tests.models import classifier, llama, tokens, toy
-from trimtab.model import combine
-from trimtab.model.combine import TYPES, Recipe, agree, drop, split, split_product, total, trim
+from trimtab.graft import combine
+from trimtab.graft.combine import TYPES, Recipe, agree, drop, split, split_product, total, trim
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name")  # "a" is part of "lora_"
 LAYERS = ["embed", "scaled", "up", "down", "head"]

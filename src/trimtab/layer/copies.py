@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import offload, weights
-from trimtab.model.route import Board
-from trimtab.model.switch import Switched
+from trimtab.formats import offload, weights
+from trimtab.layer.plan import Board
+from trimtab.layer.switch import Switched
 
 
 class SavedModule(Switched):

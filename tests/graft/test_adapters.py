@@ -11,7 +11,7 @@ from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
 from trimtab import LoraConfig, get_layer_status, get_model_status, get_peft_model
 from trimtab.errors import PeftWarning
-from trimtab.model.graft import RESIDENTS
+from trimtab.graft.graft import RESIDENTS
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "head"])
 IDS = tokens()

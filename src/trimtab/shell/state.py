@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from trimtab.core.report import warn
 from trimtab.files.codec import PREFIX, fill, fit, sharded
-from trimtab.model.adapter import Adapter
-from trimtab.model.graft import Graft, find_graft
-from trimtab.model.slots import targets_embeddings
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.slots import targets_embeddings
 
 
 def get_peft_model_state_dict(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from trimtab.core import offload
 from trimtab.errors import ReadOnlyWeight
+from trimtab.formats import offload
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (out, in) as the linear layers of quantisation libraries call them, and what such a layer keeps in place of a weight.

@@ -12,17 +12,17 @@ from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
+from trimtab.graft import merging, slots
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.nesting import Detours, chains, place
+from trimtab.graft.reconcile import reconcile
+from trimtab.graft.selection import choose
+from trimtab.graft.staging import Staged
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedModule
+from trimtab.layer.leaves import Leaves
+from trimtab.layer.plan import BASE, Board, unwatch_checkpointing, watch_checkpointing
 from trimtab.methods import method_class
-from trimtab.model import merging, slots
-from trimtab.model.adapter import Adapter
-from trimtab.model.copies import SavedModule
-from trimtab.model.layer import AdaptedLayer
-from trimtab.model.leaves import Leaves
-from trimtab.model.nesting import Detours, chains, place
-from trimtab.model.reconcile import reconcile
-from trimtab.model.route import BASE, Board, unwatch_checkpointing, watch_checkpointing
-from trimtab.model.selection import choose
-from trimtab.model.staging import Staged
 
 RESIDENTS = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
 

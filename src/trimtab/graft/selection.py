@@ -25,7 +25,7 @@ from trimtab.files.experts import FORMER, rewrite
 from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
 if TYPE_CHECKING:
-    from trimtab.model.graft import Graft
+    from trimtab.graft.graft import Graft
 
 
 def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> list[Target]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import offload, weights
 from trimtab.core.method import Method
 from trimtab.core.site import Site
 from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
-from trimtab.model.leaves import Leaves
-from trimtab.model.route import BASE, Board
-from trimtab.model.switch import Switched
-from trimtab.model.views import View
+from trimtab.formats import offload, weights
+from trimtab.layer.leaves import Leaves
+from trimtab.layer.plan import BASE, Board
+from trimtab.layer.switch import Switched
+from trimtab.layer.views import View
 
 Stack = list[Method]
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer

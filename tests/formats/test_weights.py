@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
 from tests.quantised import FORMATS, HIDDEN, IN, inputs, net, quantise
-from trimtab.core import weights
 from trimtab.errors import ReadOnlyWeight
+from trimtab.formats import weights
 
 each = pytest.mark.parametrize("name", FORMATS)
 
@@ -233,7 +233,7 @@ def test_unreadable() -> None:
 def test_no_library_for_plain_models() -> None:
     """Reading and writing plain layers imports no quantisation library."""
     code = (
-        "import sys, torch; from torch import nn; from trimtab.core import site, weights;"
+        "import sys, torch; from torch import nn; from trimtab.core import site; from trimtab.formats import weights;"
         "l = nn.Linear(2, 2); weights.write(l, 'weight', weights.read(l, l.weight) * 2); weights.plain(l);"
         "assert not {'bitsandbytes', 'torchao'} & set(sys.modules), sys.modules"
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
-from trimtab.model.adapter import Adapter
-from trimtab.model.copies import SavedModule
-from trimtab.model.layer import AdaptedLayer
-from trimtab.model.nesting import chains, place
-from trimtab.model.selection import path_of
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.nesting import chains, place
+from trimtab.graft.selection import path_of
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedModule
 
 if TYPE_CHECKING:
-    from trimtab.model.graft import Graft
+    from trimtab.graft.graft import Graft
 
 
 def slots(graft: Graft, adapter: Adapter) -> list[Slot]:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from trimtab.model.copies import SavedModule
-from trimtab.model.graft import Graft, find_graft
-from trimtab.model.layer import AdaptedLayer
+from trimtab.graft.graft import Graft, find_graft
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.copies import SavedModule
 
 
 @dataclass

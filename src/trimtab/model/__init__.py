@@ -1,1 +1,0 @@
-"""Floor 3: adapters meet a model."""

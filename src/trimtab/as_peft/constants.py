@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from trimtab.core.config import PeftType, PromptLearningConfig
-from trimtab.files.codec import EMBEDDINGS, PREFIXES
-from trimtab.methods import METHODS, config_class
+from trimtab.files.codec import EMBEDDINGS
+from trimtab.methods import METHODS, config_class, load
 from trimtab.shell.tuner import tuner_class
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,7 +27,8 @@ TYPE_CHECKING = False
 
 def prefix_of(peft_type: str) -> str:
     """What the names of a method's tensors start with."""
-    return PREFIXES.get(peft_type, f"{peft_type.lower()}_")
+    file, method, _ = METHODS.get(peft_type, ("", "", ""))
+    return (load(file, method).prefix if file else "") or f"{peft_type.lower()}_"
 
 
 class ByType(Mapping[PeftType, Any]):
@@ -58,4 +59,4 @@ PEFT_TYPE_TO_TUNER_MAPPING = ByType(tuner_class, _adapts_layers)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = ByType(tuner_class, _adapts_layers)
 PEFT_TYPE_TO_PREFIX_MAPPING = ByType(prefix_of)
 
-__all__ = [n for n in list(globals()) if n.isupper() and n not in ("METHODS", "EMBEDDINGS", "PREFIXES")]
+__all__ = [n for n in list(globals()) if n.isupper() and n not in ("METHODS", "EMBEDDINGS")]

@@ -18,19 +18,6 @@ PREFIX = "base_model.model."  # of every key on disk that belongs to a module of
 # Leaves whose name on disk is not their name in memory without the adapter.
 ON_DISK = {"lora_magnitude_vector.{}.weight": "lora_magnitude_vector"}
 
-# What the names of a method's tensors start with.
-PREFIXES = {
-    "ADALORA": "lora_",
-    "IA3": "ia3_",
-    "LN_TUNING": "ln_tuning_",
-    "LOHA": "hada_",
-    "LORA": "lora_",
-    "OFT": "oft_",
-    "PVERA": "pvera_lambda_",
-    "TRAINABLE_TOKENS": "trainable_tokens_",
-    "VERA": "vera_lambda_",
-}
-
 # What PEFT writes beside the tensors it means: with bias="all", biases of modules it saves whole under these names too.
 IGNORED = (".original_module.", ".modules_to_save.")
 
@@ -53,7 +40,7 @@ class Prompt:
 class Slot:
     """One tensor of an adapter: its key in the model's state dict, its key on disk, and where it lives.
 
-    `holder` has the tensor as its attribute `name`, or under that key.
+    `holder` is a module that has the tensor under `name`, or a dict that has it under that key.
     """
 
     memory: str
@@ -65,6 +52,7 @@ class Slot:
     bare: bool = False  # its key has no prefix at all (prompts)
     method: Any = None  # whose tensor it is, under the name `leaf`: it may keep another shape in memory than on disk
     leaf: str = ""
+    state: bool = False  # of the state of training: kept in checkpoints, not in the adapter's file
 
     def on_disk(self, prefix: str = "base_model.model.") -> str:
         """The whole key on disk; `prefix` is what stands before a module's path."""
@@ -122,12 +110,13 @@ class Slot:
         if old.device.type != "meta":
             old.copy_(sharded(value, old))
             return
-        new = value.to(dtype=old.dtype, device=getattr(old, "target_device", value.device))
+        new = value.to(dtype=old.dtype, device=value.device if self.method is None else self.method.site.device)
         new = new.clone() if new is value else new
-        if isinstance(old, nn.Parameter):
-            self.holder._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if isinstance(self.holder, Mapping):
+            self.holder[self.name] = new  # type: ignore[index]
         else:
-            self.holder._buffers[self.name] = new
+            (self.holder._parameters if isinstance(new, nn.Parameter) else self.holder._buffers)[self.name] = new
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
-from trimtab.core.method import require_rank
+from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import mutates, start
@@ -133,22 +133,24 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
-    config, kinds, fused, targets = (
-        LoraConfig,
-        frozenset({"linear", "embedding", "conv", "attention", "parameter"}),
-        True,
-        ATTENTION,
-    )
+    config, prefix, targets = LoraConfig, "lora_", ATTENTION
+    kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
+    fused = frozenset({"linear", "embedding", "conv"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+    combine = LowRank.combined
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
-        self.biased = config.lora_bias
-        if self.biased:
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        leaves = cls.pair(site, config.r)
+        if config.lora_bias:
             if site.kind in ("embedding", "parameter"):
                 raise ConfigError(f"lora_bias=True is not supported for an {site.kind}: '{site.name}' has no bias.")
-            tensors["lora_B.bias"] = self.empty(site.fan_out)  # (out,)
-        return tensors
+            leaves["lora_B.bias"] = Leaf((site.fan_out,))  # (out,)
+        return leaves
+
+    def setup(self, config: Any) -> None:
+        self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
+        self.biased = config.lora_bias
 
     def reset(self, config: Any) -> Tensor | None:
         if self.biased:
@@ -165,6 +167,6 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        h, B = self.update(self.drop(x))
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        h, B = self.update(call.drop(self, x, self.dropout))
         return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)

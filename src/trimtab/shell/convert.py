@@ -12,7 +12,7 @@ from trimtab.files.codec import PREFIX
 from trimtab.files.store import load_peft_weights
 from trimtab.formats import weights
 from trimtab.graft.graft import Graft, find_graft
-from trimtab.layer.adapted import first_input
+from trimtab.layer.spelling import first_input, fold
 
 
 def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -129,9 +129,9 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     graft = next(filter(None, map(find_graft, model.modules())), None)
     lost: dict[str, float] = {}
     for path, layer in graft.layers.items() if graft is not None else ():
-        if not layer.held:
+        if not layer.originals.held:
             continue
-        for site, (W, _) in layer._fold([m for n in layer.merged_adapters for m in layer.methods[n]]).items():
+        for site, (W, _) in fold(layer.below()).items():
             stored = weights.read(layer.frozen, getattr(layer.frozen, site.param)).to(W.dtype)
             change = (W - site.matrix().to(W.dtype)).norm()
             lost[path] = float((stored - site.store(W)).norm() / change.clamp_min(1e-30))

@@ -30,7 +30,7 @@ from trimtab.shell.status import (
     get_layer_status,
     get_model_status,
 )
-from trimtab.shell.tuner import Tuner, tuner_class
+from trimtab.shell.tuner import Tuner, batch_shape, tuner_class
 
 # Heads that a task trains whole, whatever the config says.
 HEADS = {
@@ -134,7 +134,7 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward pass uses any adapter."""
-        route = self.graft.board.route
+        route = self.graft.board.route_here(quiet=True)
         return route.enabled and bool(route.active)
 
     def get_base_model(self) -> nn.Module:
@@ -223,7 +223,7 @@ class PeftModel(nn.Module):
         """Use this adapter (or these, the first innermost) and train just it; with `inference_mode`, train none."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Forget an adapter; if it was active, the first remaining one becomes so."""
         self.base_model.delete_adapter(adapter_name)
 
@@ -234,14 +234,8 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model is the plain base model, even while adapters are merged into it."""
-        graft = self.graft
-        before = graft.board.route
-        graft.set_enabled(False)
-        try:
+        with self.graft.off():
             yield
-        finally:
-            graft.board.route = before
-            graft._place_biases()
 
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -257,12 +251,12 @@ class PeftModel(nn.Module):
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs)
-        with self.base_model.routed(self._checked(adapter_names)):
+        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs)):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route
+        route = self.graft.board.route_here()
         prompts = self.graft.prompts
         found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):

@@ -108,9 +108,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if key not in added
     }
     for adapter in adapters:
-        for path, bias in adapter.biases.originals.items() if adapter.biases else ():
-            if bias is not None:
-                tensors[f"{path}.bias"] = bias
+        for path, bias in adapter.biases.pristine.items() if adapter.biases else ():
+            tensors[f"{path}.bias"] = bias
     return tensors
 
 

@@ -1,4 +1,9 @@
-"""bitsandbytes: NF4, FP4 and LLM.int8()."""
+"""bitsandbytes: NF4, FP4 and LLM.int8().
+
+On processors with AVX512-BF16 its 4-bit layers repack their weight at the first forward in evaluation mode. From then
+on their product has no gradient, in training mode neither, and their scales are rounded to bf16 for good. `pin` keeps
+a layer from it as long as an adapter may need its gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.formats.plain import Format, made_by
+
+REPACKS = "support_avx512bf16_for_cpu"  # the attribute of a Linear4bit
+PINS = "_trimtab_pins"  # how many models' adapters keep a layer from repacking
+
+
+def repacked(state: Any) -> bool:
+    """Whether the scales are those of a repacked weight."""
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A repacked weight as it was, and its scales, which are bf16 numbers now; those given stay as they are."""
+    from bitsandbytes import functional as F
+
+    back = copy.copy(state)
+    back.original_nested = False  # quantised again, the scales would be rounded again
+    packed, back = F._convert_weight_packed_for_cpu_inverse(packed, back)
+    back.absmax = state.absmax.T.reshape(-1).float()  # which the library's way back leaves transposed
+    return packed, back
+
+
+def pin(layer: Any) -> None:
+    """Keep a layer from repacking its weight, which is unpacked, until it is unpinned as often."""
+    own = layer.__dict__
+    if own.get(REPACKS):
+        own[REPACKS], own[PINS] = False, 0
+    if PINS not in own:
+        return
+    own[PINS] += 1
+    weight = layer.weight
+    if repacked(state := Bnb4bit.state(layer, weight)):
+        weight.data, state = unpacked(weight.data, state)
+        layer.quant_state = weight.quant_state = state
+
+
+def unpin(layer: Any) -> None:
+    """Take back one pin; without any, the layer does as its library has it."""
+    own = layer.__dict__
+    if PINS not in own:
+        return
+    own[PINS] -= 1
+    if not own[PINS]:
+        del own[PINS]
+        own[REPACKS] = True
 
 
 class Bnb4bit(Format):
@@ -29,8 +78,8 @@ class Bnb4bit(Format):
         from bitsandbytes import functional as F
 
         packed, state = weight.detach().data, self.state(layer, weight)
-        if getattr(state, "packing_format_for_cpu", False):  # AVX-512 processors repack a weight in evaluation mode
-            packed, state = F._convert_weight_packed_for_cpu_inverse(packed, copy.deepcopy(state))
+        if repacked(state):
+            packed, state = unpacked(packed, state)
         numbers: Tensor = F.dequantize_4bit(packed, state)
         return numbers
 

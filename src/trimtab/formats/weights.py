@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from trimtab.formats import offload
+from trimtab.formats import bitsandbytes, offload
 from trimtab.formats.bitsandbytes import Bnb4bit, Bnb8bit, BnbUnpacked
 from trimtab.formats.opaque import Opaque, packed_linear
 from trimtab.formats.plain import FLOATS, Format, device
 from trimtab.formats.torchao import Subclass
 
 __all__ = [
-    "FORMATS", "compute_dtype", "device", "format_of", "install", "moved", "packed_linear", "plain", "quantised",
-    "read", "run_dtype", "shape", "write",
+    "FORMATS", "compute_dtype", "device", "format_of", "install", "moved", "packed_linear", "pin", "plain",
+    "quantised", "read", "run_dtype", "shape", "unpin", "write",
 ]  # fmt: skip
 
 PLAIN, OPAQUE = Format(), Opaque()
@@ -74,6 +74,18 @@ def install(layer: nn.Module, parameters: Mapping[str, Any]) -> None:
         if new is not None:
             format_of(layer, new).enter(layer, new)
     offload.install(layer, changed)
+
+
+def pin(model: nn.Module) -> None:
+    """Keep every layer of a model from holding its weight another way (`bitsandbytes.pin`), so that gradients pass."""
+    for layer in model.modules():
+        bitsandbytes.pin(layer)
+
+
+def unpin(model: nn.Module) -> None:
+    """Undo one `pin` of a model: its layers hold their weights as their libraries have it."""
+    for layer in model.modules():
+        bitsandbytes.unpin(layer)
 
 
 def moved(parameter: Any, fn: Callable[[Any], Any]) -> None:

@@ -12,6 +12,7 @@ from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
+from trimtab.formats import weights
 from trimtab.graft import merging, slots
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.nesting import Detours, chains, place
@@ -58,6 +59,7 @@ class Graft:
         self.ties = [names for names in owners.values() if len(names) > 1]
         self.detours = Detours()
         self.untied = False  # a merge gave tied layers weights of their own
+        weights.pin(model)
         watch_checkpointing(model, self.board)
 
     @staticmethod
@@ -66,6 +68,7 @@ class Graft:
         graft = model.__dict__.get("_trimtab")
         if graft is not None and not reconcile(graft):
             unwatch_checkpointing(model)
+            weights.unpin(model)
             graft = None
         if graft is None:
             graft = model.__dict__["_trimtab"] = Graft(model)
@@ -298,6 +301,7 @@ class Graft:
         for path, wrapper in self.saved.items():
             self._swap(path, wrapper.chosen() if merge else wrapper.original_module)
         unwatch_checkpointing(self.model)
+        weights.unpin(self.model)
         for attribute in ("_trimtab", "peft_config"):
             self.model.__dict__.pop(attribute, None)
         return self.model

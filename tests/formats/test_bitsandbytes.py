@@ -113,10 +113,12 @@ def test_pinning_unpacks_and_no_forward_repacks(name: str) -> None:
 def test_pins_are_counted_and_change_no_other_processor() -> None:
     layer, other = layer_of("bnb-nf4"), layer_of("bnb-nf4")
     setattr(other, FLAG, False)
+    repack(other)  # elsewhere, or before it was told not to
     model = nn.Sequential(layer, other, nn.Linear(2, 2))
     weights.unpin(model)  # of no pin: nothing
     assert (getattr(layer, FLAG), getattr(other, FLAG)) == (True, False)
     weights.pin(model)
+    assert not packed(other)
     weights.pin(model)
     weights.unpin(model)
     assert (getattr(layer, FLAG), getattr(other, FLAG)) == (False, False)

@@ -38,11 +38,12 @@ def unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
 def pin(layer: Any) -> None:
     """Keep a layer from repacking its weight, which is unpacked, until it is unpinned as often."""
     own = layer.__dict__
-    if own.get(REPACKS):
-        own[REPACKS], own[PINS] = False, 0
-    if PINS not in own:
+    if REPACKS not in own:
         return
-    own[PINS] += 1
+    if own[REPACKS]:
+        own[REPACKS], own[PINS] = False, 0
+    if PINS in own:
+        own[PINS] += 1
     weight = layer.weight
     if repacked(state := Bnb4bit.state(layer, weight)):
         weight.data, state = unpacked(weight.data, state)

@@ -6,7 +6,6 @@ import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +56,6 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ class Call:
             the first axis.
     """
 
-    extras: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
+    extras: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     keys: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
@@ -134,7 +132,7 @@ class Method:
         self.declared: Leaves = {}  # the tensors it has
         self.templates: dict[str, str] = {}  # leaf -> where it lives below `home`
         self.trained: tuple[str, ...] = ()  # the leaves that are trained
-        self.commons: Mapping[str, Any] = NOTHING  # name -> {adapter: shared tensor}
+        self.commons: Mapping[str, Any] = {}  # name -> {adapter: shared tensor}
         self.setup(config)
 
     # ------------------------------------------------------------------ to override

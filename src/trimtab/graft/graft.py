@@ -16,6 +16,7 @@ from trimtab.core.targets import Target
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
+from trimtab.formats import weights
 from trimtab.graft import merging, prompts, slots
 from trimtab.graft.adapters import Adapter, Layout, install
 from trimtab.graft.base import Base
@@ -45,12 +46,16 @@ class Graft:
         self.detours = Detours()
         self.untied = False  # a merge gave tied layers weights of their own
         self.base = Base(model)
+        weights.pin(model)
 
     @staticmethod
     def of(model: nn.Module) -> Graft:
         """The model's graft, made at first."""
         graft: Graft | None = model.__dict__.get("_trimtab")
-        if graft is None or not graft.look():
+        if graft is not None and not graft.look():
+            weights.unpin(model)
+            graft = None
+        if graft is None:
             graft = model.__dict__["_trimtab"] = Graft(model)
         return graft
 
@@ -444,6 +449,7 @@ class Graft:
         self.detours.restore()
         for path, wrapper in self.base.saved.items():
             self.base.swap(path, wrapper.chosen() if merge else wrapper.original_module)
+        weights.unpin(self.model)
         for attribute in ("_trimtab", "peft_config"):
             self.model.__dict__.pop(attribute, None)
         if getattr(self.model, "_hf_peft_config_loaded", False):

@@ -102,10 +102,11 @@ class OFT(Method):
             R = (I + Q) @ R
         elif terms == 2:
             R = I + 2 * Q
+        R = R.expand(self.n, b, b)
         if call is not None and config.module_dropout and self.training:
-            kept = torch.rand(len(R), 1, 1, generator=call.generator(self)) >= config.module_dropout
+            kept = torch.rand(self.n, 1, 1, generator=call.generator(self)) >= config.module_dropout
             R = torch.where(kept.to(R.device), R, I)
-        return R.to(x.dtype).expand(self.n, b, b)
+        return R.to(x.dtype)
 
     def projected(self, v: Tensor) -> Tensor:
         """`v` with every Q cut to the ball ||Q|| <= eps / sqrt(n); in training the tensor itself is."""

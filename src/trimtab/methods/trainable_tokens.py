@@ -51,11 +51,11 @@ class TrainableTokens(Method):
 
     def reset(self, config: Any) -> None:
         if config.init_weights:
-            self.trainable_tokens_delta.copy_(self.rows())
+            self.trainable_tokens_delta.copy_(self.present())
         else:
             self.trainable_tokens_delta.normal_()
 
-    def rows(self) -> Tensor:
+    def present(self) -> Tensor:
         """The tokens' own rows (tokens, dim)."""
         W = self.site.matrix()
         return (W.mT if self.site.kind == "embedding" else W)[self.tokens.to(W.device)]

@@ -19,6 +19,7 @@ import trimtab
 from tests.parity.pairs import near, parameters, quiet, stir, trainable
 from tests.quantised import FORMATS, inputs, net, quantise
 from trimtab.formats import weights
+from trimtab.layer.spelling import fold
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -146,7 +147,7 @@ def test_merge(name: str, kind: str) -> None:
     x = inputs()
     before = ours(x)
     layer = ours.get_submodule("base_model.model.up")
-    ((W, b),) = layer._fold(list(layer.methods["default"])).values()
+    ((W, b),) = fold(layer.methods["default"]).values()
     ours.merge_adapter()
     quiet(theirs.merge_adapter)
     mine, other = (numbers(m) - W for m in (ours, theirs))

@@ -117,7 +117,7 @@ def _piece(tensors: list[Tensor]) -> Tensor | list[Tensor]:
         at += tensor.numel()
     if storage.nbytes() != total * first.itemsize:
         return torch.cat([t.reshape(-1) for t in tensors])
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (total,))
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (total,), (1,))
 
 
 @dataclass(eq=False)

@@ -43,7 +43,13 @@ def combine(graft: Graft, names: Sequence[str], weights: Sequence[float], new: s
     for path, part in parts.items():
         methods, own = [m for m, _ in part], [w for _, w in part]
         templates = {leaf_alias(leaf): t for m in methods for leaf, t in m.templates.items()}
-        for alias, value in type(methods[0]).combine(methods, own, recipe, ranks[path]).items():
+        for alias, value in (
+            type(methods[0])
+            .combine(  # type: ignore[misc]
+                methods, own, recipe, ranks[path]
+            )
+            .items()
+        ):
             tensors[leaf_keys(path, templates[alias], new)[1]] = value
     for name, adapter in adapters.items():
         for wrapper in adapter.saved:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.core.method import PromptMethod
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
+from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import chains, place
@@ -32,10 +33,10 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[S
                 slot = Slot(memory, disk, where, name, optional=not declared.file, method=method, leaf=leaf)
                 slot.state = declared.state
                 found.append(slot)
-    for name, leaf in adapter.layout.shared.items():
+    for name, shared in adapter.layout.shared.items():
         leaves: Any = commons[name]
         store = leaves._parameters if adapter.name in leaves._parameters else leaves._buffers
-        found.append(Slot(f"{name}.{adapter.name}", name, store, adapter.name, optional=not leaf.file, shared=True))
+        found.append(Slot(f"{name}.{adapter.name}", name, store, adapter.name, optional=not shared.file, shared=True))
     for wrapper in adapter.saved:
         module = wrapper.modules_to_save[adapter.name]
         for key in module.state_dict():
@@ -74,8 +75,9 @@ def embeddings(base: Base, adapter: Adapter, reading: bool = False) -> list[Slot
         disks = [f"{path}.{form}" for form in (forms if reading else (own,))]
         around = base.layers.get(path)
         # What is saved is the base's own weight, never one that something is merged into.
-        where: Any = frozen if around is None else around.originals.untouched()
-        holder = frozen if around is None or where["weight"] is frozen._parameters["weight"] else where
+        holder: Any = frozen
+        if around is not None and "weight" in around.originals.held:
+            holder = {"weight": offload.value(frozen, "weight", around.originals.held["weight"], original=True)}
         found += [Slot(memory, disk, holder, "weight", optional=True) for disk in disks]
     return found
 

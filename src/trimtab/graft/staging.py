@@ -53,8 +53,8 @@ class Stage:
             layer: AdaptedLayer = site.owner
             kind = kind_of(site, autocast)
             for cls, options, prefix in wanted:
-                formula = cls(layer, site, "", options)
                 leaves = cls.leaves(site, options, layout.shared)
+                formula = cls(layer, site, "", options)
                 home = len(layout.places)
                 if cls.tied:
                     home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)

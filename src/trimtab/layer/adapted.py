@@ -222,8 +222,9 @@ class AdaptedLayer(Switched):
         layer, originals = self.frozen, self.originals
         for param, own in list(originals.held.items()):
             new = layer._parameters.get(param)
-            same = own is not None and new is not None and type(own) is type(new) is nn.Parameter
-            if same and own.shape == new.shape and own.dtype == new.dtype and own.device == new.device:
+            if own is None or new is None or not (type(own) is type(new) is nn.Parameter):
+                continue
+            if own.shape == new.shape and own.dtype == new.dtype and own.device == new.device:
                 with torch.no_grad():
                     own.data.copy_(new.data)
                 weights.install(layer, {param: own})

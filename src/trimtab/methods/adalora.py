@@ -7,6 +7,7 @@ budget is reached: call `update_and_allocate(step)` after every optimiser step, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,7 +103,7 @@ class AdaLora(Method):
             "lora_E": Leaf((r, 1)),  # (r, 1)
         }
         averages = {  # the sensitivity I and the uncertainty U of each
-            f"{average}_{name[-1]}": Leaf(leaf.shape, train=False, file=False, state=True, buffer=True)
+            f"{average}_{name[-1]}": Leaf(leaf.shape, train=False, file=False, state=True, buffer=True)  # (...)
             for name, leaf in factors.items()
             for average in AVERAGES
         }
@@ -140,7 +141,7 @@ class AdaLora(Method):
         return self.site.add(y, self.site.apply(x, EA), self.lora_B.to(x.dtype))
 
     @classmethod
-    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
+    def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         products = [P for m in methods for P in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
         norms = [torch.linalg.norm(P - torch.eye(len(P), device=P.device, dtype=P.dtype)) for P in products]
         weight: float = config.orth_reg_weight
@@ -148,7 +149,7 @@ class AdaLora(Method):
 
     # ------------------------------------------------------------------ the budget
     @classmethod
-    def step(cls, methods: list[Any], config: Any, t: int) -> None:
+    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         end = config.total_step - config.tfinal
         if t <= end:
             for m in methods:
@@ -182,7 +183,7 @@ class AdaLora(Method):
 
     @staticmethod
     @torch.no_grad()
-    def mask(methods: list[Any], config: Any) -> None:
+    def mask(methods: Sequence[Any], config: Any) -> None:
         """Set to zero what the pattern leaves out, where it has not been cut off already."""
         for m in methods:
             left = (config.rank_pattern or {}).get(m.key, [])

@@ -274,7 +274,7 @@ class PeftModel(nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The prompt of an adapter as it is saved: (tokens, dim), or (tokens, layers · 2 · dim)."""
-        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr]
+        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr,operator]
         return prompt
 
     def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:

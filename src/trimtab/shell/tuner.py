@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
 from trimtab.core.method import Call
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
-from trimtab.graft.combine import Recipe, combine
+from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import require_known
 from trimtab.layer.plan import Plan
@@ -241,7 +242,7 @@ class Tuner(nn.Module):
     def _penalised(self, outputs: Any) -> Any:
         """Outputs whose loss, in training, has the active adapters' penalties added."""
         loss = getattr(outputs, "loss", None)
-        if loss is None or not self.training or not self.graft.board.route.enabled:
+        if loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled:
             return outputs
         for term in self.penalties().values():
             loss = loss + term.to(loss.device)

@@ -99,7 +99,7 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
     with model.disable_adapter():
         before = score(model, tokenizer, task)
     console.print(f"  held-out loss {before.loss:.3f}, exact match {before.exact:.0%}")
-    left = training + time.monotonic() - start  # the adapter is scored as long as the base was
+    left = training + 2 * (time.monotonic() - start)  # held-out loss as it trains, the adapter's score, the reload
     console.print(f"  Expect about {clock(left)} (min:s) more, at this speed.")
 
     scale = LORA["lora_alpha"] / LORA["r"]

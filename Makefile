@@ -17,8 +17,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      fine-tune a LoRA on a real model and data (about 10 minutes on 2 cores after the install)"
-	@echo "make test      the tests; test-all adds the slow ones and the linters"
+	@echo "make demo      fine-tune a LoRA on a real model and data (10 to 15 minutes on 2 cores after the install)"
+	@echo "make test      the tests (about 12 minutes on 2 cores); test-all adds the slow ones and the linters"
 	@echo "make fresh     start as on a new machine: make demo on 8 rows and a plain install, with empty caches"
 	@echo "make bench     the benchmarks (ARGS=--write puts their tables into docs/benchmarks.md)"
 	@echo "make lint      ruff and mypy        make format   apply ruff's fixes and layout"
@@ -30,7 +30,7 @@ help:
 %/.stamp-torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trimtab needs Python 3.11 or newer; set PYTHON=...")'
 	@echo "Making the environment $* and installing torch"
-	@test -x $*/bin/python || $(PYTHON) -m venv $*
+	@test -x $*/bin/pip || $(PYTHON) -m venv $*
 	@$*/$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
@@ -68,7 +68,7 @@ test-all: $(VENV)/.stamp $(ORACLE)/.stamp lint
 	PYTHONPATH=$(ORACLE) $(PYTEST) -n $(JOBS) tests/parity $(ARGS)
 
 fresh:
-	tools/fresh.sh
+	@PYTHON=$(PYTHON) tools/fresh.sh
 
 bench: $(VENV)/.stamp $(ORACLE)/.stamp
 	@set -e; for script in bench/adapter_count.py bench/method_step.py bench/qlora.py; do echo "== $$script"; PYTHONPATH=$(ORACLE) $(VENV)/bin/python $$script $(ARGS); done

@@ -4,11 +4,11 @@
 # Of this machine it uses Python, make, git, and pip's settings and cache (or every run would download torch).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+export PYTHON=${PYTHON:-python3}  # the Makefile's too
 
 root=$(mktemp -d "${TMPDIR:-/tmp}/trimtab-fresh.XXXXXX")
 trap 'rm -rf "$root"' EXIT
-PIP_CACHE_DIR=${PIP_CACHE_DIR:-$("$python" -m pip cache dir)}
+PIP_CACHE_DIR=${PIP_CACHE_DIR:-$("$PYTHON" -m pip cache dir)}
 export PIP_CACHE_DIR XDG_CACHE_HOME=$root/cache TRIMTAB_CACHE=$root/cache/trimtab HF_HOME=$root/cache/huggingface
 export TORCH_HOME=$root/cache/torch MPLCONFIGDIR=$root/cache/matplotlib PYTHONNOUSERSITE=1
 unset VIRTUAL_ENV PYTHONPATH PYTHONHOME MAKEFLAGS MAKELEVEL
@@ -24,7 +24,7 @@ rm -rf "$root/clone/.venv-demo" "$root/clone/runs" "$root/cache"
 
 step "pip install ."
 plain=$root/plain
-"$python" -m venv "$plain"
+"$PYTHON" -m venv "$plain"
 pip() { "$plain/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"; }
 pip "$(grep '^torch==' constraints.txt)"  # first and pinned, as in the Makefile
 pip "$root/clone"

@@ -8,6 +8,7 @@ PeftError(Exception)
 ├── ReadOnlyWeight(ValueError)              a number format that can be read but not written
 ├── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
 ├── BaseModelError(OSError)                 a base model that cannot be fetched, checked or converted
+├── MissingPackageError(ImportError)        a package that only some uses need; the message says how to install it
 ├── DataError(ValueError)                   rows that cannot be trained on, named by file and line
 ├── TrainError(RuntimeError)                a run that cannot go on, or cannot be resumed
 └── OptimizerError(ValueError)              an optimiser that does not fit the model's adapters
@@ -51,6 +52,10 @@ class RouteError(PeftError, RuntimeError):
 
 class BaseModelError(PeftError, OSError):
     """The base model could not be had. The message says why and what to do."""
+
+
+class MissingPackageError(PeftError, ImportError):
+    """A package that only some uses of trimtab need is not installed; the message says which extra brings it."""
 
 
 class TrainError(PeftError, RuntimeError):

@@ -295,9 +295,10 @@ def _tell(plan: Plan, model: nn.Module, args: Any, kwargs: Any) -> None:
 def _progress(show: bool) -> Callable[[Any], Any]:
     if not show:
         return iter
-    from tqdm import tqdm
+    from rich.console import Console
+    from rich.progress import track
 
-    return lambda items: tqdm(items, desc="Merging")
+    return lambda items: track(items, "Merging", console=Console(stderr=True))
 
 
 _CLASSES: dict[str, type[Tuner]] = {}

@@ -68,16 +68,11 @@ class Layout:
             yield -1, name, leaf, (leaf.dtype or self.shared_kind[0], self.shared_kind[1])
 
     def buffers(self, device: torch.device | None = None) -> list[Tensor]:
-        """New tensors for all spans, in one piece of memory for each format."""
-        spans = list(self.spans())
-        sizes: dict[Kind, int] = {}
-        for _, _, leaf, kind in spans:
-            sizes[kind] = sizes.get(kind, 0) + _numel(leaf.shape)
-        flat = {kind: torch.empty(n, dtype=kind[0], device=device or kind[1]) for kind, n in sizes.items()}
-        return self.cut({**flat})
+        """New tensors for all spans. Each has memory of its own: what shares some is saved once by other libraries."""
+        return [torch.empty(leaf.shape, dtype=k[0], device=device or k[1]) for _, _, leaf, k in self.spans()]
 
     def cut(self, numbers: Numbers) -> list[Tensor]:
-        """The tensors of all spans out of an adapter's numbers; each has a version counter of its own."""
+        """The tensors of all spans out of an adapter's numbers, each in memory of its own."""
         at: dict[Kind, int] = dict.fromkeys(numbers, 0)
         tensors = []
         for _, _, leaf, kind in self.spans():
@@ -86,12 +81,12 @@ class Layout:
                 tensors.append(flat[at[kind]])
                 at[kind] += 1
                 continue
-            tensors.append(flat[at[kind] : at[kind] + size].view(leaf.shape).data)
+            tensors.append(flat[at[kind] : at[kind] + size].view(leaf.shape).clone())
             at[kind] += size
         return tensors
 
     def packed(self, tensors: Sequence[Tensor]) -> Numbers:
-        """The tensors of all spans in one piece for each format: their own memory, where it is laid out so."""
+        """The tensors of all spans in one piece for each format."""
         groups: dict[Kind, list[Tensor]] = {}
         for (_, _, _, kind), tensor in zip(self.spans(), tensors, strict=True):
             groups.setdefault(kind, []).append(tensor.detach())
@@ -109,15 +104,7 @@ def _piece(tensors: list[Tensor]) -> Tensor | list[Tensor]:
     first = tensors[0]
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
         return tensors
-    storage, at, total = first.untyped_storage(), 0, sum(t.numel() for t in tensors)
-    for tensor in tensors:
-        own = tensor.untyped_storage().data_ptr() == storage.data_ptr() and tensor.is_contiguous()
-        if not own or tensor.storage_offset() != at:
-            return torch.cat([t.reshape(-1) for t in tensors])
-        at += tensor.numel()
-    if storage.nbytes() != total * first.itemsize:
-        return torch.cat([t.reshape(-1) for t in tensors])
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (total,), (1,))
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 @dataclass(eq=False)

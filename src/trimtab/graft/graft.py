@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import Method, ModelMethod, PromptMethod
+from trimtab.core.method import ModelMethod, PromptMethod
 from trimtab.core.report import warn
-from trimtab.core.targets import Target
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
@@ -22,15 +20,13 @@ from trimtab.graft.adapters import Adapter, Layout, install
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, chains, place
 from trimtab.graft.residents import Residents
-from trimtab.graft.selection import choose
-from trimtab.graft.staging import Stage, kind_of
+from trimtab.graft.staging import Stage, start
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
 from trimtab.layer.plan import BASE, Board
 from trimtab.methods import method_class
 
 Fill = Callable[[list[Slot]], Mapping[str, Tensor]]
-OWN_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping")
 
 
 class Graft:
@@ -147,7 +143,7 @@ class Graft:
             if issubclass(method, ModelMethod):
                 layout, prompt = Layout(config, []), self._prompt(method, config)
             else:
-                layout = self._layout(stage, config, method, autocast, strict)
+                layout = stage.layout(config, method, autocast, strict, self.layouts)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
             self.residents.adapters[name] = adapter
             self._build(stage, adapter, tensors, meta)
@@ -172,26 +168,6 @@ class Graft:
                 f"An adapter cannot be called '{name}': its tensors are attributes of modules, which have one of that "
                 "name already."
             )
-
-    def _layout(self, stage: Stage, config: Any, method: type[Method], autocast: bool, strict: bool) -> Layout:
-        """Where the adapter has which tensors; known already where another of the same config was added."""
-        key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
-        known = self.layouts.get(key)
-        if known is not None and self._still(known, autocast):
-            for field in config.to_dict().keys() - set(OWN_FIELDS):
-                setattr(config, field, getattr(known.config.copy(), field))
-            return known
-        targets: list[Target] = choose(self.base, config, method, strict)
-        layout = stage.layout(config, method, targets, autocast)
-        if not any(place.follows and config.resolve("") is not config for place in layout.places):
-            self.layouts[key] = layout
-        return layout
-
-    def _still(self, layout: Layout, autocast: bool) -> bool:
-        live = set(map(id, self.base.layers.values()))
-        return bool(layout.places) and all(
-            id(p.layer) in live and kind_of(p.method.site, autocast) == p.kind for p in layout.places
-        )
 
     def _prompt(self, method: type[ModelMethod], config: Any) -> ModelMethod:
         """A method of the model, started as the config says."""
@@ -218,31 +194,17 @@ class Graft:
             )
         if tensors is None:
             if not meta:
-                self._start(adapter)
+                start(adapter, self.commons)
             return
         own = slots.slots(self.base, self.commons, adapter)
         wanted = [*own, *slots.embeddings(self.base, adapter, reading=True)]
         values = tensors(wanted)
         lacking = any(s.on_disk() not in values for s in own)
         if not meta and (lacking or adapter.method.mutates(adapter.config)):
-            self._start(adapter)  # what the file does not say starts as it would anew
+            start(adapter, self.commons)  # what the file does not say starts as it would anew
         for slot in wanted:
             if slot.on_disk() in values:
                 slot.put(values[slot.on_disk()])
-
-    @torch.no_grad()
-    def _start(self, adapter: Adapter) -> None:
-        """Give the tensors their starting values."""
-        if adapter.layout.shared:
-            sites = [m.site for m in adapter.methods]
-            shared = {name: self.commons[name].find(adapter.name) for name in adapter.layout.shared}
-            adapter.method.start_shared(adapter.config, sites, shared)
-        for layer in adapter.layers:
-            for method in layer.methods[adapter.name]:
-                if method.home is layer and (W := method.reset(method.options)) is not None:
-                    layer.originals.take(adapter.name, method.site.param)
-                    method.site.write(W, None)
-                    layer.changed()
 
     def _commit(self, stage: Stage, adapter: Adapter) -> None:
         """Swap in what was staged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,14 @@ from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place
 from trimtab.graft.base import Base
-from trimtab.graft.selection import companions
+from trimtab.graft.selection import choose, companions
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
 from trimtab.layer.copies import SavedModule
+from trimtab.layer.leaves import Leaves
 from trimtab.layer.plan import Board
 
+OWN_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping")
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 Wanted = tuple[type[Method], Any, str]  # a method, its config at the site, the prefix of its leaves
 
@@ -39,8 +42,34 @@ class Stage:
         self.saved: dict[str, SavedModule] = {}
 
     # ------------------------------------------------------------------ layers
-    def layout(self, config: Any, method: type[Method], targets: list[Target], autocast: bool) -> Layout:
-        """The adapter's methods at its targets' layers, and the tensors they have there."""
+    def layout(
+        self, config: Any, method: type[Method], autocast: bool, strict: bool, known: dict[str, Layout]
+    ) -> Layout:
+        """The adapter's methods at its targets' layers, and the tensors they have there; completes the config.
+
+        Args:
+            known: by config, of adapters that were added before; a new one is put in.
+        """
+        key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
+        found = known.get(key)
+        if found is not None and self._stands(found, autocast):
+            complete = found.config.copy()
+            for field in config.to_dict().keys() - set(OWN_FIELDS):
+                setattr(config, field, getattr(complete, field))
+            return found
+        layout = self._laid_out(config, method, choose(self.base, config, method, strict), autocast)
+        layout.config = config.copy()
+        known[key] = layout
+        return layout
+
+    def _stands(self, layout: Layout, autocast: bool) -> bool:
+        """Whether a layout's layers are still in the model, and in the number formats they had."""
+        live = set(map(id, self.base.layers.values()))
+        return bool(layout.places) and all(
+            id(p.layer) in live and kind_of(p.method.site, autocast) == p.kind for p in layout.places
+        )
+
+    def _laid_out(self, config: Any, method: type[Method], targets: list[Target], autocast: bool) -> Layout:
         layout = Layout(config, targets)
         plans = self._plans(config, method, targets)
         params = {t.name: t.param for t in targets if t.param}
@@ -161,6 +190,20 @@ class Stage:
         layers = {p: around[p] for p in biased if p in around and (kind == "all" or p in targeted)}
         modules = {p: m for p, m in biased.items() if p not in around and kind == "all"}
         adapter.biases = TrainedBiases(adapter.name, layers, modules)
+
+
+@torch.no_grad()
+def start(adapter: Adapter, commons: Mapping[str, Leaves]) -> None:
+    """Give an adapter's tensors their starting values."""
+    if adapter.layout.shared:
+        shared = {name: commons[name].find(adapter.name) for name in adapter.layout.shared}
+        adapter.method.start_shared(adapter.config, [m.site for m in adapter.methods], shared)
+    for layer in adapter.layers:
+        for method in layer.methods[adapter.name]:
+            if method.home is layer and (W := method.reset(method.options)) is not None:
+                layer.originals.take(adapter.name, method.site.param)
+                method.site.write(W, None)
+                layer.changed()
 
 
 def kind_of(site: Site, autocast: bool) -> Kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,21 +11,19 @@ from torch import Tensor, nn
 
 from trimtab.core.method import Method
 from trimtab.core.site import Site
-from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
+from trimtab.errors import ReadOnlyWeight, RouteError
 from trimtab.formats import offload, weights
 from trimtab.layer import groups
+from trimtab.layer.face import Face
 from trimtab.layer.leaves import Leaves
 from trimtab.layer.originals import Originals
 from trimtab.layer.plan import BASE, Board, Route
 from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled
-from trimtab.layer.switch import Switched
-from trimtab.layer.views import View
 
-NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 Step = Callable[..., Any]
 
 
-class AdaptedLayer(Switched):
+class AdaptedLayer(Face):
     """A frozen layer (`base_layer`) with any number of adapters of any methods.
 
     What it computes follows the current route: nothing, one or several adapters stacked (the first of `active`
@@ -269,71 +267,7 @@ class AdaptedLayer(Switched):
         residents = self.board.residents
         return residents.parked_at(self, leaves) if residents is not None else []
 
-    @property
-    def adapters(self) -> list[str]:
-        """The adapters that are here."""
-        residents = self.board.residents
-        return [*self.methods, *(residents.parked_at(self) if residents is not None else ())]
-
-    def adapter_parameters(self, adapter: str) -> Iterator[tuple[Any, nn.Parameter]]:
-        """(method, parameter) for each trained tensor of an adapter here."""
-        for method in self.methods.get(adapter, ()):
-            if method.home is self:
-                for leaf in method.trained:
-                    yield method, method.tensor(leaf)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable or frozen."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad)
-
-    # ------------------------------------------------------------------ this layer by itself
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter of this layer; if it was in use, the first remaining one takes its place."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"Adapter '{adapter_name}' is merged into the base: call unmerge_adapter() first.")
-        self.originals.give_back(adapter_name)
-        self.detach(adapter_name)
-        active = [n for n in self.active_adapters if n != adapter_name]
-        if len(active) != len(self.active_adapters):
-            self.set_adapter(active or list(self.methods)[:1])
-
-    def get_base_layer(self) -> nn.Module:
-        """The frozen layer."""
-        return self.frozen
-
-    def _scaled(self, change: Callable[[Any], float], names: Sequence[str]) -> None:
-        for method in (m for n in names for m in self.methods.get(n, ()) if "scaling" in m.views):
-            method.scaling = change(method)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to `scale` times its own."""
-        self.bring(adapter)
-        self._scaled(lambda m: float(scale * m.unit), (adapter,))
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        self._scaled(lambda m: float(m.scaling * scale), self.active_adapters)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters, or without an argument set it back to their own."""
-        self._scaled(lambda m: float(m.unit if scale is None else m.scaling / scale), self.active_adapters)
-
     # ------------------------------------------------------------------ as a module
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or name in NOT_OURS or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-        if any(name in site.reads for site in self.__dict__.get("sites", {}).values()):
-            return self.read(name)
-        for methods in self.__dict__.get("methods", {}).values():
-            if any(name in m.views for m in methods):
-                return View(self, name)
-        return getattr(self.base_layer, name)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer":
             self.__dict__["kept"] = None
@@ -352,14 +286,3 @@ class AdaptedLayer(Switched):
         super()._apply(fn, recurse)
         self.changed()
         return self
-
-    def extra_repr(self) -> str:
-        """The adapters and their methods."""
-        return ", ".join(f"{n}: {' + '.join(type(m).__name__ for m in ms)}" for n, ms in self.methods.items())
-
-
-def require_known(names: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
-    """Raise `AdapterNameError` for names that no adapter has."""
-    unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
-    if unknown:
-        raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} not found. Known: {list(known)}.")

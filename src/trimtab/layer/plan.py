@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.method import Call
-from trimtab.errors import RouteError
+from trimtab.errors import AdapterNameError, RouteError
 from trimtab.layer import checkpointing
 
 BASE = "__base__"  # the row that wants no adapter
@@ -292,3 +292,10 @@ class Board:
                 "Checkpointing other than torch's own must run its backward pass before `set_adapter`, "
                 "`disable_adapter` or a mixed batch changes them."
             )
+
+
+def require_known(names: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
+    """Raise `AdapterNameError` for names that no adapter has."""
+    unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
+    if unknown:
+        raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} not found. Known: {list(known)}.")

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
@@ -166,6 +168,19 @@ class Lora(LowRank):
             return b
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        plain = self.site.plain()
+        if plain is None or self.biased or (self.dropout and self.training):
+            return None
+        (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
+        A, B = pa[ka], pb[kb]
+        if not (x.dtype == W.dtype == A.dtype == B.dtype):
+            return None
+        y, h = F.linear(x, W, b), F.linear(x, A)
+        if y.ndim == 2:
+            return torch.addmm(y, h, B.T, alpha=self.scaling)
+        return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, self.r), B.T, alpha=self.scaling).view_as(y)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))

@@ -17,8 +17,7 @@ from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.adapted import require_known
-from trimtab.layer.plan import Plan
+from trimtab.layer.plan import Plan, require_known
 from trimtab.methods import config_class, method_class
 
 

@@ -1,0 +1,56 @@
+"""trimtab check"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.cli import common
+
+if TYPE_CHECKING:
+    from trimtab.export.check import Finding
+
+
+def check(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
+    engines: Annotated[
+        str, typer.Option("--for", help="Whom to ask about: vllm,llama.cpp,ollama,mlx,peft.")
+    ] = "vllm,llama.cpp,ollama,mlx,peft",
+    as_json: common.Json = False,
+) -> None:
+    """Show what other programs would refuse of an adapter, or silently compute otherwise, and what to do about it.
+
+    Example: trimtab check runs/a/adapter --for vllm,llama.cpp
+
+    Ends with 1 where one of them could not use it as it is.
+    """
+    common.ready()
+    from trimtab.export.check import check_adapter, known
+    from trimtab.export.rules import ENGINES
+
+    wanted = known([e.strip() for e in engines.split(",") if e.strip()])
+    found = check_adapter(adapter, wanted)
+    if as_json:
+        read_in = {e: ENGINES[e].read_in for e in wanted}
+        common.emit({"adapter": adapter, "engines": read_in, "fit": not any(f.fault for f in found), "findings": found})
+    else:
+        _render(adapter, {e: ENGINES[e].read_in for e in wanted}, found)
+    if any(f.fault for f in found):
+        raise typer.Exit(1)
+
+
+def _render(adapter: str, engines: dict[str, str], found: list[Finding]) -> None:
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    out = common.console()
+    out.print(f"[bold]{escape(adapter)}[/bold]\n")
+    style = {"refused": "bold red", "wrong": "bold yellow", "needs": "cyan"}
+    for engine, version in engines.items():
+        own = [f for f in found if f.engine == engine]
+        verdict = "[bold red]no[/bold red]" if any(f.fault for f in own) else "[bold green]yes[/bold green]"
+        out.print(f"{verdict:>4}  [bold]{engine}[/bold] [dim]{version}[/dim]")
+        for f in own:
+            out.print(Padding(f"[{style[f.verdict]}]{f.verdict}[/]  it {escape(f.what)}", (0, 0, 0, 5)))
+            out.print(Padding(f"[dim]-> {escape(f.fix)}[/dim]", (0, 0, 0, 14)))

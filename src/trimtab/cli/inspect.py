@@ -1,0 +1,102 @@
+"""trimtab inspect"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.cli import common
+
+if TYPE_CHECKING:
+    from trimtab.rank.inspect import Inspection, Layer
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Every layer, not groups of them.")] = False,
+    as_json: common.Json = False,
+) -> None:
+    """Show what is in an adapter's files: config, sizes, norms, ranks that are used, NaN. No base model is needed.
+
+    Example: trimtab inspect runs/a/adapter
+
+    Ends with 1 where the adapter is damaged or changes nothing.
+    """
+    common.ready()
+    from trimtab.rank.inspect import inspect as run
+
+    found = run(adapter)
+    if as_json:
+        common.emit(found)
+    else:
+        _render(found, layers)
+    if found.faults:
+        raise typer.Exit(1)
+
+
+def _render(found: Inspection, whole: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = common.console()
+    out.print(f"[bold]{escape(found.source)}[/bold]\n")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("method", found.method + (f", {found.task}" if found.task else ""))
+    table.add_row("base", escape(str(found.base)) + (f" at {found.revision}" if found.revision else ""))
+    if found.layers:
+        ranks, scales = ({getattr(x, n) for x in found.layers} for n in ("rank", "scale"))
+        table.add_row("rank", _span(ranks) + f", scale {_span(scales)}")
+    formats = ", ".join(f"{n:,} {name}" for name, n in found.dtypes.items())
+    table.add_row("parameters", f"{formats} ({common.size(found.bytes)})")
+    table.add_row("sha256", found.sha256)
+    table.add_row(
+        "norm of dW", common.figure(found.norm) + f" over {len(found.layers)} layers" if found.layers else "-"
+    )
+    if found.provenance:
+        table.add_row("provenance", ", ".join(map(escape, found.provenance)))
+    out.print(table)
+    if found.layers:
+        out.print()
+        out.print(_layers(found.layers, whole))
+        out.print("[dim]used: exp of the entropy of the singular values, of r; stable: norm² / largest²[/dim]")
+    if found.rest:
+        few = list(found.rest.items())[: None if whole else 5]
+        listed = ", ".join(f"{escape(k)} {common.figure(v)}" for k, v in few)
+        out.print(
+            f"\n{len(found.rest)} other tensors, by norm: {listed}" + (" ..." if len(few) < len(found.rest) else "")
+        )
+    for line in found.notes:
+        out.print(f"\n[dim]{escape(line)}[/dim]")
+    for line in found.faults:
+        out.print(f"\n[bold red]Fault:[/bold red] {escape(line)}")
+
+
+def _layers(layers: list[Layer], whole: bool) -> object:
+    """A table with a row a layer, or a row for all layers of one name."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("layers", "dW", "r", "norm", "largest", "used", "stable", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    groups: dict[str, list[Layer]] = {}
+    for x in layers:
+        groups.setdefault(x.path if whole else x.path.rpartition(".")[2], []).append(x)
+    for name, some in groups.items():
+        label = name if whole or len(some) == 1 else f"{name} x {len(some)}"
+
+        def span(field: str, some: list[Layer] = some) -> str:
+            return _span({round(getattr(x, field), 4) for x in some})
+
+        shapes = {"x".join(map(str, x.shape)) for x in some}
+        table.add_row(escape(label), shapes.pop() if len(shapes) == 1 else "various", _span({x.rank for x in some}),
+                      span("norm"), span("largest"), span("effective_rank"), span("stable_rank"))  # fmt: skip
+    return table
+
+
+def _span(values: set[float]) -> str:
+    """ "8", or "4 to 16"."""
+    low, high = min(values), max(values)
+    text = [str(v) if isinstance(v, int) else common.figure(v, 2) for v in (low, high)]
+    return text[0] if text[0] == text[1] else f"{text[0]} to {text[1]}"

@@ -43,14 +43,17 @@ def check(
 def _render(adapter: str, engines: dict[str, str], found: list[Finding]) -> None:
     from rich.markup import escape
     from rich.padding import Padding
+    from rich.table import Table
 
     out = common.console()
     out.print(f"[bold]{escape(adapter)}[/bold]\n")
     style = {"refused": "bold red", "wrong": "bold yellow", "needs": "cyan"}
     for engine, version in engines.items():
         own = [f for f in found if f.engine == engine]
-        verdict = "[bold red]no[/bold red]" if any(f.fault for f in own) else "[bold green]yes[/bold green]"
-        out.print(f"{verdict:>4}  [bold]{engine}[/bold] [dim]{version}[/dim]")
+        verdict = "[bold red]no [/bold red]" if any(f.fault for f in own) else "[bold green]yes[/bold green]"
+        out.print(f"{verdict}  [bold]{engine}[/bold] [dim]{version}[/dim]")
         for f in own:
-            out.print(Padding(f"[{style[f.verdict]}]{f.verdict}[/]  it {escape(f.what)}", (0, 0, 0, 5)))
-            out.print(Padding(f"[dim]-> {escape(f.fix)}[/dim]", (0, 0, 0, 14)))
+            table = Table.grid(padding=(0, 2, 0, 0))
+            table.add_row(f"[{style[f.verdict]}]{f.verdict}[/]", f"it {escape(f.what)}")
+            table.add_row("", f"[dim]-> {escape(f.fix)}[/dim]")
+            out.print(Padding(table, (0, 0, 0, 5)))

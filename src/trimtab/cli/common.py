@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from trimtab.shell.opening import Opened
 
@@ -85,6 +86,16 @@ def console() -> Console:
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return Console(width=width, highlight=False)
+
+
+def grid(*heads: str, right: bool = True) -> Table:
+    """A table without lines, so narrow that eighty columns do; figures stand on the right."""
+    from rich.table import Table
+
+    table = Table(*heads, show_header=bool(heads), box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:] if right else ():
+        column.justify, column.no_wrap = "right", True
+    return table
 
 
 def emit(value: Any) -> None:

@@ -42,15 +42,15 @@ def compare(
     opened = common.open_quietly(model, [adapter], dtype, device)
     from trimtab.train.compare import compare as run
     from trimtab.train.evaluate import examples_of
+    from trimtab.train.generate import asked_in
 
     tokenizer = opened.need_tokenizer()
     columns = common.fields(prompt_field, completion_field)
     examples = examples_of(data, tokenizer, limit, columns, system=system) if data is not None else []
     (name,) = opened.adapters
-    with common.counting("Comparing", (2 + null) * (len(prompt or "..."[:3]) + len(examples))) as done:
-        result = run(
-            opened.model, tokenizer, name, prompt or (), examples, null, max_new_tokens, system, raw, seed, done
-        )
+    prompts = prompt or (asked_in(data, 3, columns) if data is not None else [])
+    result = run(opened.model, tokenizer, name, prompts, examples, null, max_new_tokens, system, raw, seed,
+                 common.counting)  # fmt: skip
     nothing = result.changes_nothing
     if as_json:
         common.emit({"model": opened.base, "path": adapter, "changes_nothing": nothing is not None, "why": nothing,
@@ -80,9 +80,7 @@ def _render(result: Comparison, adapter: str, base: str) -> None:
         table.caption_justify = "left"
         out.print(table)
         out.print()
-    table = Table("", *map(escape, names), box=None, padding=(0, 3, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = common.grid("", *map(escape, names))
     for label, cells in _rows(result):
         table.add_row(label, *(cells.get(n, "") for n in names))
     out.print(table)

@@ -34,45 +34,36 @@ def diff(
 
 def _render(found: Difference, whole: bool) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     out = common.console()
     out.print(f"[bold]a[/bold]  {escape(found.sources[0])}\n[bold]b[/bold]  {escape(found.sources[1])}\n")
     if found.identical:
         out.print("Every tensor is the same, bit for bit.\n")
     if found.config:
-        table = Table("config", "a", "b", box=None, padding=(0, 2, 0, 0))
+        table = common.grid("config", "a", "b", right=False)
         for name, (a, b) in found.config.items():
             table.add_row(name, escape(str(a)), escape(str(b)))
         out.print(table)
         out.print()
     if found.pairs:
-        table = Table("all layers", "a", "b", box=None, padding=(0, 2, 0, 0))
+        table = common.grid("all layers", "a", "b")
         table.add_row("norm of dW", *map(common.figure, found.norms))
         table.add_row("cosine of the deltas", common.figure(found.cosine))
-        table.add_row("disturbed by the other", common.percent(found.into_first), common.percent(found.into_second))
+        table.add_row("disturbed by the other", *map(common.percent, (found.into_first, found.into_second)))
+        table.add_row("  by chance", *map(common.percent, found.chance))
         out.print(table)
         out.print(
-            f"[dim]disturbed: how strongly the other's delta answers to the inputs this one reads, of its own answer; "
-            f"by chance {common.percent(found.chance)}[/dim]\n"
+            "[dim]disturbed: how strongly the other answers to the inputs this one reads, of its own answer[/dim]\n"
         )
-        table = Table(
-            "layers", "norm a", "norm b", "cosine", "a disturbed", "b disturbed", box=None, padding=(0, 2, 0, 0)
-        )
+        table = common.grid("layers", "norm a", "norm b", "cosine", "a disturbed", "b disturbed")
         ranked = sorted(found.pairs, key=lambda p: -abs(p.cosine) if p.cosine == p.cosine else 1.0)
         for p in found.pairs if whole else ranked[:10]:
-            table.add_row(escape(p.path), *(common.figure(x) for x in (*p.norms, p.cosine)),
+            table.add_row(escape(p.path.removeprefix("model.")), *(common.figure(x) for x in (*p.norms, p.cosine)),
                           common.percent(p.into_first), common.percent(p.into_second))  # fmt: skip
-        for column in table.columns[1:]:
-            column.justify = "right"
         out.print(table)
         if not whole and len(found.pairs) > 10:
             out.print(f"[dim]the ten most alike of {len(found.pairs)}; --layers shows all[/dim]")
-    for label, paths in (
-        ("only in a", found.only[0]),
-        ("only in b", found.only[1]),
-        ("of other shapes", found.unequal),
-    ):
+    for label, paths in zip(("only in a", "only in b", "of other shapes"), (*found.only, found.unequal)):
         if paths:
             out.print(f"\n{len(paths)} layers {label}: {escape(', '.join(paths[:5]))}" + (" ..." if paths[5:] else ""))
     if found.tensors:

@@ -54,8 +54,7 @@ def evaluate(
     columns = common.fields(prompt_field, completion_field)
     examples = examples_of(data, tokenizer, limit, columns, system=system)
     began = time.monotonic()
-    with common.counting("Scoring rows", len(examples)) as done:
-        result = evaluate_rows(opened.model, tokenizer, examples, metric or (), max_new_tokens, batch_size, done)
+    result = evaluate_rows(opened.model, tokenizer, examples, metric or (), max_new_tokens, batch_size, common.counting)
     seconds = time.monotonic() - began
     if as_json:
         common.emit({"model": opened.base, "adapters": opened.adapters, "data": str(data), "rows": len(examples),
@@ -75,7 +74,7 @@ def _render(opened: Opened, data: Path, examples: list[Example], result: Evaluat
     who = " + ".join(opened.adapters.values())
     out.print(f"[bold]{escape(who or opened.base)}[/bold]" + (f" on {escape(opened.base)}" if who else ""))
     out.print(f"{len(examples)} rows of {escape(str(data))}, {loss.tokens:,} trained tokens ({opened.where})\n")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = common.grid()
     table.add_row("loss", common.figure(loss.loss), "nats a trained token")
     table.add_row("perplexity", common.figure(loss.perplexity, 2), "exp(loss)")
     table.add_row("next token", common.percent(loss.next_token), "of the trained tokens are its own choice")

@@ -62,9 +62,8 @@ def generate(
         stream(opened.model, tokenizer, prompts[0], write, None, max_new_tokens, system, raw, **sampling)
         print()
         return
-    with common.counting("Answering", len(prompts) * max(len(names), 1)) as done:
-        answers = answer(opened.model, tokenizer, prompts, names or None, max_new_tokens, batch_size, system, raw, done,
-                         **sampling)  # fmt: skip
+    answers = answer(opened.model, tokenizer, prompts, names or None, max_new_tokens, batch_size, system, raw,
+                     common.counting, **sampling)  # fmt: skip
     if as_json:
         common.emit({"model": opened.base, "adapters": opened.adapters, "answers": answers})
         return

@@ -37,11 +37,10 @@ def inspect(
 
 def _render(found: Inspection, whole: bool) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     out = common.console()
     out.print(f"[bold]{escape(found.source)}[/bold]\n")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = common.grid()
     table.add_row("method", found.method + (f", {found.task}" if found.task else ""))
     table.add_row("base", escape(str(found.base)) + (f" at {found.revision}" if found.revision else ""))
     if found.layers:
@@ -75,28 +74,26 @@ def _render(found: Inspection, whole: bool) -> None:
 def _layers(layers: list[Layer], whole: bool) -> object:
     """A table with a row a layer, or a row for all layers of one name."""
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("layers", "dW", "r", "norm", "largest", "used", "stable", box=None, padding=(0, 2, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = common.grid("layers", "dW", "r", "norm", "largest", "used", "stable")
     groups: dict[str, list[Layer]] = {}
     for x in layers:
         groups.setdefault(x.path if whole else x.path.rpartition(".")[2], []).append(x)
     for name, some in groups.items():
         label = name if whole or len(some) == 1 else f"{name} x {len(some)}"
 
-        def span(field: str, some: list[Layer] = some) -> str:
-            return _span({round(getattr(x, field), 4) for x in some})
+        def span(field: str, digits: int = 2, some: list[Layer] = some) -> str:
+            return _span({getattr(x, field) for x in some}, digits)
 
         shapes = {"x".join(map(str, x.shape)) for x in some}
-        table.add_row(escape(label), shapes.pop() if len(shapes) == 1 else "various", _span({x.rank for x in some}),
-                      span("norm"), span("largest"), span("effective_rank"), span("stable_rank"))  # fmt: skip
+        shape = shapes.pop() if len(shapes) == 1 else "various"
+        cells = (span("norm"), span("largest"), span("effective_rank", 1), span("stable_rank", 1))
+        table.add_row(escape(label), shape, _span({x.rank for x in some}), *cells)
     return table
 
 
-def _span(values: set[float]) -> str:
-    """ "8", or "4 to 16"."""
+def _span(values: set[float], digits: int = 2) -> str:
+    """ "8", or "4-16"."""
     low, high = min(values), max(values)
-    text = [str(v) if isinstance(v, int) else common.figure(v, 2) for v in (low, high)]
-    return text[0] if text[0] == text[1] else f"{text[0]} to {text[1]}"
+    text = [str(v) if isinstance(v, int) else common.figure(v, digits) for v in (low, high)]
+    return text[0] if text[0] == text[1] else f"{text[0]}-{text[1]}"

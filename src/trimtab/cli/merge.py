@@ -49,16 +49,16 @@ def merge(
 
 def _render(receipt: Receipt) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     out = common.console()
     out.print(f"[bold]{escape(receipt.output)}[/bold]  {common.size(receipt.bytes)}\n")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = common.grid()
     table.add_row("base", escape(receipt.base))
     for name, folder in receipt.adapters.items():
         table.add_row("adapter", f"{escape(folder)} ({receipt.sha256[name][:12]})")
-    table.add_row("adapters", f"{common.size(receipt.adapter_bytes)} beside the base did the same")
-    table.add_row("number formats", " -> ".join(receipt.path))
+    table.add_row("instead of", f"{common.size(receipt.adapter_bytes)} of adapters beside the base")
+    stages = zip(("base", "products", "saved"), receipt.path)
+    table.add_row("number formats", ", ".join(f"{stage} {dtype}" for stage, dtype in stages))
     table.add_row(
         "logit drift",
         f"{common.figure(receipt.drift_largest, 6)} at most, {common.figure(receipt.drift_mean, 6)} in the mean; "

@@ -176,10 +176,10 @@ class Pair:
     norms: tuple[float, float]
     cosine: float  # of the deltas, as vectors of all their entries
     # How strongly one delta answers to the inputs that the other one reads, relative to the other one's own answer:
-    # ||dW_b·P_a|| / ||dW_a|| with P_a the projection on the rows of A_a. By chance about sqrt(r / in) at equal norms.
+    # ||dW_b·P_a|| / ||dW_a|| with P_a the projection on the rows of A_a.
     into_first: float
     into_second: float
-    chance: float
+    chance: tuple[float, float]  # what both would be for deltas in random directions: sqrt(r / in) at equal norms
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Difference:
     cosine: float
     into_first: float
     into_second: float
-    chance: float
+    chance: tuple[float, float]
     identical: bool  # every tensor, bit for bit
     notes: list[str] = field(default_factory=list)
 
@@ -224,7 +224,10 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diffe
         cosine=_ratio(inner, norms[0] * norms[1]),
         into_first=_ratio(math.hypot(*(p.into_first * p.norms[0] for p in pairs)), norms[0]),
         into_second=_ratio(math.hypot(*(p.into_second * p.norms[1] for p in pairs)), norms[1]),
-        chance=_ratio(math.hypot(*(p.chance * p.norms[0] for p in pairs)), norms[0]),
+        chance=(
+            _ratio(math.hypot(*(p.chance[0] * p.norms[0] for p in pairs)), norms[0]),
+            _ratio(math.hypot(*(p.chance[1] * p.norms[1] for p in pairs)), norms[1]),
+        ),
         identical=a.tensors.keys() == b.tensors.keys()
         and all(torch.equal(t, b.tensors[k]) for k, t in a.tensors.items()),
         notes=notes,
@@ -239,7 +242,10 @@ def _pair(path: str, a: Factors, b: Factors) -> Pair:
         cosine=_ratio(a.inner(b), norms[0] * norms[1]),
         into_first=_ratio(_answer(b, a), norms[0]),
         into_second=_ratio(_answer(a, b), norms[1]),
-        chance=_ratio(norms[1], norms[0]) * math.sqrt(min(1.0, a.rank / a.shape[-1])),
+        chance=(
+            _ratio(norms[1], norms[0]) * math.sqrt(min(1.0, a.rank / a.shape[-1])),
+            _ratio(norms[0], norms[1]) * math.sqrt(min(1.0, b.rank / b.shape[-1])),
+        ),
     )
 
 

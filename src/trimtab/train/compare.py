@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from trimtab.errors import PeftError
 from trimtab.shell.opening import BASE, NULL, using
 from trimtab.train.data import Example
 from trimtab.train.evaluate import LossResult, evaluate_loss, evaluating
-from trimtab.train.generate import encode_prompt, generate_ids, pad_token
+from trimtab.train.generate import Counting, encode_prompt, generate_ids, pad_token, silently
 from trimtab.train.null import add_null_adapter, delta_norms
 
 POSITIONS = 128  # logits are compared at so many positions of a prompt, the last ones
@@ -95,7 +95,7 @@ def compare(
     system: str | None = None,
     raw: bool = False,
     seed: int = 0,
-    done: Callable[[int], None] | None = None,
+    counting: Counting = silently,
 ) -> Comparison:
     """Compare a model with an adapter to the same model without it, and with a null adapter of the same norm.
 
@@ -103,7 +103,6 @@ def compare(
         prompts: texts or conversations to answer; by default those of the first rows, or three common ones.
         examples: rows to score, for losses and accuracies.
         null: False leaves the null adapter out.
-        done: told how many prompts and rows more are done, of each of the three.
     """
     asked = _prompts(tokenizer, prompts, examples, system, raw)
     names, norm, why = _with_null(model, adapter, null, seed)
@@ -111,22 +110,17 @@ def compare(
     said: dict[str, list[list[int]]] = {}
     shifts: dict[str, list[tuple[float, float]]] = {}
     reference: list[Tensor] = []
-    special = tuple(tokenizer.all_special_ids)
+    special, pad_id = tuple(tokenizer.all_special_ids), pad_token(tokenizer)
     try:
         for name in names:
             with using(model, name), evaluating(model):
                 logits = [_logits(model, ids) for _, ids in asked]
                 reference = reference or logits
                 shifts[name] = [_shift(a, b) for a, b in zip(logits, reference)]
-                said[name] = (
-                    generate_ids(model, [ids for _, ids in asked], pad_token(tokenizer), max_new_tokens)
-                    if asked
-                    else []
-                )
-                if done is not None:
-                    done(len(asked))
+                ids = [ids for _, ids in asked]
+                said[name] = generate_ids(model, ids, pad_id, max_new_tokens) if asked else []
                 if examples:
-                    losses[name] = evaluate_loss(model, examples, pad_token(tokenizer), special=special, done=done)
+                    losses[name] = evaluate_loss(model, examples, pad_id, special=special, counting=counting)
     finally:
         if NULL in names:
             model.delete_adapter(NULL)

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError
 from trimtab.train.data import IGNORE, Example, collate, encode_rows, read_rows
-from trimtab.train.generate import as_fits, complete, free_memory, pad_token, references
+from trimtab.train.generate import Counting, as_fits, complete, free_memory, pad_token, references, silently
 from trimtab.train.metrics import METRICS, Metric, fitting, metric
 
 BATCH_TOKENS = 2048  # of a batch that is scored; padding included
 LONG = 256  # answers of more tokens are not generated unless asked for
-Done = Callable[[int], None]  # told how many rows more are done
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def evaluate_loss(
     pad_id: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     special: Sequence[int] = (),
-    done: Done | None = None,
+    counting: Counting = silently,
 ) -> LossResult:
     """Loss, and accuracy where the answer of every row is one token: one forward a row, dropout off, no gradients.
 
@@ -94,10 +93,9 @@ def evaluate_loss(
     def score(rows: list[int]) -> None:
         for i, row in zip(rows, _score(model, [examples[i] for i in rows], pad_id, choices)):
             nll[i], hits[i], said[i], chosen[i] = row
-        if done is not None:
-            done(len(rows))
+        done(len(rows))
 
-    with evaluating(model):
+    with evaluating(model), counting("Scoring rows", len(examples)) as done:
         for rows in by_length([len(e.ids) for e in examples], batch_tokens):
             as_fits(score, rows)
     trained = [e.trained for e in examples]
@@ -124,7 +122,7 @@ def evaluate_generate(
     metrics: Sequence[str | Metric] | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 8,
-    done: Done | None = None,
+    counting: Counting = silently,
 ) -> Answers:
     """Greedy answers to the rows' prompts, and metrics of them.
 
@@ -145,7 +143,7 @@ def evaluate_generate(
     chosen = {m if isinstance(m, str) else m.__name__: metric(m) if isinstance(m, str) else m
               for m in (fitting(expected) if metrics is None else metrics)}  # fmt: skip
     longest = max_new_tokens or 8 + max(len(e.ids) - e.prompt_length for e in examples)
-    with evaluating(model):
+    with evaluating(model), counting("Answering", len(examples)) as done:
         answers = complete(model, tokenizer, examples, longest, batch_size, done)
     return Answers(answers, expected, {name: f(answers, expected) for name, f in chosen.items()})
 
@@ -157,7 +155,7 @@ def evaluate_rows(
     metrics: Sequence[str] = (),
     max_new_tokens: int | None = None,
     batch_size: int = 8,
-    done: Done | None = None,
+    counting: Counting = silently,
 ) -> Evaluation:
     """The loss, and what else these rows allow: one forward a row for labels of one token, else generation.
 
@@ -172,7 +170,7 @@ def evaluate_rows(
     if unknown:
         metric(unknown[0])
     special = tuple(tokenizer.all_special_ids)
-    loss = evaluate_loss(model, examples, pad_token(tokenizer), special=special, done=done)
+    loss = evaluate_loss(model, examples, pad_token(tokenizer), special=special, counting=counting)
     if "accuracy" in metrics and loss.accuracy is None:
         raise DataError("Accuracy is for rows whose answer is one token: here some are longer. Use exact_match.")
     generated = [m for m in metrics if m in METRICS]
@@ -187,7 +185,7 @@ def evaluate_rows(
         return Evaluation(
             loss, None, f"answers of up to {longest} tokens are not generated unless a metric asks for it"
         )
-    answers = evaluate_generate(model, tokenizer, examples, generated or None, max_new_tokens, batch_size, done)
+    answers = evaluate_generate(model, tokenizer, examples, generated or None, max_new_tokens, batch_size, counting)
     return Evaluation(loss, answers, "as asked for" if generated else "answers are generated greedily")
 
 

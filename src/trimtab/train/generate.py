@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,19 @@ from trimtab.train.data import IGNORE, ROLES, Example, read_rows
 from trimtab.train.metrics import exact_match
 
 __all__ = [
-    "Answer", "answer", "as_fits", "complete", "encode_prompt", "exact_match", "free_memory", "generate_ids",
-    "pad_token", "prompt_of", "prompts_of", "references", "sampling_of",
-    "stream",
+    "Answer", "answer", "as_fits", "asked_in", "complete", "encode_prompt", "exact_match", "free_memory",
+    "generate_ids", "pad_token", "prompt_of", "prompts_of", "references", "sampling_of", "silently", "stream",
 ]  # fmt: skip
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+Done = Callable[[int], None]  # told how many more are done
+Counting = Callable[[str, int], AbstractContextManager[Done]]  # (what is done, how many there are) -> a `Done`
+
+
+@contextmanager
+def silently(title: str, total: int) -> Iterator[Done]:
+    """Count for nobody."""
+    yield lambda n: None
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def answer(
     batch_size: int = 8,
     system: str | None = None,
     raw: bool = False,
-    done: Callable[[int], None] | None = None,
+    counting: Counting = silently,
     **sampling: Any,
 ) -> list[Answer]:
     """What each adapter says to each prompt: prompts of like length and all adapters share a batch.
@@ -104,20 +111,20 @@ def answer(
         tasks.sort(key=lambda t: t[1])
     found: dict[tuple[int, int], Answer] = {}
     stops, pad_id = stop_ids(model), pad_token(tokenizer)
-    while tasks:
-        part = tasks[:batch_size]
-        if not mixes(model, names):
-            part = [t for t in part if t[1] == part[0][1]]
-        tasks = tasks[len(part) :]
-        which = [names[j] for _, j in part]
-        mixed = None if which[0] is None or not mixes(model, names) else [str(name) for name in which]
-        with nullcontext() if mixed is not None or which[0] is None else using(model, which[0]):
-            said = generate_ids(model, [encoded[i] for i, _ in part], pad_id, max_new_tokens, mixed, **sampling)
-        for (i, j), ids in zip(part, said):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            finish = "stop" if ids and ids[-1] in stops else "length"
-            found[i, j] = Answer(prompts[i], names[j] or active(model), text, ids, finish)
-        if done is not None:
+    with counting("Answering", len(tasks)) as done:
+        while tasks:
+            part = tasks[:batch_size]
+            if not mixes(model, names):
+                part = [t for t in part if t[1] == part[0][1]]
+            tasks = tasks[len(part) :]
+            which = [names[j] for _, j in part]
+            mixed = None if which[0] is None or not mixes(model, names) else [str(name) for name in which]
+            with nullcontext() if mixed is not None or which[0] is None else using(model, which[0]):
+                said = generate_ids(model, [encoded[i] for i, _ in part], pad_id, max_new_tokens, mixed, **sampling)
+            for (i, j), ids in zip(part, said):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                finish = "stop" if ids and ids[-1] in stops else "length"
+                found[i, j] = Answer(prompts[i], names[j] or active(model), text, ids, finish)
             done(len(part))
     return [found[i, j] for i in range(len(prompts)) for j in range(len(names))]
 
@@ -190,8 +197,13 @@ def prompt_of(row: Mapping[str, Any]) -> str | list[Message]:
     raise DataError(f"a row asks nothing: its keys are {', '.join(map(repr, row)) or 'none'}")
 
 
-def prompts_of(data: str | os.PathLike[str], limit: int | None = None) -> list[str | list[Message]]:
+def prompts_of(
+    data: str | os.PathLike[str], limit: int | None = None, fields: Mapping[str, str] | None = None
+) -> list[str | list[Message]]:
     """The prompts of the (first) rows of a file.
+
+    Args:
+        fields: our key -> the file's column.
 
     Raises:
         DataError: no such file, no rows, or rows that ask nothing, by number.
@@ -200,7 +212,7 @@ def prompts_of(data: str | os.PathLike[str], limit: int | None = None) -> list[s
         raise DataError(f"There is no file {data}.")
     prompts: list[str | list[Message]] = []
     faults = []
-    for number, row in enumerate(read_rows(data)[:limit], start=1):
+    for number, row in enumerate(read_rows(data, fields)[:limit], start=1):
         try:
             prompts.append(prompt_of(row))
         except DataError as e:
@@ -210,6 +222,16 @@ def prompts_of(data: str | os.PathLike[str], limit: int | None = None) -> list[s
     if not prompts:
         raise DataError(f"{data} holds no rows.")
     return prompts
+
+
+def asked_in(
+    data: str | os.PathLike[str], limit: int, fields: Mapping[str, str] | None = None
+) -> list[str | list[Message]]:
+    """The first prompts of a file's rows; none where they are plain text."""
+    try:
+        return prompts_of(data, limit, fields)
+    except DataError:
+        return []
 
 
 def sampling_of(temperature: float, top_p: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -252,7 +274,7 @@ def complete(
     examples: Sequence[Example],
     max_new_tokens: int,
     batch_size: int = 100,
-    done: Callable[[int], None] | None = None,
+    done: Done = lambda n: None,
 ) -> list[str]:
     """The model's greedy answer to each example's prompt, as text; prompts of like length share a batch.
 
@@ -266,8 +288,7 @@ def complete(
         prompts = [examples[i].ids[: examples[i].prompt_length] for i in rows]
         for i, ids in zip(rows, generate_ids(model, prompts, pad_token(tokenizer), max_new_tokens)):
             answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if done is not None:
-            done(len(rows))
+        done(len(rows))
 
     order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
     for start in range(0, len(order), batch_size):

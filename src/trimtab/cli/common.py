@@ -63,6 +63,7 @@ def open_quietly(model: str | None, adapters: list[str] | None, dtype: str | Non
     from transformers.utils import logging as theirs
 
     theirs.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Adapter name '.*' should not be contained")  # that is for those who train
     from trimtab.shell.opening import open_model
 
     return open_model(model, adapters or [], dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,8 +52,8 @@ def _render(found: Inspection, whole: bool) -> None:
     table.add_row(
         "norm of dW", common.figure(found.norm) + f" over {len(found.layers)} layers" if found.layers else "-"
     )
-    if found.provenance:
-        table.add_row("provenance", ", ".join(map(escape, found.provenance)))
+    for name, value in _provenance(found.provenance or {}):
+        table.add_row(name, escape(value))
     out.print(table)
     if found.layers:
         out.print()
@@ -69,6 +69,21 @@ def _render(found: Inspection, whole: bool) -> None:
         out.print(f"\n[dim]{escape(line)}[/dim]")
     for line in found.faults:
         out.print(f"\n[bold red]Fault:[/bold red] {escape(line)}")
+
+
+def _provenance(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a training run wrote beside the adapter, in a few lines."""
+    base, data = content.get("base_model") or {}, content.get("data") or {}
+    hashes = base.get("fingerprint") or {}
+    mark = f", fingerprint {next(iter(hashes.values()))} ..." if hashes else ""
+    rows = [("trained on", f"{base.get('name')}{mark}")] if base else []
+    if data:
+        rows.append(("rows", f"{data.get('rows')} of {data.get('from')}, sha256 {str(data.get('sha256'))[:12]}"))
+    if scores := content.get("scores"):
+        rows.append(("scores", ", ".join(f"{k} {common.figure(v)}" for k, v in scores.items())))
+    if versions := content.get("versions"):
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    return rows
 
 
 def _layers(layers: list[Layer], whole: bool) -> object:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trimtab.core.io import locate
@@ -108,7 +109,7 @@ def merge(
             plain.save_pretrained(out)
             if opened.tokenizer is not None:
                 opened.tokenizer.save_pretrained(out)
-        except OSError as e:
+        except (OSError, ValueError, SafetensorError) as e:
             raise ExportError(f"The merged model could not be written: {e}. Nothing is left of it.") from e
         del plain
         gc.collect()

@@ -71,12 +71,12 @@ def read_factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         E = tensors.get(stem + ".lora_E")
         path = _path(config, stem.removeprefix(PREFIX))
         r, scale = _rank_and_scale(config, path)
-        A, B = A.double().flatten(1), B.double().flatten(1)
+        A, B = A.detach().double().flatten(1), B.detach().double().flatten(1)
         if A.shape[0] != B.shape[1]:
             faults.append(f"{path}: A has {A.shape[0]} rows, B {B.shape[1]} columns")
             continue
         if E is not None:  # AdaLoRA, cut down to the triplets that are left
-            A = A * E.double()
+            A = A * E.detach().double()
         elif r and _stacked(config, path) and A.shape[0] > r and A.shape[0] % r == 0:
             # A has the rows of one expert after another; B's columns are the experts' first ones, then their second ...
             A, B = A.unflatten(0, (-1, r)), B.unflatten(1, (r, -1)).movedim(-1, 0)

@@ -24,7 +24,7 @@ from trimtab.files.factors import Factors, read_factors
 from trimtab.files.finding import adapter_folder
 from trimtab.files.store import PICKLED, WEIGHTS, load_peft_weights
 
-PROVENANCE = "provenance.json"  # written by a training run beside the adapter
+PROVENANCE = "trimtab.json"  # written by a training run beside the adapter
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,15 @@ def read(adapter: str | os.PathLike[str]) -> AdapterFiles:
     file = locate(source, WEIGHTS) or locate(source, PICKLED)
     assert file is not None
     factors, faults = read_factors(config, tensors)
-    beside = file.parent / PROVENANCE
-    provenance = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-    return AdapterFiles(source, config, tensors, factors, faults, file, provenance)
+    return AdapterFiles(source, config, tensors, factors, faults, file, _provenance(file.parent / PROVENANCE))
+
+
+def _provenance(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it was trained by another tool
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def inspect(adapter: str | os.PathLike[str]) -> Inspection:

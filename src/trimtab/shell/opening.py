@@ -98,7 +98,7 @@ def open_model(
 
 
 def named(adapters: Sequence[str]) -> dict[str, str]:
-    """{name: path} of "path" and "name=path"; a path's own name is that of its folder.
+    """{name: path} of "path" and "name=path"; "runs/a/adapter" is named "a", any other path after its folder.
 
     Raises:
         AdapterNameError: two adapters of one name, or one that is reserved.
@@ -107,13 +107,18 @@ def named(adapters: Sequence[str]) -> dict[str, str]:
     for given in adapters:
         name, equals, path = given.partition("=")
         if not equals or "/" in name or Path(given).exists():
-            path = given
-            name = Path(os.path.abspath(Path(given).expanduser())).name.replace(".", "_")  # noqa: PTH100  keep links
+            path, name = given, _name_of(given)
         if name in found or name in (BASE, NULL):
             why = "there are two of that name" if name in found else "that is reserved"
             raise AdapterNameError(f"An adapter cannot be named '{name}' ({why}): give another one, name={path}")
         found[name] = path
     return found
+
+
+def _name_of(path: str) -> str:
+    whole = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  a link keeps its own name
+    name = (whole.parent if whole.name == "adapter" else whole).name.replace(".", "_") or "adapter"
+    return f"{name}_adapter" if name in (BASE, NULL) else name
 
 
 @contextmanager

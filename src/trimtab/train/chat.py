@@ -12,7 +12,7 @@ from trimtab.train.generate import Answer, answer, encode_prompt, stream
 HELP = """\
 /adapter NAME    answer with this adapter from now on; alone: which there are
 /base            answer with the model alone
-/compare [TEXT]  what the model alone and every adapter say to TEXT, or to the last message; not kept
+/compare [TEXT]  the model alone and every adapter answer TEXT, or what was last
 /reset           forget the conversation
 /help            this
 /quit            leave (also Ctrl-D)"""

@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.errors import ConfigError
 
+NO_JSON = object()
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 
 
@@ -19,7 +20,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 def json_valid(answers: Sequence[str], expected: Sequence[str]) -> float:
     """Share of answers that are JSON as a whole: no fence and no word around it."""
-    return sum(_parsed(a) is not None for a in answers) / len(answers)
+    return sum(_parsed(a) is not NO_JSON for a in answers) / len(answers)
 
 
 def field_f1(answers: Sequence[str], expected: Sequence[str]) -> float:
@@ -58,7 +59,7 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return None
+        return NO_JSON
 
 
 def _fields(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -67,4 +68,4 @@ def _fields(value: Any, path: str = "") -> list[tuple[str, str]]:
         return [leaf for k, v in value.items() for leaf in _fields(v, f"{path}.{k}" if path else str(k))]
     if isinstance(value, list):
         return [leaf for i, v in enumerate(value) for leaf in _fields(v, f"{path}[{i}]")]
-    return [] if value is None and not path else [(path, json.dumps(value))]
+    return [] if value is NO_JSON else [(path, json.dumps(value))]

@@ -53,7 +53,8 @@ CASES = {
     "rslora": (llama, LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])),
     "patterns": (
         llama,
-        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 5}, alpha_pattern={"0.mlp.down_proj": 3}),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 5},
+                   alpha_pattern={"0.mlp.down_proj": 3}),
     ),
     "embedding and convolution": (toy, LoraConfig(r=2, target_modules=["embed", "conv", "up", "down"])),
     "Conv1D": (gpt2, LoraConfig(r=2, target_modules=["c_attn"])),

@@ -140,10 +140,8 @@ def test_provenance_is_shown_where_it_is(folders, tmp_path) -> None:
 def deltas(folder):
     tensors = load_file(folder / WEIGHTS)
     stems = sorted({k.partition(".lora_")[0] for k in tensors})
-    return {
-        s.removeprefix("base_model.model."): 2 * tensors[f"{s}.lora_B.weight"].double() @ tensors[f"{s}.lora_A.weight"].double()
-        for s in stems
-    }  # fmt: skip
+    pairs = {s: [tensors[f"{s}.lora_{x}.weight"].double() for x in "AB"] for s in stems}
+    return {s.removeprefix("base_model.model."): 2 * B @ A for s, (A, B) in pairs.items()}
 
 
 def test_cosines_and_interference_are_the_dense_ones(folders) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.folders import adapter_folder, base_folder
 from trimtab import LoraConfig, PeftModel
-from trimtab.errors import AdapterFileError, AdapterNameError, BaseModelError
+from trimtab.errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError
 from trimtab.shell.opening import named, open_model, using
 
 IDS = torch.tensor([[1, 5, 9, 30]])
@@ -19,7 +19,7 @@ IDS = torch.tensor([[1, 5, 9, 30]])
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("opening")
     base_folder(root / "base")
-    for seed, name in enumerate("ab", start=1):
+    for seed, name in enumerate(("one", "two"), start=1):
         adapter_folder(root / name, root / "base", seed)
     return root
 
@@ -38,20 +38,20 @@ def test_a_base_alone(root) -> None:
 
 
 def test_an_adapter_brings_its_base(root) -> None:
-    opened = open_model(root / "a")
-    assert (opened.base, opened.adapters) == (str(root / "base"), {"a": str(root / "a")})
-    direct = open_model(root / "base", [str(root / "a")])
+    opened = open_model(root / "one")
+    assert (opened.base, opened.adapters) == (str(root / "base"), {"one": str(root / "one")})
+    direct = open_model(root / "base", [str(root / "one")])
     assert torch.equal(logits(opened.model), logits(direct.model))
     assert not opened.model.training
 
 
 def test_several_adapters_by_name(root) -> None:
-    opened = open_model(root / "base", [f"x={root / 'a'}", str(root / "b")])
-    assert list(opened.adapters) == ["x", "b"]
+    opened = open_model(root / "base", [f"x={root / 'a'}", str(root / "two")])
+    assert list(opened.adapters) == ["x", "two"]
     assert opened.model.active_adapters == ["x"]
-    with using(opened.model, "b"):
+    with using(opened.model, "two"):
         second = logits(opened.model)
-    assert torch.equal(second, logits(open_model(root / "b").model))
+    assert torch.equal(second, logits(open_model(root / "two").model))
     assert opened.model.active_adapters == ["x"]
     with using(opened.model, "base"):
         assert torch.equal(logits(opened.model), logits(open_model(root / "base").model))
@@ -60,11 +60,11 @@ def test_several_adapters_by_name(root) -> None:
 
 
 def test_using_leaves_what_trains(root) -> None:
-    model = open_model(root / "base", {"a": str(root / "a"), "b": str(root / "b")}).model
-    model.set_adapter("a")
+    model = open_model(root / "base", {"one": str(root / "one"), "two": str(root / "two")}).model
+    model.set_adapter("one")
     before = {n for n, p in model.named_parameters() if p.requires_grad}
     assert before
-    with using(model, "b"):
+    with using(model, "two"):
         pass
     assert {n for n, p in model.named_parameters() if p.requires_grad} == before
 
@@ -82,21 +82,26 @@ def test_names() -> None:
 def test_a_whole_model_as_an_adapter_and_a_run_as_a_model(root, tmp_path) -> None:
     with pytest.raises(AdapterFileError, match="whole model"):
         open_model(root / "base", [str(root / "base")])
-    shutil.copytree(root / "a", tmp_path / "run" / "checkpoint-7")
+    shutil.copytree(root / "one", tmp_path / "run" / "checkpoint-7")
     with pytest.raises(BaseModelError, match="checkpoint-7"):
         open_model(tmp_path / "run")
 
 
 def test_an_adapter_that_does_not_name_its_base(root, tmp_path) -> None:
-    shutil.copytree(root / "a", tmp_path / "a")
-    config = (tmp_path / "a" / "adapter_config.json").read_text()
-    (tmp_path / "a" / "adapter_config.json").write_text(config.replace(f'"{root / "base"}"', "null"))
+    shutil.copytree(root / "one", tmp_path / "one")
+    config = (tmp_path / "one" / "adapter_config.json").read_text()
+    (tmp_path / "one" / "adapter_config.json").write_text(config.replace(f'"{root / "base"}"', "null"))
     with pytest.raises(BaseModelError, match="--model"):
-        open_model(tmp_path / "a")
-    assert open_model(root / "base", [str(tmp_path / "a")]).adapters
+        open_model(tmp_path / "one")
+    assert open_model(root / "base", [str(tmp_path / "one")]).adapters
+    (tmp_path / "one" / "adapter_config.json").write_text(config.replace(str(root / "base"), "/gone/away"))
+    with pytest.raises(BaseModelError, match="names /gone/away as its base, which is not there"):
+        open_model(tmp_path / "one")
 
 
 def test_nothing_and_a_folder_without_weights(root, tmp_path) -> None:
+    with pytest.raises(BaseModelError, match="There is no folder"):
+        open_model(tmp_path / "nowhere")
     with pytest.raises(BaseModelError, match="Name a model"):
         open_model()
     shutil.copytree(root / "base", tmp_path / "base")
@@ -108,7 +113,7 @@ def test_nothing_and_a_folder_without_weights(root, tmp_path) -> None:
 def test_an_adapter_of_another_base(root, tmp_path) -> None:
     base_folder(tmp_path / "other", hidden_size=32)
     with pytest.raises(AdapterFileError, match="does not fit"):
-        open_model(tmp_path / "other", [str(root / "a")])
+        open_model(tmp_path / "other", [str(root / "one")])
 
 
 def test_a_tokenizer_beside_the_adapter_wins_and_none_is_said(root, tmp_path) -> None:
@@ -119,10 +124,10 @@ def test_a_tokenizer_beside_the_adapter_wins_and_none_is_said(root, tmp_path) ->
     assert opened.tokenizer is None
     with pytest.raises(BaseModelError, match="no tokenizer"):
         opened.need_tokenizer()
-    shutil.copytree(root / "a", tmp_path / "a")
+    shutil.copytree(root / "one", tmp_path / "one")
     for file in (root / "base").glob("*token*"):
-        shutil.copy(file, tmp_path / "a")
-    assert open_model(tmp_path / "base", [str(tmp_path / "a")]).tokenizer is not None
+        shutil.copy(file, tmp_path / "one")
+    assert open_model(tmp_path / "base", [str(tmp_path / "one")]).tokenizer is not None
 
 
 def test_a_classifier_is_opened_as_one(root, tmp_path) -> None:
@@ -133,6 +138,8 @@ def test_a_classifier_is_opened_as_one(root, tmp_path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=2)
     get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(tmp_path / "c")
     assert type(open_model(tmp_path / "c").model).__name__ == "PeftModelForSequenceClassification"
+    with pytest.raises(ConfigError, match="is for SEQ_CLS, and this needs one for CAUSAL_LM"):
+        open_model(tmp_path / "c", task="CAUSAL_LM")
 
 
 def test_the_number_format_is_as_asked(root) -> None:

@@ -136,5 +136,5 @@ def test_a_conversation_that_outgrows_the_model_is_said(opened) -> None:
 
 def test_no_template(opened) -> None:
     opened.tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template.*trimtab generate --raw"):
+    with pytest.raises(ConfigError, match=r"no chat template.*trimtab generate --raw"):
         Chat(opened)

@@ -96,7 +96,9 @@ def test_a_comparison_whole(model, tokenizer) -> None:
     with model.disable_adapter():
         assert found.losses["base"].rows == evaluate_loss(model, examples).rows
     assert found.losses["base"].loss != found.losses["null"].loss != found.losses["mine"].loss
-    assert found.norm == pytest.approx(math.hypot(*(float(d.norm()) for d in changes(model, "mine").values())), rel=1e-4)
+    assert found.norm == pytest.approx(
+        math.hypot(*(float(d.norm()) for d in changes(model, "mine").values())), rel=1e-4
+    )
     for p in found.prompts:
         base, mine = p.sides["base"], p.sides["mine"]
         assert (base.diverges, base.shift, base.divergence) == (None, 0.0, 0.0)
@@ -139,7 +141,9 @@ def test_a_prompt_has_no_null_adapter_and_says_why(model, tokenizer) -> None:
 
 
 def test_norms_have_no_null_adapter(model, tokenizer) -> None:
-    found = compare(adapted(model, LNTuningConfig(task_type="CAUSAL_LM")), tokenizer, "mine", ["Hello"], max_new_tokens=2)
+    found = compare(
+        adapted(model, LNTuningConfig(task_type="CAUSAL_LM")), tokenizer, "mine", ["Hello"], max_new_tokens=2
+    )
     assert found.names == ["base", "mine"]
     assert found.no_null
 

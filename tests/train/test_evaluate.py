@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ def test_the_loss_is_the_models_own(adapted, tokenizer, batch_tokens) -> None:
 
 
 def test_text_and_conversations_with_several_answers(adapted, tokenizer) -> None:
-    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e"))]
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e"))
+    ]
     examples = encode_rows([{"text": "Some plain words."}, {"messages": turns}], tokenizer)
     found = evaluate_loss(adapted, examples)
     assert found.rows == pytest.approx([own_loss(adapted, e) for e in examples], rel=1e-5)
@@ -123,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
         done.append(rows)
 
     as_fits(work, list(range(10)))
-    assert sum(done, []) == list(range(10))
+    assert list(chain(*done)) == list(range(10))
 
     def never(rows):
         raise torch.cuda.OutOfMemoryError
@@ -135,7 +138,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
 def test_batches_hold_every_row_once_within_the_limit() -> None:
     lengths = [5, 1, 30, 7, 7, 2]
     batches = by_length(lengths, 16)
-    assert sorted(sum(batches, [])) == list(range(6))
+    assert sorted(chain(*batches)) == list(range(6))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 16 for b in batches)
     assert by_length([], 16) == []
 

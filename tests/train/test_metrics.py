@@ -13,7 +13,9 @@ from trimtab.train.metrics import METRICS, field_f1, fitting, json_valid, metric
 
 values = st.recursive(
     st.integers(-9, 9) | st.text(max_size=3) | st.booleans() | st.none(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 objects = st.dictionaries(st.text("abc", min_size=1, max_size=2), values, min_size=1, max_size=3)

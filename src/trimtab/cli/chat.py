@@ -72,7 +72,7 @@ class _Terminal:
             self.out.print(f"{name}  ", style="bold cyan", end="", markup=False)
 
     def write(self, text: str) -> None:
-        print(text, end="", flush=True)
+        print(common.printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def end(self) -> None:
         print()
@@ -88,7 +88,7 @@ class _Terminal:
         table = Table(*(a.adapter for a in answers), expand=True)
         for column in table.columns:
             column.ratio = 1
-        table.add_row(*(_escaped(a.text or "(nothing)") for a in answers))
+        table.add_row(*(common.shown(a.text) for a in answers))
         self.out.print(table)
 
 
@@ -112,9 +112,3 @@ class _Quiet:
 
     def beside(self, answers: list[Answer]) -> None:
         self.events.append({"compare": {a.adapter: a.text for a in answers}})
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

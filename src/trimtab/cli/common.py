@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,8 +54,14 @@ def ready() -> None:
     warnings.showwarning = _show_warning
 
 
-def open_quietly(model: str | None, adapters: list[str] | None, dtype: str | None, device: str | None) -> Opened:
-    """`open_model`, without the bars of the libraries below."""
+def open_quietly(
+    model: str | None,
+    adapters: list[str] | None,
+    dtype: str | None,
+    device: str | None,
+    task: str | None = "CAUSAL_LM",
+) -> Opened:
+    """`open_model`, without the bars of the libraries below; of language models, unless `task` says otherwise."""
     import logging
 
     # They tell of optional parts that do not load, which nobody asked for.
@@ -66,7 +73,7 @@ def open_quietly(model: str | None, adapters: list[str] | None, dtype: str | Non
     warnings.filterwarnings("ignore", "Adapter name '.*' should not be contained")  # that is for those who train
     from trimtab.shell.opening import open_model
 
-    return open_model(model, adapters or [], dtype=dtype, device=device)
+    return open_model(model, adapters or [], dtype=dtype, device=device, task=task)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
@@ -124,6 +131,22 @@ def figure(value: float | None, digits: int = 3) -> str:
     if value and (abs(value) < 10 ** -(digits - 1) or abs(value) >= 1e7):
         return f"{value:.2g}"
     return f"{value:,.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def printable(text: str) -> str:
+    """A model's text without what would steer a terminal; lines and tabs stay."""
+
+    def harmless(c: str) -> bool:
+        return c in "\n\t" or unicodedata.category(c)[0] != "C"
+
+    return "".join(c if harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def shown(text: str) -> str:
+    """A model's or a user's text as a table takes it."""
+    from rich.markup import escape
+
+    return escape(printable(text)) or "(nothing)"
 
 
 def percent(value: float | None) -> str:

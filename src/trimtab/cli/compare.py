@@ -71,10 +71,12 @@ def _render(result: Comparison, adapter: str, base: str) -> None:
     size = "" if result.norm is None else f", norm of its delta {common.figure(result.norm)}"
     out.print(f"[bold]{escape(adapter)}[/bold] on {escape(base)}{size}\n")
     for p in result.prompts:
-        table = Table("base", escape(result.adapter), title=escape(p.prompt[-300:]), title_justify="left", expand=True)
+        table = Table(
+            "base", escape(result.adapter), title=common.shown(p.prompt[-300:]), title_justify="left", expand=True
+        )
         for column in table.columns:
             column.ratio = 1
-        table.add_row(*(escape(p.sides[n].text or "(nothing)") for n in names[:2]))
+        table.add_row(*(common.shown(p.sides[n].text) for n in names[:2]))
         place = p.sides[result.adapter].diverges
         table.caption = "the same answer" if place is None else f"they part at token {place + 1}"
         table.caption_justify = "left"

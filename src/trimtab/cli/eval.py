@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from trimtab.train.evaluate import Evaluation
 
 
+METRICS = {  # how they are called, and what they say
+    "exact_match": ("exact match", "to the character"),
+    "field_f1": ("field F1", "of the fields of its JSON"),
+    "json_valid": ("valid JSON", "of the answers, as a whole"),
+}
+
+
 def evaluate(
     model_or_adapter: Annotated[str, typer.Argument(help="An adapter, or a model: folder, Hub id, GGUF, packaged.")],
     data: Annotated[Path, typer.Option(help="Rows: .jsonl, .json or .csv.")],
@@ -82,10 +89,9 @@ def _render(opened: Opened, data: Path, examples: list[Example], result: Evaluat
         table.add_row("accuracy", f"[bold]{common.percent(loss.accuracy)}[/bold]", "its choice of all tokens")
         table.add_row("", common.percent(loss.among_labels), f"its choice among the {loss.labels} labels")
         table.add_row("", common.percent(loss.commonest), "always the commonest label")
-    notes = {"exact_match": "to the character", "field_f1": "of the fields of its JSON",
-             "json_valid": "of the answers are JSON as a whole"}  # fmt: skip
     for name, value in (result.answers.metrics if result.answers else {}).items():
-        table.add_row(name.replace("_", " "), f"[bold]{common.percent(value)}[/bold]", notes.get(name, ""))
+        label, words = METRICS.get(name, (name, ""))
+        table.add_row(label, f"[bold]{common.percent(value)}[/bold]", words)
     out.print(table)
     out.print(f"\n[dim]{escape(result.why)}; {seconds:.1f} s[/dim]")
     answers = result.answers
@@ -96,6 +102,6 @@ def _render(opened: Opened, data: Path, examples: list[Example], result: Evaluat
         )
         table.columns[0].no_wrap = True
         for answer, expected, i in wrong[:show]:
-            table.add_row(str(i + 1), escape(expected[:400]), escape(answer[:400] or "(nothing)"))
+            table.add_row(str(i + 1), common.shown(expected[:400]), common.shown(answer[:400]))
         out.print()
         out.print(table)

@@ -57,7 +57,7 @@ def generate(
     if len(prompts) == 1 and len(names) < 2 and not as_json:
 
         def write(piece: str) -> None:
-            print(piece, end="", flush=True)
+            print(common.printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
         stream(opened.model, tokenizer, prompts[0], write, None, max_new_tokens, system, raw, **sampling)
         print()
@@ -73,6 +73,6 @@ def generate(
     for i, a in enumerate(answers):
         if i % max(len(names), 1) == 0 and len(prompts) > 1:
             asked = a.prompt if isinstance(a.prompt, str) else str(a.prompt[-1]["content"])
-            out.print(f"{'' if i == 0 else chr(10)}[dim]{escape(asked)}[/dim]")
+            out.print(f"{'' if i == 0 else chr(10)}[dim]{common.shown(asked)}[/dim]")
         label = f"[bold cyan]{escape(a.adapter)}[/bold cyan]  " if names else ""
-        out.print(f"{label}{escape(a.text or '(nothing)')}" + ("[dim] ...[/dim]" if a.finish == "length" else ""))
+        out.print(f"{label}{common.shown(a.text)}" + ("[dim] ...[/dim]" if a.finish == "length" else ""))

@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.core.io import locate
 from trimtab.errors import ExportError
 from trimtab.files.store import PICKLED, WEIGHTS
-from trimtab.shell.convert import dequantize, merge_error
+from trimtab.shell.convert import dequantize, keep_reversible, merge_error
 from trimtab.shell.opening import Opened
 
 RECEIPT = "merge_receipt.json"
@@ -106,6 +106,7 @@ def merge(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as scratch:
         out = Path(scratch) / "model"
         try:
+            keep_reversible(plain)
             plain.save_pretrained(out)
             if opened.tokenizer is not None:
                 opened.tokenizer.save_pretrained(out)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimtab.core.config import PeftConfig
-from trimtab.errors import AdapterFileError, AdapterNameError, BaseModelError
+from trimtab.errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError
 from trimtab.files.finding import adapter_folder, adapters_below, is_adapter
 from trimtab.files.sources import resolve_base
 from trimtab.shell.auto import AutoPeftModel
@@ -49,6 +49,7 @@ def open_model(
     adapters: Sequence[str] | Mapping[str, str] = (),
     dtype: str | None = None,
     device: str | None = None,
+    task: str | None = None,
 ) -> Opened:
     """Load a base model and any adapters on it.
 
@@ -59,10 +60,12 @@ def open_model(
         dtype: "float32", "bfloat16" ..., or "auto", as stored. None: float32 on the CPU, where half precision is slow
             on most machines, and as stored elsewhere.
         device: None: "cuda" where there is one, else "cpu".
+        task: the one that an adapter must be for, if it says which.
 
     Raises:
         BaseModelError: the base cannot be had.
         AdapterFileError: an adapter that is none, is damaged, or does not fit the base.
+        ConfigError: an adapter for another task.
     """
     wanted = dict(adapters) if isinstance(adapters, Mapping) else named(adapters)
     if model is not None and is_adapter(model):
@@ -73,16 +76,9 @@ def open_model(
     folders = {name: adapter_folder(path) for name, path in wanted.items()}
     first_folder = next(iter(folders.values()), None)
     config = PeftConfig.from_pretrained(first_folder) if first_folder is not None else None
-    if model is None:
-        if config is None:
-            raise BaseModelError("Name a model, or an adapter that knows its base model.")
-        model = config.base_model_name_or_path
-        if not model:
-            raise BaseModelError(f"The adapter {first_folder} does not name its base model: give it (--model).")
-        revision = config.revision
-    else:
-        revision = None
-    base = os.fspath(model)
+    if task is not None and _task(config) not in (None, task):
+        raise ConfigError(f"The adapter {first_folder} is for {_task(config)}, and this needs one for {task}.")
+    base, revision = (_base_of(first_folder, config), config.revision) if model is None else (os.fspath(model), None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     loaded = _load_base(base, revision, config, dtype, device)
@@ -142,8 +138,27 @@ def using(model: Any, adapter: str | None) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
+def _base_of(folder: str | None, config: Any) -> str:
+    """The base that an adapter names."""
+    if config is None:
+        raise BaseModelError("Name a model, or an adapter that knows its base model.")
+    base = config.base_model_name_or_path
+    if not base:
+        raise BaseModelError(f"The adapter {folder} does not name its base model: give it (--model).")
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise BaseModelError(f"The adapter {folder} names {base} as its base, which is not there: give it (--model).")
+    return str(base)
+
+
+def _task(config: Any) -> str | None:
+    task = getattr(config, "task_type", None)
+    return getattr(task, "value", task)
+
+
 def _load_base(base: str, revision: str | None, config: Any, dtype: str, device: str) -> Any:
     path = Path(base).expanduser()
+    if not path.exists() and (path.is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise BaseModelError(f"There is no folder {base}.")
     if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
         below = adapters_below(path)
         hint = f" It holds adapters: give one of them, such as {below[-1]}" if below else ""
@@ -161,10 +176,10 @@ def _load_base(base: str, revision: str | None, config: Any, dtype: str, device:
 def _base_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    task = getattr(config, "task_type", None)
+    task = _task(config)
     if config is None or (task is None and not config.auto_mapping):
         return AutoModelForCausalLM
-    return AutoPeftModel._base_class(config, getattr(task, "value", task))
+    return AutoPeftModel._base_class(config, task)
 
 
 def _has_tokenizer(folder: str) -> bool:

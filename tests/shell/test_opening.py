@@ -46,7 +46,7 @@ def test_an_adapter_brings_its_base(root) -> None:
 
 
 def test_several_adapters_by_name(root) -> None:
-    opened = open_model(root / "base", [f"x={root / 'a'}", str(root / "two")])
+    opened = open_model(root / "base", [f"x={root / 'one'}", str(root / "two")])
     assert list(opened.adapters) == ["x", "two"]
     assert opened.model.active_adapters == ["x"]
     with using(opened.model, "two"):

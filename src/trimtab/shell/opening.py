@@ -78,7 +78,8 @@ def open_model(
     config = PeftConfig.from_pretrained(first_folder) if first_folder is not None else None
     if task is not None and _task(config) not in (None, task):
         raise ConfigError(f"The adapter {first_folder} is for {_task(config)}, and this needs one for {task}.")
-    base, revision = (_base_of(first_folder, config), config.revision) if model is None else (os.fspath(model), None)
+    base = _base_of(first_folder, config) if model is None else os.fspath(model)
+    revision = config.revision if config is not None and model is None else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     loaded = _load_base(base, revision, config, dtype, device)

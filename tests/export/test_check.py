@@ -62,9 +62,6 @@ def test_verdicts_before_training(case) -> None:
     config, *expected = CASES[case]
     found = check_config(config, base=LLAMA)
     worst = {e: max((f.verdict for f in found if f.engine == e), key=RANK.get, default="") for e in ENGINE_NAMES}
-    if case == "whole norms":  # refused, and what is not refused would be passed over
-        assert {f.verdict for f in found if f.engine == "llama.cpp"} >= {"wrong"}
-        worst["llama.cpp"] = "wrong"
     assert list(worst.values()) == expected
     assert all(f.what and f.fix for f in found)
 
@@ -82,6 +79,11 @@ def test_what_is_known_of_the_base_counts() -> None:
     head = lora(target_modules=["lm_head"])
     assert [f.verdict for f in check_config(head, engines=["llama.cpp"], base=tied)] == ["refused"]
     assert not check_config(head, engines=["llama.cpp"], base=LLAMA)
+    embedding = lora(target_modules=["embed_tokens"])
+    assert [f.verdict for f in check_config(embedding, engines=["llama.cpp"], base=tied)] == ["refused"]
+    assert not check_config(embedding, engines=["llama.cpp"], base=LLAMA)
+    (found,) = check_config(head, engines=["llama.cpp"], base={})
+    assert "where the base ties them" in found.what
     assert check_config(lora(), engines=["ollama"], base={"model_type": "qwen3"})[0].verdict == "refused"
     assert check_config(lora(), engines=["ollama"])[0].verdict == "needs"
 
@@ -142,6 +144,12 @@ def test_nan_is_wrong_everywhere(root, tmp_path) -> None:
     next(iter(tensors.values()))[0] = math.nan
     save_file(tensors, tmp_path / WEIGHTS)
     assert {f.engine for f in check_adapter(tmp_path) if "NaN" in f.what} == set(ENGINES)
+
+
+def test_biases_that_are_not_in_the_file_are_no_reason(root, tmp_path) -> None:
+    adapter_folder(tmp_path / "x", root / "base", config=lora(bias="all"))  # a Llama has none
+    assert {f.verdict for f in check_adapter(tmp_path / "x", ["llama.cpp"])} == {"needs"}
+    assert "refused" in {f.verdict for f in check_adapter(tmp_path / "x", ["vllm"])}  # it looks at the config alone
 
 
 def test_no_adapter(root) -> None:

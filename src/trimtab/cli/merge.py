@@ -23,10 +23,13 @@ def merge(
         list[str] | None, typer.Option("--prompt", "-p", help="A text to compare logits on; several times.")
     ] = None,
     dequantise: Annotated[
-        bool, typer.Option("--dequantise", help="Give a quantised base plain weights first.")
+        bool, typer.Option("--dequantise", "--dequantize", help="Give a quantised base plain weights first.")
     ] = False,
     allow_quantised: Annotated[
-        bool, typer.Option("--allow-quantised", help="Merge into quantised weights, and see what rounding took.")
+        bool,
+        typer.Option(
+            "--allow-quantised", "--allow-quantized", help="Merge into quantised weights, and see what rounding took."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     as_json: common.Json = False,

@@ -7,7 +7,7 @@ were read; a newer one may do more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.core.config import PeftType
@@ -56,6 +56,12 @@ class Subject:
         """The tensors that are no pair of factors, and no base weight that is saved along with an adapted embedding."""
         return [k for k in self.keys if not k.endswith((*PAIR, ".base_layer.weight"))]
 
+    @property
+    def trains_biases(self) -> bool:
+        """Whether biases of the base are trained; once trained, whether the file holds any."""
+        held = not self.trained or any(k.endswith(".bias") for k in self.odd_keys)
+        return self.get("bias", "none") != "none" and held
+
     def adapts(self, *names: str) -> list[str]:
         """Which of these modules it adapts, by the end of their paths."""
         return [n for n in names if any(t == n or t.endswith("." + n) for t in self.targets)]
@@ -97,14 +103,10 @@ def parts_beside_the_factors(s: Subject) -> Found:
     for name, what in (("use_dora", "DoRA's magnitudes"), ("lora_bias", "the biases of B (lora_bias)")):
         if s.get(name):
             yield REFUSED, f"does not read {what}", f"{MERGE}, or train without {name}"
-    if s.get("bias", "none") != "none":
+    if s.trains_biases:
         yield REFUSED, f"does not read trained biases (bias={s.get('bias')!r})", f"{MERGE}, or train with bias='none'"
     if saved := s.get("modules_to_save"):
-        yield (
-            REFUSED,
-            f"does not read modules that are saved whole ({names_of(saved)})",
-            f"{MERGE}, or adapt them by LoRA",
-        )
+        yield REFUSED, f"does not read modules that are saved whole ({names_of(saved)})", f"{MERGE}, or adapt them"
     if s.get("trainable_token_indices"):
         yield REFUSED, "does not read trained tokens (trainable_token_indices)", MERGE
     if s.get("layer_replication"):
@@ -187,11 +189,19 @@ def llama_cpp_layout(s: Subject) -> Found:
         yield NEEDS, "reads GGUF, not this folder", "convert_lora_to_gguf.py --base <base's folder> <this folder>"
 
 
-def llama_cpp_head(s: Subject) -> Found:
-    """The converter stops at an adapted head that the base shares with its embedding."""
-    if s.adapts("lm_head") and s.base.get("tie_word_embeddings", True):
-        tied = "the base shares it with" if "tie_word_embeddings" in s.base else "where the base shares it with"
-        yield REFUSED, f"does not convert an adapted lm_head ({tied} the embedding)", f"{MERGE}, or leave lm_head out"
+def llama_cpp_tied(s: Subject) -> Found:
+    """Where one weight serves as embedding and head, it takes an adapter of neither (both tried with SmolLM2)."""
+    if not s.base.get("tie_word_embeddings", True):
+        return
+    when = "the base ties them" if "tie_word_embeddings" in s.base else "where the base ties them"
+    if s.adapts("lm_head"):
+        yield (
+            REFUSED,
+            f"does not load an adapted lm_head apart from the embedding ({when})",
+            f"{MERGE}, or leave it out",
+        )
+    if s.adapts("embed_tokens"):
+        yield REFUSED, f"aborts on an adapted embedding that is the head, too ({when})", f"{MERGE}, or leave it out"
 
 
 def llama_cpp_experts(s: Subject) -> Found:
@@ -200,11 +210,14 @@ def llama_cpp_experts(s: Subject) -> Found:
         yield REFUSED, "does not convert factors of experts that lie in one tensor (target_parameters)", MERGE
 
 
-def llama_cpp_norms(s: Subject) -> Found:
-    """Norms in the file are converted and then passed over."""
-    norms = [m for m in s.get("modules_to_save", ()) if "norm" in m]
+def llama_cpp_parts(s: Subject) -> Found:
+    """It stops at what is no factor, but for norms, which it converts and then passes over."""
+    saved = s.get("modules_to_save", ())
+    norms = [m for m in saved if "norm" in m]
     if norms:
         yield WRONG, f"passes over trained norms ({names_of(norms)}) without a word", MERGE
+    rest = {**s.config, "modules_to_save": [m for m in saved if m not in norms]}
+    yield from parts_beside_the_factors(replace(s, config=rest))
 
 
 # --- Ollama -----------------------------------------------------------------------------------------------------------
@@ -313,8 +326,8 @@ ENGINES: dict[str, Engine] = {
     "vllm": Engine("0.32.0", (lora_only, vllm_fields, vllm_rank, vllm_modules, resized_embeddings)),
     "llama.cpp": Engine(
         "b11549",
-        (lora_only, llama_cpp_layout, start_that_changed_the_base, one_alpha_over_r, parts_beside_the_factors,
-         resized_embeddings, llama_cpp_head, llama_cpp_experts, llama_cpp_norms),
+        (lora_only, llama_cpp_layout, start_that_changed_the_base, one_alpha_over_r, llama_cpp_parts,
+         resized_embeddings, llama_cpp_tied, llama_cpp_experts),
     ),
     "ollama": Engine(
         "2026 sources",

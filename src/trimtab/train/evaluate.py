@@ -25,7 +25,7 @@ from trimtab.train.data import IGNORE, Example, collate, encode_rows, read_rows
 from trimtab.train.generate import Counting, as_fits, complete, free_memory, pad_token, references, silently
 from trimtab.train.metrics import METRICS, Metric, fitting, metric
 
-BATCH_TOKENS = 2048  # of a batch that is scored; padding included
+BATCH_TOKENS = 1024  # of a batch that is scored; padding included
 LONG = 256  # answers of more tokens are not generated unless asked for
 
 

@@ -15,7 +15,7 @@ from tests.folders import adapter_folder, base_folder
 from trimtab import IA3Config, LoraConfig
 from trimtab.errors import AdapterFileError
 from trimtab.files.factors import Factors
-from trimtab.rank.inspect import diff, inspect, spectrum
+from trimtab.rank.inspect import _spectrum, diff, inspect
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -50,7 +50,7 @@ def test_singular_values_are_the_dense_ones(seed, r, out, into, scale, n) -> Non
     A = torch.randn(*stack, r, into, generator=draw, dtype=torch.float64)
     B = torch.randn(*stack, out, r, generator=draw, dtype=torch.float64)
     dense = torch.linalg.svdvals(scale * B @ A).flatten().sort(descending=True).values
-    found = spectrum(Factors(A, B, scale))
+    found = _spectrum(Factors(A, B, scale))
     k = min(len(found), len(dense))
     torch.testing.assert_close(found[:k], dense[:k], rtol=1e-9, atol=1e-9)
     assert float(found[k:].sum()) < 1e-9

@@ -6,20 +6,9 @@ import pytest
 import torch
 
 from trimtab import LoraConfig, PromptTuningConfig, get_peft_model
-from trimtab.errors import DataError
 from trimtab.shell.opening import using
-from trimtab.train.data import encode_row
-from trimtab.train.generate import (
-    answer,
-    asked_in,
-    encode_prompt,
-    generate_ids,
-    mixes,
-    prompt_of,
-    prompts_of,
-    sampling_of,
-    stream,
-)
+from trimtab.train.generate import answer, generate_ids, mixes, sampling_of, stream
+from trimtab.train.prompts import encode_prompt
 
 PROMPTS = ["Hello", "What is 2 + 2?", "A rather longer prompt than the others, to be padded for", "x"]
 
@@ -96,41 +85,3 @@ def test_sampling_is_greedy_at_0_and_repeats_by_its_seed(adapted, tokenizer) -> 
     assert sampling_of(0.0) == {}
     draws = [answer(adapted, tokenizer, ["Hello"], None, 8, **sampling_of(5.0, 1.0, seed))[0].ids for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-
-
-# ---------------------------------------------------------------------- prompts
-ROWS = [
-    {"prompt": "a", "completion": "b"},
-    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
-    {"instruction": "a", "input": "x", "output": "b"},
-    {"instruction": "a", "output": "b"},
-    {"messages": [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "a"), ("assistant", "b"))]},
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: "+".join(r))
-def test_a_rows_prompt_is_what_training_generates_from(row, tokenizer) -> None:
-    example = encode_row(row, tokenizer)
-    assert encode_prompt(tokenizer, prompt_of(row)) == example.ids[: example.prompt_length]
-
-
-def test_a_row_that_asks_nothing_is_named(tmp_path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(DataError, match="row 2: a row asks nothing"):
-        prompts_of(tmp_path / "x.jsonl")
-    assert prompts_of(tmp_path / "x.jsonl", limit=1) == ["a"]
-    assert asked_in(tmp_path / "x.jsonl", 2) == []
-    with pytest.raises(DataError, match="no file"):
-        prompts_of(tmp_path / "y.jsonl")
-    (tmp_path / "x.jsonl").write_text("")
-    with pytest.raises(DataError, match="no rows"):
-        prompts_of(tmp_path / "x.jsonl")
-
-
-def test_system_and_raw(tokenizer) -> None:
-    whole = tokenizer.decode(encode_prompt(tokenizer, "hi", system="be brief"))
-    assert whole == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi", raw=True)) == "hi"
-    tokenizer.chat_template = None
-    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "hi"

@@ -42,7 +42,7 @@ def compare(
     opened = common.open_quietly(model, [adapter], dtype, device)
     from trimtab.train.compare import compare as run
     from trimtab.train.evaluate import examples_of
-    from trimtab.train.generate import asked_in
+    from trimtab.train.prompts import asked_in
 
     tokenizer = opened.need_tokenizer()
     columns = common.fields(prompt_field, completion_field)

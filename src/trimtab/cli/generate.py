@@ -48,7 +48,8 @@ def generate(
             raise typer.BadParameter("There is no prompt on stdin.")
     common.ready()
     opened = common.open_quietly(model, adapter, dtype, device)
-    from trimtab.train.generate import answer, prompts_of, sampling_of, stream
+    from trimtab.train.generate import answer, sampling_of, stream
+    from trimtab.train.prompts import prompts_of
 
     tokenizer = opened.need_tokenizer()
     prompts = texts or prompts_of(data, limit)  # type: ignore[arg-type]

@@ -158,14 +158,14 @@ def _layer(path: str, f: Factors) -> Layer:
     if not math.isfinite(norm) or norm == 0:
         none = 0.0 if norm == 0 else math.nan
         return Layer(path, f.rank, f.scale, f.shape, norm, none, none, none)
-    values = spectrum(f)
+    values = _spectrum(f)
     shares = values[values > 0] / values.sum()
     entropy = -float((shares * shares.log()).sum())
     largest = float(values[0])
     return Layer(path, f.rank, f.scale, f.shape, norm, largest, (norm / largest) ** 2, math.exp(entropy))
 
 
-def spectrum(f: Factors) -> Tensor:  # (r,), or (n·r,) of a stack of n
+def _spectrum(f: Factors) -> Tensor:  # (r,), or (n·r,) of a stack of n
     """The singular values of s·B·A that can differ from 0, largest first: by QR of both factors."""
     RB, RA = (torch.linalg.qr(M, mode="r").R for M in (f.B, f.A.mT))
     return abs(f.scale) * torch.linalg.svdvals(RB @ RA.mT).flatten().sort(descending=True).values

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from trimtab.errors import AdapterNameError, ConfigError
 from trimtab.shell.opening import BASE, Opened
-from trimtab.train.generate import Answer, answer, encode_prompt, stream
+from trimtab.train.generate import Answer, answer, stream
+from trimtab.train.prompts import encode_prompt
 
 HELP = """\
 /adapter NAME    answer with this adapter from now on; alone: which there are

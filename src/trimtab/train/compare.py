@@ -14,8 +14,9 @@ from trimtab.errors import PeftError
 from trimtab.shell.opening import BASE, NULL, using
 from trimtab.train.data import Example
 from trimtab.train.evaluate import LossResult, evaluate_loss, evaluating
-from trimtab.train.generate import Counting, encode_prompt, generate_ids, pad_token, silently
+from trimtab.train.generate import Counting, generate_ids, pad_token, silently
 from trimtab.train.null import add_null_adapter, delta_norms
+from trimtab.train.prompts import encode_prompt
 
 POSITIONS = 128  # logits are compared at so many positions of a prompt, the last ones
 PROMPTS = (  # where neither prompts nor rows are given

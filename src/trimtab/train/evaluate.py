@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from trimtab.errors import DataError
 from trimtab.train.data import IGNORE, Example, collate, encode_rows, read_rows
 from trimtab.train.generate import Counting, as_fits, complete, free_memory, pad_token, references, silently
 from trimtab.train.metrics import METRICS, Metric, fitting, metric
+from trimtab.train.prompts import require_file
 
 BATCH_TOKENS = 1024  # of a batch that is scored; padding included
 LONG = 256  # answers of more tokens are not generated unless asked for
@@ -205,8 +205,7 @@ def examples_of(
     Raises:
         DataError: no such file, no rows, or rows that cannot be read.
     """
-    if not Path(data).is_file():
-        raise DataError(f"There is no file {data}.")
+    require_file(data)
     rows = read_rows(data, fields)
     if not rows:
         raise DataError(f"{data} holds no rows.")

@@ -225,7 +225,7 @@ def test_eval_of_a_broken_adapter_ends_with_1_and_null(run) -> None:
 
 
 def test_eval_of_nothing(run) -> None:
-    for data, words in (("empty.jsonl", "holds no rows"), ("none.jsonl", "no file")):
+    for data, words in (("empty.jsonl", "has no rows"), ("none.jsonl", "no file")):
         result = run("eval", "one", "--data", data)
         assert isinstance(result.exception, PeftError)
         assert words in str(result.exception)

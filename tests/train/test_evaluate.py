@@ -179,7 +179,7 @@ def test_no_rows_no_file(adapted, tokenizer, tmp_path) -> None:
     with pytest.raises(DataError, match="no file"):
         examples_of(tmp_path / "none.jsonl", tokenizer)
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         examples_of(tmp_path / "empty.jsonl", tokenizer)
 
 

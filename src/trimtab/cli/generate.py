@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trimtab.cli import common
+
+if TYPE_CHECKING:
+    from trimtab.train.generate import Answer
 
 
 def generate(
@@ -68,12 +71,16 @@ def generate(
     if as_json:
         common.emit({"model": opened.base, "adapters": opened.adapters, "answers": answers})
         return
+    _render(answers, len(prompts), bool(names))
+
+
+def _render(answers: list[Answer], prompts: int, named: bool) -> None:
     from rich.markup import escape
 
     out = common.console()
     for i, a in enumerate(answers):
-        if i % max(len(names), 1) == 0 and len(prompts) > 1:
+        if prompts > 1 and i % (len(answers) // prompts) == 0:
             asked = a.prompt if isinstance(a.prompt, str) else str(a.prompt[-1]["content"])
-            out.print(f"{'' if i == 0 else chr(10)}[dim]{common.shown(asked)}[/dim]")
-        label = f"[bold cyan]{escape(a.adapter)}[/bold cyan]  " if names else ""
+            out.print(f"{chr(10) if i else ''}[dim]{common.shown(asked)}[/dim]")
+        label = f"[bold cyan]{escape(a.adapter)}[/bold cyan]  " if named else ""
         out.print(f"{label}{common.shown(a.text)}" + ("[dim] ...[/dim]" if a.finish == "length" else ""))

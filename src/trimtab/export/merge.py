@@ -79,60 +79,64 @@ def merge(
     target = Path(output).expanduser()
     model, wanted = opened.model, None if dtype is None else getattr(torch, dtype, None)
     _check(opened, target, dtype, wanted, dequantise, allow_quantised, overwrite)
-    quantised = _quantised(model)
-    if quantised and dequantise:
+    if dequantise and _quantised(model):
         say("Giving the quantised base plain weights")
         dequantize(model)
-        quantised = False
-    held = str(next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point()))
-    ids = _prompt_ids(opened, prompts)
+    _check_room(model, wanted, target)
+    held, ids = _dtype(model.get_base_model()), _prompt_ids(opened, prompts)
     say("Computing logits with the adapters beside the base")
     model.set_adapter(list(opened.adapters), inference_mode=True)
     before = [_logits(model, row) for row in ids]
     say(f"Merging {', '.join(opened.adapters)}")
     lost = None
-    if quantised:
+    if _quantised(model):
         model.merge_adapter()
         lost = max(merge_error(model).values(), default=0.0)
     plain = model.merge_and_unload()
     if wanted is not None:
         plain.to(wanted)
-    saved = str(next(p.dtype for p in plain.parameters() if p.is_floating_point()))
-    _check_room(plain, target)
-    cls, model = type(plain), None
-    opened.model = None
+    facts: dict[str, Any] = {
+        "base": opened.base,
+        "adapters": opened.adapters,
+        "sha256": {name: _sha256(folder) for name, folder in opened.adapters.items()},
+        "output": str(target),
+        "path": [held, "float64" if held == "float64" else "float32", _dtype(plain)],
+        "lost": lost,
+        "tokenizer": opened.tokenizer is not None,
+        "template": bool(getattr(opened.tokenizer, "chat_template", None)),
+        "adapter_bytes": sum(_weights(folder).stat().st_size for folder in opened.adapters.values()),
+    }
+    opened.model = model = None  # what is saved is loaded again: two models at a time are enough
     say(f"Saving to {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as scratch:
         out = Path(scratch) / "model"
-        try:
-            keep_reversible(plain)
-            plain.save_pretrained(out)
-            if opened.tokenizer is not None:
-                opened.tokenizer.save_pretrained(out)
-        except (OSError, ValueError, SafetensorError) as e:
-            raise ExportError(f"The merged model could not be written: {e}. Nothing is left of it.") from e
+        cls = _save(plain, opened.tokenizer, out)
         del plain
         gc.collect()
         say("Loading it again, to compare")
-        after = _reloaded(cls, out, ids)
-        drift = _drift(before, after)
-        receipt = Receipt(
-            base=opened.base,
-            adapters=opened.adapters,
-            sha256={name: _sha256(folder) for name, folder in opened.adapters.items()},
-            output=str(target),
-            path=[held.removeprefix("torch."), "float32", saved.removeprefix("torch.")],
-            **drift,
-            lost=lost,
-            tokenizer=opened.tokenizer is not None,
-            template=bool(getattr(opened.tokenizer, "chat_template", None)),
-            bytes=sum(f.stat().st_size for f in out.iterdir()),
-            adapter_bytes=sum(_weights(folder).stat().st_size for folder in opened.adapters.values()),
-        )
+        drift = _drift(before, _reloaded(cls, out, ids))
+        receipt = Receipt(**facts, **drift, bytes=sum(f.stat().st_size for f in out.iterdir()))
         (out / RECEIPT).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
         _put(out, target)
     return receipt
+
+
+def _save(plain: Any, tokenizer: Any, folder: Path) -> type:
+    """Write model and tokenizer; returns the model's class."""
+    try:
+        keep_reversible(plain)
+        plain.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ExportError(f"The merged model could not be written: {e}. Nothing is left of it.") from e
+    return type(plain)
+
+
+def _dtype(model: Any) -> str:
+    """The number format of a model's weights."""
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
 def _check(
@@ -172,10 +176,11 @@ def _quantised(model: Any) -> bool:
     return any(quantised(getattr(m, "base_layer", m)) for m in base.modules())
 
 
-def _check_room(model: Any, target: Path) -> None:
+def _check_room(model: Any, wanted: torch.dtype | None, target: Path) -> None:
     """Raise unless the disk has room for the model's weights."""
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    needs, folder = int(1.02 * sum(seen.values())) + 20_000_000, target.parent
+    each = {t.data_ptr(): t.numel() * (wanted.itemsize if wanted and t.is_floating_point() else t.element_size())
+            for t in (*model.parameters(), *model.buffers())}  # fmt: skip
+    needs, folder = int(1.02 * sum(each.values())) + 20_000_000, target.parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -208,7 +208,7 @@ def examples_of(
     require_file(data)
     rows = read_rows(data, fields)
     if not rows:
-        raise DataError(f"{data} holds no rows.")
+        raise DataError(f"{data} has no rows.")
     return encode_rows(rows[:limit], tokenizer, **encoding)
 
 

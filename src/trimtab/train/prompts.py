@@ -79,7 +79,7 @@ def prompts_of(
     if faults:
         raise DataError(f"{data}: " + "; ".join(faults[:10]))
     if not prompts:
-        raise DataError(f"{data} holds no rows.")
+        raise DataError(f"{data} has no rows.")
     return prompts
 
 

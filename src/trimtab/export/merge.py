@@ -95,16 +95,9 @@ def merge(
     plain = model.merge_and_unload()
     if wanted is not None:
         plain.to(wanted)
-    facts: dict[str, Any] = {
-        "base": opened.base,
-        "adapters": opened.adapters,
-        "sha256": {name: _sha256(folder) for name, folder in opened.adapters.items()},
-        "output": str(target),
+    facts = _facts(opened, target) | {
         "path": [held, "float64" if held == "float64" else "float32", _dtype(plain)],
         "lost": lost,
-        "tokenizer": opened.tokenizer is not None,
-        "template": bool(getattr(opened.tokenizer, "chat_template", None)),
-        "adapter_bytes": sum(_weights(folder).stat().st_size for folder in opened.adapters.values()),
     }
     opened.model = model = None  # what is saved is loaded again: two models at a time are enough
     say(f"Saving to {target}")
@@ -120,6 +113,19 @@ def merge(
         (out / RECEIPT).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
         _put(out, target)
     return receipt
+
+
+def _facts(opened: Opened, target: Path) -> dict[str, Any]:
+    """What of the receipt is known before."""
+    return {
+        "base": opened.base,
+        "adapters": opened.adapters,
+        "sha256": {name: _sha256(folder) for name, folder in opened.adapters.items()},
+        "output": str(target),
+        "tokenizer": opened.tokenizer is not None,
+        "template": bool(getattr(opened.tokenizer, "chat_template", None)),
+        "adapter_bytes": sum(_weights(folder).stat().st_size for folder in opened.adapters.values()),
+    }
 
 
 def _save(plain: Any, tokenizer: Any, folder: Path) -> type:

@@ -11,6 +11,7 @@ PeftError(Exception)
 ├── MissingPackageError(ImportError)        a package that only some uses need; the message says how to install it
 ├── DataError(ValueError)                   rows that cannot be trained on, named by file and line
 ├── TrainError(RuntimeError)                a run that cannot go on, or cannot be resumed
+├── ExportError(RuntimeError)               a model or adapter that cannot be written as asked
 └── OptimizerError(ValueError)              an optimiser that does not fit the model's adapters
 
 PeftWarning(UserWarning)                    something works, but probably not as meant
@@ -64,6 +65,10 @@ class TrainError(PeftError, RuntimeError):
 
 class DataError(PeftError, ValueError):
     """Rows that cannot be trained on; the message names each of them."""
+
+
+class ExportError(PeftError, RuntimeError):
+    """A model or adapter that cannot be written in the form asked for; nothing was."""
 
 
 class OptimizerError(PeftError, ValueError):

@@ -105,7 +105,24 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             config = getattr(module, "config", None)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # type: ignore[union-attr]
+    keep_reversible(model)
     return model
+
+
+def keep_reversible(model: nn.Module) -> None:
+    """Drop the conversions that transformers notes on reading a quantised folder, and cannot undo for saving."""
+    for module in model.modules():
+        noted = module.__dict__.get("_weight_conversions")
+        if noted:
+            module.__dict__["_weight_conversions"] = [c for c in noted if _reversible(c)]
+
+
+def _reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _widen(norm: Any, args: Any, kwargs: Any) -> Any:

@@ -201,7 +201,7 @@ def test_read_rows_of_each_kind_of_file(tmp_path) -> None:
 def test_columns_can_be_mapped(tmp_path) -> None:
     (tmp_path / "r.jsonl").write_text('{"q": "a", "a": "b"}\n')
     assert read_rows(tmp_path / "r.jsonl", {"prompt": "q", "completion": "a"}) == [{"prompt": "a", "completion": "b"}]
-    with pytest.raises(DataError, match="has no column .question.; it has a, q"):
+    with pytest.raises(DataError, match="has no column 'question'; it has a, q"):
         read_rows(tmp_path / "r.jsonl", {"prompt": "question"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,13 +31,15 @@ class Encoder:
 
     def encode(self, row: Row) -> tuple[list[Example], Notes, str, set[str]]:
         """The examples of a row, what is to be said of them, the row's kind and the columns that it does not use."""
+        if not isinstance(row, Mapping):
+            raise DataError(f"it is a {type(row).__name__}, not a dictionary")
         parsed = parse(row, self.chat)
         examples, notes = self._examples(parsed)
         if not all(example.trained for example in examples):
             raise DataError("no token of it would be trained (is the answer empty?)")
         bos = self.tokenizer.bos_token_id
         if bos is not None and any(example.ids[:2] == [bos, bos] for example in examples):
-            raise DataError("it starts with two BOS tokens: the text of the first turn or the chat template repeats it")
+            raise DataError("it starts with two BOS tokens: the first turn or the chat template writes it twice")
         return examples, notes, parsed.kind, unused(row, parsed)
 
     def _examples(self, parsed: Chat | Pair | Text | Tokens) -> tuple[list[Example], Notes]:
@@ -74,7 +77,9 @@ class Encoder:
         return Example(tokens.ids, labels, last)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        # A text that was rendered by a chat template has its BOS already.
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not begun, verbose=False).input_ids
         return ids
 
     def _ended(self, text: str) -> list[int]:

@@ -89,7 +89,7 @@ def describe(kind: str, chat: bool = True) -> str:
     if kind == "token ids":
         return "token ids: trained where their labels or masks say so"
     prompt, completion = kind.split(" and ")
-    form = "a conversation of two turns" if chat else "one string"
+    form = "a conversation" if chat else "one string"
     return f"{prompt!r} and {completion!r}, as {form}: {completion!r} is trained, with its end"
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from trimtab.errors import DataError
 from trimtab.train.example import IGNORE, Example
 from trimtab.train.kinds import Chat
-from trimtab.train.messages import REASONING, Message, as_strings
+from trimtab.train.messages import REASONING, as_strings
 
 TrainOn = Literal["completions", "all", "last"]
 Notes = set[str]  # what is worth saying of a row, in words that are the same for every row
@@ -27,7 +27,8 @@ MARKS = re.compile(r"\{%-?\s*generation\b")
 THOUGHT = re.compile(r"</?think>")
 
 ASKED_OTHERWISE = "the chat template asks for an answer with text that the conversation does not have before it"
-LEFT_OUT = "the chat template leaves out part of an answer, such as its reasoning"
+LEFT_OUT = "the chat template leaves out the reasoning of an answer"
+SPECIAL = "a message holds one of the tokenizer's special tokens as text, which is read as that token"
 NO_TOOLS = "the chat template does not show the model its tools"
 SPLIT = (
     "the chat template shows earlier answers otherwise once the conversation goes on: they get examples of their own"
@@ -43,6 +44,7 @@ class Template:
 
     def __init__(self, tokenizer: Any, name: Literal["own", "trl"] = "own") -> None:
         self.tokenizer = tokenizer
+        self.name = name
         self.text = _from_trl(tokenizer) if name == "trl" else None
         self.special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
 
@@ -142,11 +144,13 @@ def encode_chat(chat: Chat, template: Template, train_on: TrainOn = "completions
     if train_on == "last":
         turns = turns[-1:]
     examples: list[Example] = []
-    notes: Notes = set()
+    special = template.tokenizer.all_special_tokens
+    notes: Notes = {SPECIAL} if any(token in m["content"] for m in chat.messages for token in special) else set()
     while turns:
         end = turns[-1] + 1
         whole = rendered.text(end)
-        shown = [i for i in turns if whole.startswith(rendered.text(i + 1))]
+        # By TRL's templates a row is one example, as it is there.
+        shown = [i for i in turns if template.name == "trl" or whole.startswith(rendered.text(i + 1))]
         examples.insert(0, _example(rendered, shown, end, notes))
         turns = [i for i in turns if i not in shown]
     if len(examples) > 1:
@@ -163,54 +167,63 @@ def _everything(rendered: _Rendered, turns: list[int]) -> Example:
 def _example(rendered: _Rendered, turns: list[int], end: int, notes: Notes) -> Example:
     """The first `end` messages, of which these turns are trained."""
     chat, template = rendered.chat, rendered.template
-    spans = []
     if template.has_marks(chat.tools):
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         marked = template.apply(chat, end, tokenizer_kwargs={"verbose": False}, **options)
         ids, mask = list(marked["input_ids"]), marked["assistant_masks"]
     else:
-        ids = rendered.ids(end)
-        mask = None
+        ids, mask = rendered.ids(end), None
     labels = [IGNORE] * len(ids)
+    if mask is not None and turns == [i for i in range(end) if chat.messages[i]["role"] == "assistant"]:
+        labels = [id if bit else IGNORE for id, bit in zip(ids, mask)]
+    else:
+        for i in turns:
+            start, stop = _span(rendered, i, ids, end, notes)
+            if mask is None:
+                stop = _end(ids, start, stop, template)
+            else:  # the marks may begin before what the model is asked with ends
+                start = shared(ids, rendered.ids(i))
+            labels[start:stop] = [id if mask is None or mask[at] else IGNORE for at, id in enumerate(ids[:stop])][
+                start:
+            ]
     for i in turns:
-        start, stop = _span(rendered, i, ids, end, notes)
-        if mask is None:
-            stop = _end(ids, start, stop, template)
-            labels[start:stop] = ids[start:stop]
-        else:
-            header = shared(ids, rendered.ids(i))  # the marks may begin before what the model is asked with ends
-            labels[header:stop] = [id if bit else IGNORE for id, bit in zip(ids[header:stop], mask[header:stop])]
-        spans.append(start)
+        _look_for_all(rendered, i, notes)
     last = max((i + 1 for i, label in enumerate(labels) if label != IGNORE), default=0)
-    return Example(ids[:last], labels[:last], min(spans[-1], last))
+    return Example(ids[:last], labels[:last], min(last, shared(ids, rendered.ids(turns[-1], ask=True))))
 
 
 def _span(rendered: _Rendered, turn: int, ids: list[int], end: int, notes: Notes) -> tuple[int, int]:
     """Where an answer begins and ends among the ids of the conversation."""
-    whole, asked, after = rendered.text(end), rendered.text(turn, ask=True), rendered.text(turn + 1)
-    if not whole.startswith(asked):
+    whole = rendered.text(end)
+    if not whole.startswith(rendered.text(turn, ask=True)):
         if not whole.startswith(rendered.text(turn)):
             raise DataError(
                 f"the chat template shows what is before turn {turn + 1} otherwise once it is answered, "
                 "so which tokens are the answer cannot be told"
             )
         notes.add(ASKED_OTHERWISE)
-    said = after[shared(asked, after) :]
-    _look_for_all(rendered.chat.messages[turn], said, notes)
-    if any((tool.get("function") or tool).get("name", "") not in whole for tool in rendered.chat.tools or ()):
-        notes.add(NO_TOOLS)
     stop = len(ids) if turn + 1 == end else shared(ids, rendered.ids(turn + 1))
     return shared(ids, rendered.ids(turn, ask=True)), stop
 
 
-def _look_for_all(message: Message, said: str, notes: Notes) -> None:
-    """Whether an answer is all there in what the template makes of it."""
-    missing = [c["function"]["name"] for c in message.get("tool_calls", []) if c["function"]["name"] not in said]
-    if missing:
-        raise DataError(f"the chat template does not show the call of the tool {missing[0]!r}")
-    parts = [*THOUGHT.split(message["content"]), str(message.get(REASONING[0], ""))]
-    if not all(part.strip() in said for part in parts):
+def _look_for_all(rendered: _Rendered, turn: int, notes: Notes) -> None:
+    """Make sure that an answer is all there in what the template makes of it."""
+    message, after = rendered.chat.messages[turn], rendered.text(turn + 1)
+    said = _squeezed(after[shared(rendered.text(turn, ask=True), after) :])
+    for call in message.get("tool_calls", []):
+        if _squeezed(call["function"]["name"]) not in said:
+            raise DataError(f"the chat template does not show the call of the tool {call['function']['name']!r}")
+    *thoughts, answer = THOUGHT.split(message["content"])
+    if _squeezed(answer) not in said:
+        raise DataError(f"the chat template does not show what the assistant says in turn {turn + 1}, or not as it is")
+    if any(_squeezed(part) not in said for part in (*thoughts, str(message.get(REASONING[0], "")))):
         notes.add(LEFT_OUT)
+    if any((tool.get("function") or tool).get("name", "") not in after for tool in rendered.chat.tools or ()):
+        notes.add(NO_TOOLS)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _end(ids: list[int], start: int, stop: int, template: Template) -> int:
@@ -220,7 +233,10 @@ def _end(ids: list[int], start: int, stop: int, template: Template) -> int:
     ):
         stop -= 1
     if stop == start or ids[stop - 1] not in template.special:
-        raise DataError("the chat template ends its answer without an end token, so the model would never stop")
+        raise DataError(
+            "the chat template ends its answer without an end token, so the model would never stop "
+            "(for some models TRL's training template, template='trl', has one)"
+        )
     return stop
 
 

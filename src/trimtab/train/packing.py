@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,16 +69,16 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (trai
 
 
 def check_packing(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Make sure that this model keeps packed examples apart: compare the losses of some with those of each alone.
+    """Make sure that this model keeps packed examples apart: compare the losses of two with those of each alone.
 
-    Give it the first sequence's examples; the check takes the two shortest of them.
+    It takes the two shortest, with the dropout off, and compares the losses of all their tokens, prompts as well.
 
     Raises:
         TrainError: the losses differ, or the model cannot take packed sequences at all; says by how much, and where.
     """
     if len(examples) < 2:
         return
-    pair = sorted(examples, key=lambda e: len(e.ids))[:2]
+    pair = [replace(e, labels=e.ids) for e in sorted(examples, key=lambda e: len(e.ids))[:2]]
     was_training = model.training
     model.eval()
     try:
@@ -93,7 +94,7 @@ def check_packing(model: nn.Module, examples: Sequence[Example]) -> None:
     worst = int(difference.argmax())
     if not difference[worst] <= (1e-3 if precise else 0.25):  # NaN is no agreement
         raise TrainError(
-            f"Packed examples see each other in this model: the loss of trained token {worst + 1} of the first two is "
+            f"Packed examples see each other in this model: the loss of token {worst + 1} of two is "
             f"{packed[worst]:.4f} packed and {alone[worst]:.4f} alone (mean difference {difference.mean():.4f}). "
             "Train without packing."
         )

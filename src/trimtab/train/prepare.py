@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -31,6 +31,7 @@ class Report:
     skipped: list[Fault] = field(default_factory=list)  # bad rows that were left out, and why
     dropped: list[str] = field(default_factory=list)  # places of rows left out because they are too long
     truncated: list[str] = field(default_factory=list)  # places of rows that were cut
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the column it is read from, where they differ
     unused: list[str] = field(default_factory=list)  # columns that nothing was made of
     notes: dict[str, list[str]] = field(default_factory=dict)  # what else is to be said -> places
     supervised: list[int] = field(default_factory=list)  # trained tokens of each example
@@ -88,16 +89,15 @@ def prepare(
     Raises:
         DataError: rows of unknown kind, without trained tokens, without an end, or too long: all of them, in one error.
     """
-    rows = rows if isinstance(rows, Sequence) else list(rows)
-    where = rows.where if isinstance(rows, Rows) else lambda i: f"row {i + 1}"
     encoder = Encoder(tokenizer, system, train_on, plain, template)
     limit = max_length or tokenizer.model_max_length
-    source, skipped = (rows.source, rows.skipped) if isinstance(rows, Rows) else ("the rows", [])
-    report = Report(source, rows=len(rows) + len(skipped))
+    rows = rows if isinstance(rows, Rows) else Rows(list(rows))
+    report = Report(rows.source, rows=len(rows) + len(rows.skipped))
+    report.columns = {ours: theirs for ours, theirs in rows.mapped.items() if ours != theirs}
     prepared = Prepared([], [], report)
     faults: list[Fault] = []
     for index, row in enumerate(rows):
-        place = where(index)
+        place = rows.where(index)
         try:
             examples, notes, kind, columns = encoder.encode(row)
             kept = [fitting for e in examples if (fitting := _fit(e, limit, too_long, tokenizer)) is not None]
@@ -109,7 +109,7 @@ def prepare(
         prepared.places += [place] * len(kept)
     if faults and not (skip_bad and prepared.examples):
         raise_faults(faults, "row(s) cannot be trained on")
-    report.skipped = [*skipped, *faults]
+    report.skipped = [*rows.skipped, *faults]
     if encoder.conversations:
         report.template = encoder.template.source()
     if not prepared.examples:

@@ -60,13 +60,14 @@ class Rows(Sequence[dict[str, Any]]):
 
     def __init__(
         self,
-        rows: Sequence[dict[str, Any]],
-        places: Sequence[str],
-        source: str,
+        rows: Sequence[Any],
+        places: Sequence[str] | None = None,
+        source: str = "the rows",
         skipped: Iterable[Fault] = (),
         mapped: Mapping[str, str] | None = None,
     ) -> None:
-        self._rows, self._places = rows, places
+        self._rows = rows
+        self._places = [f"row {i}" for i in range(1, len(rows) + 1)] if places is None else places
         self.source, self.skipped, self.mapped = source, list(skipped), dict(mapped or {})
 
     def __len__(self) -> int:

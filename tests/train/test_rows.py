@@ -121,6 +121,29 @@ def test_what_is_not_here_is_asked_of_the_hub(monkeypatch) -> None:
         load_rows("nobody/nothing")
 
 
+def test_a_hub_data_set_by_its_configuration_and_split(monkeypatch) -> None:
+    import datasets
+
+    part = Dataset.from_list([{"frage": "a", "antwort": "b"}, {"frage": "c", "antwort": "d"}])
+    asked = []
+
+    def load(*names, **options):  # what the Hub would send
+        asked.append((names, options))
+        return part if "split" in options else DatasetDict(train=part, validation=part.select([1]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = load_rows("org/name:main", split="valid")
+    assert rows == [{"question": "c", "answer": "d"}]
+    assert rows.where(0) == "org/name:main, row 1"
+    assert len(load_rows("org/name")) == 2
+    assert len(load_rows("org/name", split="train[:50%]")) == 2
+    assert asked == [
+        (("org/name", "main"), {}),
+        (("org/name", None), {}),
+        (("org/name", None), {"split": "train[:50%]"}),
+    ]
+
+
 def test_without_datasets_an_error_names_what_to_install(monkeypatch, tmp_path) -> None:
     Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)

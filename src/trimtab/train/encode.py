@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.train.example import IGNORE, Example
 from trimtab.train.kinds import Chat, Pair, Row, Text, Tokens, parse, unused
-from trimtab.train.masks import Notes, Template, TrainOn, encode_chat, shared
+from trimtab.train.masks import Notes, Template, TemplateName, TrainOn, encode_chat, shared, token_ids
 
 TOUCHING = "prompt and completion are joined without a space between them"
 
@@ -22,7 +22,7 @@ class Encoder:
     system: str | None = None
     train_on: TrainOn = "completions"
     plain: bool = False
-    template_name: Literal["own", "trl"] = "own"
+    template_name: TemplateName = "own"
 
     def __post_init__(self) -> None:
         self.template = Template(self.tokenizer, self.template_name)
@@ -79,8 +79,7 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         # A text that was rendered by a chat template has its BOS already.
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not begun, verbose=False).input_ids
-        return ids
+        return token_ids(self.tokenizer, text, special=not begun)
 
     def _ended(self, text: str) -> list[int]:
         eos = self.tokenizer.eos_token_id

@@ -21,6 +21,7 @@ from trimtab.train.kinds import Chat
 from trimtab.train.messages import REASONING, as_strings
 
 TrainOn = Literal["completions", "all", "last"]
+TemplateName = Literal["own", "trl"]
 Notes = set[str]  # what is worth saying of a row, in words that are the same for every row
 
 MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -42,7 +43,7 @@ class Template:
         DataError: TRL's is asked for, and there is none for this tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, name: Literal["own", "trl"] = "own") -> None:
+    def __init__(self, tokenizer: Any, name: TemplateName = "own") -> None:
         self.tokenizer = tokenizer
         self.name = name
         self.text = _from_trl(tokenizer) if name == "trl" else None
@@ -85,8 +86,7 @@ class Template:
 
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text: the template has written BOS and the other special tokens itself."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+        return token_ids(self.tokenizer, text, special=False)
 
 
 def _from_trl(tokenizer: Any) -> str | None:
@@ -98,7 +98,7 @@ def _from_trl(tokenizer: Any) -> str | None:
         raise DataError("TRL's training templates need TRL: pip install trl") from e
     try:
         text: str | None = get_training_chat_template(tokenizer)
-    except ValueError as e:
+    except Exception as e:  # it tries the template on messages of its own
         raise DataError("TRL has no training template for this tokenizer's chat template: use its own.") from e
     return text  # None: the tokenizer's own has the marks already
 
@@ -111,7 +111,7 @@ class _Rendered:
     template: Template
 
     def __post_init__(self) -> None:
-        self._texts: dict[tuple[int, bool], str] = {(0, False): "", (0, True): ""}
+        self._texts: dict[tuple[int, bool], str] = {}
 
     def text(self, upto: int, ask: bool = False) -> str:
         """The first `upto` messages; with `ask`, and what makes the model answer."""
@@ -173,27 +173,18 @@ def _example(rendered: _Rendered, turns: list[int], end: int, notes: Notes) -> E
         ids, mask = list(marked["input_ids"]), marked["assistant_masks"]
     else:
         ids, mask = rendered.ids(end), None
-    labels = [IGNORE] * len(ids)
-    if mask is not None and turns == [i for i in range(end) if chat.messages[i]["role"] == "assistant"]:
-        labels = [id if bit else IGNORE for id, bit in zip(ids, mask)]
-    else:
-        for i in turns:
-            start, stop = _span(rendered, i, ids, end, notes)
-            if mask is None:
-                stop = _end(ids, start, stop, template)
-            else:  # the marks may begin before what the model is asked with ends
-                start = shared(ids, rendered.ids(i))
-            labels[start:stop] = [id if mask is None or mask[at] else IGNORE for at, id in enumerate(ids[:stop])][
-                start:
-            ]
+    if mask is None or turns != [i for i in range(end) if chat.messages[i]["role"] == "assistant"]:
+        trained = {at for i in turns for at in _span(rendered, i, ids, end, notes, marked=mask is not None)}
+        mask = [at in trained and (mask is None or mask[at]) for at in range(len(ids))]
     for i in turns:
         _look_for_all(rendered, i, notes)
+    labels = [id if bit else IGNORE for id, bit in zip(ids, mask)]
     last = max((i + 1 for i, label in enumerate(labels) if label != IGNORE), default=0)
     return Example(ids[:last], labels[:last], min(last, shared(ids, rendered.ids(turns[-1], ask=True))))
 
 
-def _span(rendered: _Rendered, turn: int, ids: list[int], end: int, notes: Notes) -> tuple[int, int]:
-    """Where an answer begins and ends among the ids of the conversation."""
+def _span(rendered: _Rendered, turn: int, ids: list[int], end: int, notes: Notes, marked: bool) -> range:
+    """Where an answer is among the ids of the conversation; with marks, where those that belong to it may be."""
     whole = rendered.text(end)
     if not whole.startswith(rendered.text(turn, ask=True)):
         if not whole.startswith(rendered.text(turn)):
@@ -203,7 +194,8 @@ def _span(rendered: _Rendered, turn: int, ids: list[int], end: int, notes: Notes
             )
         notes.add(ASKED_OTHERWISE)
     stop = len(ids) if turn + 1 == end else shared(ids, rendered.ids(turn + 1))
-    return shared(ids, rendered.ids(turn, ask=True)), stop
+    start = shared(ids, rendered.ids(turn, ask=not marked))  # marks may begin before what the model is asked with ends
+    return range(start, stop if marked else _end(ids, start, stop, rendered.template))
 
 
 def _look_for_all(rendered: _Rendered, turn: int, notes: Notes) -> None:
@@ -228,16 +220,28 @@ def _squeezed(text: str) -> str:
 
 def _end(ids: list[int], start: int, stop: int, template: Template) -> int:
     """Where an answer ends with its end token: the newline after that is nothing to learn."""
-    while (
-        stop > start and ids[stop - 1] not in template.special and not template.tokenizer.decode(ids[stop - 1]).strip()
-    ):
+    special, decode = template.special, template.tokenizer.decode
+    while stop > start and ids[stop - 1] not in special and not decode(ids[stop - 1]).strip():
         stop -= 1
-    if stop == start or ids[stop - 1] not in template.special:
+    if stop == start or ids[stop - 1] not in special:
         raise DataError(
             "the chat template ends its answer without an end token, so the model would never stop "
             "(for some models TRL's training template, template='trl', has one)"
         )
     return stop
+
+
+def token_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Ids of a text; with `special`, and the special tokens that the tokenizer gives every text.
+
+    Raises:
+        DataError: the text is none: it holds half a character.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    except (TypeError, UnicodeEncodeError) as e:
+        raise DataError("its text is no valid Unicode (half an emoji?)") from e
+    return ids
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -16,6 +16,9 @@ from trimtab.train.example import IGNORE, Example
 __all__ = ["check_packing", "collate_packed", "pack", "token_losses"]
 
 
+SHORT = 16  # tokens, enough to tell
+
+
 def pack(examples: Sequence[Example], max_length: int) -> list[list[int]]:
     """Indices of the examples that share each sequence of at most `max_length` tokens; none is cut or left out.
 
@@ -71,14 +74,15 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (trai
 def check_packing(model: nn.Module, examples: Sequence[Example]) -> None:
     """Make sure that this model keeps packed examples apart: compare the losses of two with those of each alone.
 
-    It takes the two shortest, with the dropout off, and compares the losses of all their tokens, prompts as well.
+    It takes two short ones, with the dropout off, and compares the losses of all their tokens, prompts as well.
 
     Raises:
         TrainError: the losses differ, or the model cannot take packed sequences at all; says by how much, and where.
     """
-    if len(examples) < 2:
+    if len(examples) < 2 or max(len(e.ids) for e in examples) < 2:
         return
-    pair = [replace(e, labels=e.ids) for e in sorted(examples, key=lambda e: len(e.ids))[:2]]
+    shortest = sorted(examples, key=lambda e: (len(e.ids) < SHORT, abs(len(e.ids) - SHORT)))
+    pair = [replace(e, labels=e.ids) for e in shortest[:2]]
     was_training = model.training
     model.eval()
     try:
@@ -88,13 +92,19 @@ def check_packing(model: nn.Module, examples: Sequence[Example]) -> None:
         raise TrainError(f"This model cannot be trained on packed sequences: {e}. Train without packing.") from e
     finally:
         model.train(was_training)
-    # Low precision rounds differently in another shape of batch; what leaks is of another order.
-    precise = next(model.parameters()).dtype == torch.float32
     difference = (packed - alone).abs()
     worst = int(difference.argmax())
-    if not difference[worst] <= (1e-3 if precise else 0.25):  # NaN is no agreement
+    if not difference[worst] <= (1e-3 if _is_precise(model) else 0.25):  # NaN is no agreement
         raise TrainError(
             f"Packed examples see each other in this model: the loss of token {worst + 1} of two is "
             f"{packed[worst]:.4f} packed and {alone[worst]:.4f} alone (mean difference {difference.mean():.4f}). "
             "Train without packing."
         )
+
+
+def _is_precise(model: nn.Module) -> bool:
+    """Whether products are of fp32: others round differently in another shape of batch. What leaks is much more."""
+    parameter = next(model.parameters())
+    if torch.is_autocast_enabled(parameter.device.type) or torch.get_float32_matmul_precision() != "highest":
+        return False
+    return parameter.dtype in (torch.float32, torch.float64)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.errors import DataError
 from trimtab.train.encode import Encoder
 from trimtab.train.example import IGNORE, Example
 from trimtab.train.kinds import Row
-from trimtab.train.masks import Notes, TrainOn
+from trimtab.train.masks import Notes, TemplateName, TrainOn
 from trimtab.train.rows import Fault, Rows, raise_faults
 
 __all__ = ["Prepared", "Report", "prepare"]
@@ -50,6 +50,7 @@ class Report:
             "used": self.used, **counts, "unused_columns": self.unused, "examples": len(self.supervised),
             "tokens": self.tokens, "longest": self.longest, "supervised": sum(self.supervised),
             "fewest_supervised": min(self.supervised, default=0),
+            "notes": {note: len(places) for note, places in self.notes.items()},
         }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def prepare(
     train_on: TrainOn = "completions",
     skip_bad: bool = False,
     plain: bool = False,
-    template: Literal["own", "trl"] = "own",
+    template: TemplateName = "own",
 ) -> Prepared:
     """Encode rows, make sure that there is something to learn in each, and report what became of them.
 
@@ -89,8 +90,9 @@ def prepare(
     Raises:
         DataError: rows of unknown kind, without trained tokens, without an end, or too long: all of them, in one error.
     """
+    _check_words(too_long=(too_long, TooLong), train_on=(train_on, TrainOn), template=(template, TemplateName))
     encoder = Encoder(tokenizer, system, train_on, plain, template)
-    limit = max_length or tokenizer.model_max_length
+    limit = tokenizer.model_max_length if max_length is None else max_length
     rows = rows if isinstance(rows, Rows) else Rows(list(rows))
     report = Report(rows.source, rows=len(rows) + len(rows.skipped))
     report.columns = {ours: theirs for ours, theirs in rows.mapped.items() if ours != theirs}
@@ -112,10 +114,18 @@ def prepare(
     report.skipped = [*rows.skipped, *faults]
     if encoder.conversations:
         report.template = encoder.template.source()
+    elif system is not None:
+        report.notes["there is no conversation that the system message could be in"] = []
     if not prepared.examples:
         raise DataError("There are no rows to train on" + (f": all are longer than {limit} tokens." if rows else "."))
     _measure(report, prepared, tokenizer)
     return prepared
+
+
+def _check_words(**words: tuple[str, Any]) -> None:
+    for name, (word, allowed) in words.items():
+        if word not in get_args(allowed):
+            raise DataError(f"{name} is {word!r}; it can be {', '.join(map(repr, get_args(allowed)))}.")
 
 
 def _fit(example: Example, limit: int, too_long: TooLong, tokenizer: Any) -> Example | None:

@@ -49,7 +49,7 @@ TEXTS = [{"text": "A document."}, {"text": "Another one, with\nlines."}, {"text"
 
 def theirs(rows: list[dict[str, Any]], tokenizer: Any, folder: Any, **options: Any) -> SFTTrainer:
     torch.manual_seed(0)
-    model = llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2)
     arguments = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
         "max_length": 256, "per_device_train_batch_size": 8, "shuffle_dataset": False, **options,

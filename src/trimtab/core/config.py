@@ -8,14 +8,15 @@ import enum
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from trimtab.core.fields import check as check_fields
 from trimtab.core.io import locate, split_hub_arguments, write_whole
-from trimtab.errors import AdapterFileError, ConfigError, PeftWarning
+from trimtab.core.report import warn
+from trimtab.errors import AdapterFileError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
@@ -127,6 +128,7 @@ class PeftConfig:
     runtime: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.peft_version = self.peft_version or FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
@@ -151,7 +153,8 @@ class PeftConfig:
         return self
 
     def check(self) -> None:
-        """Raise for a field that does not act yet but was set: called when an adapter is built."""
+        """Raise for a field that has a wrong value or does not act yet: called when an adapter is built."""
+        check_fields(self)
         for f in dataclasses.fields(self):
             if f.name in self.pending and getattr(self, f.name) != default_of(f):
                 raise NotImplementedError(
@@ -186,7 +189,7 @@ class PeftConfig:
 
     def writer(self, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> Callable[[Path], None]:
         """A function that writes this config to a path."""
-        content = self.to_json() | {"peft_version": FORMAT_VERSION}
+        content = self.to_json()
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
         text = json.dumps(content, indent=2, sort_keys=True)
@@ -202,38 +205,32 @@ class PeftConfig:
 
         Unknown keys are kept (`.unknown`), written back on save, and reported with a warning.
         """
-        attributes = dict(attributes)
-        peft_type = attributes.get("peft_type")
+        try:
+            return cls._from_dict(dict(attributes), source)
+        except ConfigError as error:
+            raise error if source in str(error) else ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def _from_dict(cls, attributes: dict[str, Any], source: str) -> Any:
+        peft_type = attributes.pop("peft_type", None)
         target = cls
         if peft_type is not None:
             target = PeftConfig.class_of(str(getattr(peft_type, "value", peft_type)))
         elif cls is PeftConfig:
             raise ConfigError(f"{source} has no `peft_type`, so the method it belongs to is unknown.")
         known = {f.name for f in dataclasses.fields(target) if f.init}
+        for key in sorted(set(attributes) & target.runtime):
+            warn(f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.")
+            del attributes[key]
         unknown = {k: v for k, v in attributes.items() if k not in known}
-        given = {k: v for k, v in attributes.items() if k in known}
-        dropped = sorted(set(given) & target.runtime | set(unknown) & target.runtime)
-        for key in dropped:
-            warnings.warn(
-                f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.",
-                PeftWarning,
-                stacklevel=3,
-            )
-            given.pop(key, None)
-            unknown.pop(key, None)
         if unknown:
-            warnings.warn(
-                f"Unexpected keyword arguments {sorted(unknown)} for class {target.__name__}, these are ignored: "
-                f"{source} was probably written by a newer version (peft_version {attributes.get('peft_version')!r}, "
-                f"known here: {FORMAT_VERSION}). They are kept, and written back on save.",
-                PeftWarning,
-                stacklevel=3,
+            warn(
+                f"Unexpected keyword arguments {sorted(unknown, key=str)} for class {target.__name__}, these are "
+                f"ignored: {source} was probably written by a newer version (peft_version "
+                f"{attributes.get('peft_version')!r}, known here: {FORMAT_VERSION}). They are kept, and written back "
+                "on save."
             )
-        given.pop("peft_type", None)
-        fields_init = {f.name for f in dataclasses.fields(target) if f.init}
-        config = target(**{k: v for k, v in given.items() if k in fields_init})
-        if peft_type is not None and config.peft_type is None:
-            config.peft_type = PeftType(peft_type)
+        config = target(**{k: v for k, v in attributes.items() if k in known})
         config.__dict__["_unknown"] = unknown
         return config
 
@@ -247,7 +244,7 @@ class PeftConfig:
         """The content of a config file as a dict."""
         try:
             content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: {error}") from error
         if not isinstance(content, dict):
             raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: it holds no JSON object.")
@@ -301,12 +298,30 @@ class LayerConfig(PeftConfig):
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
         self.exclude_modules = as_set(self.exclude_modules)
+        self._check_expressions()
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def _check_expressions(self) -> None:
+        """Raise for regular expressions that are none, as they stand where they are used."""
+        found = [
+            (n, v, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(self, n, None), str)
+        ]
+        layers = getattr(self, "layers_pattern", None) or ()
+        found += [("layers_pattern", p, rf"{p}\.(\d+)\.") for p in ([layers] if isinstance(layers, str) else layers)]
+        found += [(name, key, rf"(.*\.)?({key})$") for name in self.patterns for key in getattr(self, name, None) or ()]
+        faults = []
+        for name, shown, expression in found:
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                faults.append(f"`{name}`: {shown!r} is no regular expression ({error})")
+        if faults:
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(faults)}.")
 
 
 @dataclass

@@ -8,7 +8,7 @@ import enum
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -200,37 +200,42 @@ class PeftConfig:
         return write
 
     @classmethod
-    def from_dict(cls, attributes: dict[str, Any], source: str = "the given dict") -> Any:
+    def from_dict(
+        cls, attributes: Mapping[str, Any], source: str = "the given dict", overrides: Mapping[str, Any] | None = None
+    ) -> Any:
         """A config from the content of an `adapter_config.json`; its `peft_type` decides the class.
 
-        Unknown keys are kept (`.unknown`), written back on save, and reported with a warning.
+        Unknown keys are kept (`.unknown`), written back on save, and reported with a warning. `overrides` win over
+        the content where they are fields: callers pass arguments for other loaders along.
         """
+        overrides = overrides or {}
+        kind = overrides.get("peft_type", attributes.get("peft_type"))
         try:
-            return cls._from_dict(dict(attributes), source)
+            target = cls if kind is None else PeftConfig.class_of(str(getattr(kind, "value", kind)))
+            if target is PeftConfig:
+                raise ConfigError("There is no `peft_type`, so the method it belongs to is unknown.")
+            known = {f.name for f in dataclasses.fields(target)} | set(attributes)
+            fields = {**attributes, **{k: v for k, v in overrides.items() if k in known}}
+            fields.pop("peft_type", None)
+            return target._from_fields(fields, source)
         except ConfigError as error:
-            raise error if source in str(error) else ConfigError(f"{source}: {error}") from error
+            raise ConfigError(f"{source}: {error}") from error
 
     @classmethod
-    def _from_dict(cls, attributes: dict[str, Any], source: str) -> Any:
-        peft_type = attributes.pop("peft_type", None)
-        target = cls
-        if peft_type is not None:
-            target = PeftConfig.class_of(str(getattr(peft_type, "value", peft_type)))
-        elif cls is PeftConfig:
-            raise ConfigError(f"{source} has no `peft_type`, so the method it belongs to is unknown.")
-        known = {f.name for f in dataclasses.fields(target) if f.init}
-        for key in sorted(set(attributes) & target.runtime):
+    def _from_fields(cls, attributes: dict[str, Any], source: str) -> Any:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in sorted(set(attributes) & cls.runtime):
             warn(f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.")
             del attributes[key]
         unknown = {k: v for k, v in attributes.items() if k not in known}
         if unknown:
             warn(
-                f"Unexpected keyword arguments {sorted(unknown, key=str)} for class {target.__name__}, these are "
+                f"Unexpected keyword arguments {sorted(unknown, key=str)} for class {cls.__name__}, these are "
                 f"ignored: {source} was probably written by a newer version (peft_version "
                 f"{attributes.get('peft_version')!r}, known here: {FORMAT_VERSION}). They are kept, and written back "
                 "on save."
             )
-        config = target(**{k: v for k, v in attributes.items() if k in known})
+        config = cls(**{k: v for k, v in attributes.items() if k in known})
         config.__dict__["_unknown"] = unknown
         return config
 
@@ -264,11 +269,7 @@ class PeftConfig:
         if path is None:
             raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
         content = cls.from_json_file(path)
-        kind = overrides.get("peft_type", content.get("peft_type"))
-        target = cls if kind is None else PeftConfig.class_of(str(getattr(kind, "value", kind)))
-        known = {f.name for f in dataclasses.fields(target)} | set(content)
-        overrides = {k: v for k, v in overrides.items() if k in known}  # callers pass arguments for other loaders along
-        return cls.from_dict({**content, **overrides}, f"'{path}'")
+        return cls.from_dict(content, f"'{path}'", overrides)
 
     @classmethod
     def _get_peft_type(cls, model_id: str, **kwargs: Any) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from trimtab.core.fields import check as check_fields
-from trimtab.core.io import locate, split_hub_arguments, write_whole
+from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
+from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
 from trimtab.core.report import warn
 from trimtab.errors import AdapterFileError, ConfigError
 
-CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
 
 Config = TypeVar("Config", bound="PeftConfig")
@@ -265,10 +265,12 @@ class PeftConfig:
             AdapterFileError: there is no `adapter_config.json`, or it cannot be read.
         """
         hub, overrides = split_hub_arguments(kwargs)
-        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        if path is None:
-            raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        content = cls.from_json_file(path)
+        with reading(pretrained_model_name_or_path, subfolder):
+            path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+            if path is None:
+                where = os.path.join(pretrained_model_name_or_path, subfolder or "")  # noqa: PTH118 - or a Hub id
+                raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{where}'.{advice(where)}")
+            content = cls.from_json_file(path)
         return cls.from_dict(content, f"'{path}'", overrides)
 
     @classmethod

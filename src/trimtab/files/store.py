@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.config import CONFIG_NAME, PeftConfig
-from trimtab.core.io import locate, split_hub_arguments, write_whole
+from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
 from trimtab.errors import AdapterFileError, AdapterNameError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,12 +65,9 @@ def writers(
 
 
 def save(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write an adapter's files, all of them or none; the other weights format of an earlier save goes away."""
-    write_whole(files)
-    for path in files:
-        other = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}.get(path.name)
-        if other is not None:
-            (path.parent / other).unlink(missing_ok=True)
+    """Write adapters' files, all of them or none; the other weights format of an earlier save goes away."""
+    others = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}
+    write_whole(files, CONFIG_NAME, [path.with_name(others[path.name]) for path in files if path.name in others])
 
 
 def load_peft_weights(
@@ -84,14 +81,15 @@ def load_peft_weights(
     hub, rest = split_hub_arguments(kwargs)
     key_mapping = rest.pop("key_mapping", None)
     place = str(device) if device is not None else "cpu"
-    path = locate(model_id, WEIGHTS, **hub)
-    if path is not None:
-        tensors = _read_safetensors(path, place)
-    else:
-        path = locate(model_id, PICKLED, **hub)
-        if path is None:
-            raise AdapterFileError(f"Can't find weights for {model_id}: it holds neither {WEIGHTS} nor {PICKLED}.")
-        tensors = _read_pickle(path, place)
+    with reading(model_id, hub.get("subfolder")):
+        if (path := locate(model_id, WEIGHTS, **hub)) is not None:
+            tensors = _read_safetensors(path, place)
+        elif (path := locate(model_id, PICKLED, **hub)) is not None:
+            tensors = _read_pickle(path, place)
+        else:
+            raise AdapterFileError(
+                f"Can't find weights for {model_id}: it holds neither {WEIGHTS} nor {PICKLED}.{advice(model_id)}"
+            )
     return rename(tensors, key_mapping)
 
 
@@ -134,6 +132,7 @@ def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
 
 def saved_adapters(root: str | os.PathLike[str]) -> list[str]:
     """The names of the adapters saved below a folder."""
-    base = Path(root)
-    names = ["default"] if (base / CONFIG_NAME).is_file() else []
-    return names + sorted(p.parent.name for p in base.glob(f"*/{CONFIG_NAME}"))
+    with reading(root):
+        below = sorted(p.name for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
+        places = {"default": Path(root)} | {name: Path(root) / name for name in below}
+        return [name for name, place in places.items() if locate(place, CONFIG_NAME) is not None]

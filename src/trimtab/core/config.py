@@ -17,6 +17,7 @@ from trimtab.core.fields import check as check_fields
 from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
 from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
 from trimtab.core.report import warn
+from trimtab.core.targets import COMPILED
 from trimtab.errors import AdapterFileError, ConfigError
 
 FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
@@ -192,7 +193,7 @@ class PeftConfig:
         content = self.to_json()
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
-        text = json.dumps(content, indent=2, sort_keys=True)
+        text = json.dumps(content, indent=2, sort_keys=True).replace(COMPILED, "")
 
         def write(path: Path) -> None:
             path.write_text(text, encoding="utf-8")

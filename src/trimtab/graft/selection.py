@@ -21,7 +21,7 @@ from trimtab.core.targets import (
     unused_patterns,
 )
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError
-from trimtab.files.experts import FORMER, rewrite
+from trimtab.files.experts import fused, rewrite
 from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
     model_type = getattr(getattr(graft.model, "config", None), "model_type", None)
     named = bool(getattr(config, "target_parameters", None))
     default = default_targets(config, model_type)
-    if config.target_modules is None and named and (model_type in FORMER or default is None):
+    if config.target_modules is None and named and (default is None or fused(graft.model, graft.modules)):
         config.target_modules = set()
     if config.target_modules is None:
         if default == INPUT_EMBEDDING:
@@ -57,7 +57,7 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
     kinds = {n: kind(m) for n, m in graft.modules.items()}
     head = head_of(graft)
     linear = [n for n, m in graft.modules.items() if kinds[n] == "linear" and m is not head and callable_linear(m)]
-    if done := rewrite(config, model_type, graft.modules, linear):
+    if done := rewrite(config, graft.model, graft.modules, linear):
         warn(done)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}

@@ -71,7 +71,7 @@ def build(name: str, **changes: Any) -> Any:
     own = FAMILIES[name][0] if name in FAMILIES else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **own, **changes})).eval()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -86,7 +86,7 @@ def adapt(name: str, **fields: Any) -> PeftModel:
         model = get_peft_model(build(name), LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **fields)).eval()
     for key, parameter in model.named_parameters():
         if "lora_" in key:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.2)
     return model
 
 
@@ -117,7 +117,7 @@ def test_all_linear_adapts_the_experts_forward_as_merged_and_through_a_file(name
     assert len(experts(model)) == 2, "gate and up (or up alone), and down"
     assert not any("router" in n or n.rpartition(".")[2] in ("gate", "wg") for n in trained(model))
     expected = logits(model, IDS)
-    assert not torch.allclose(expected, logits(build(name), IDS), atol=1e-3)
+    assert not torch.allclose(expected, logits(build(name), IDS), atol=1e-4)
     model.save_pretrained(tmp_path)
     said = says(lambda: PeftModel.from_pretrained(build(name), tmp_path))
     assert "The experts" not in said, "the file speaks of today's parameters"

@@ -79,14 +79,17 @@ class Names:
         # Renamings speak of a module's own tensors.
         return self._renamed(".".join([*parts[:end], "weight"])).removesuffix(".weight"), ".".join(parts[end:])
 
-    def _renamed(self, key: str, undo: bool = False) -> str:
-        for renaming in self.undone if undo else self.renamings:
+    def _renamed(self, key: str) -> str:
+        for renaming in self.renamings:
             key = renaming.rename_source_key(key)[0]
         return key
 
-    def before(self, path: str) -> str:
-        """What a module's path was in earlier releases; itself where it was the same."""
-        return self._renamed(f"{path}.weight", undo=True).removesuffix(".weight")
+    def before(self, path: str) -> set[str]:
+        """What a module's path was in earlier releases, if it was another: all that is now read as this one."""
+        forms = {f"{path}.weight"}
+        for undo in self.undone:
+            forms |= {undo.rename_source_key(form)[0] for form in forms}
+        return {f.removesuffix(".weight") for f in forms if self._renamed(f) == f"{path}.weight"} - {path}
 
     # ------------------------------------------------------------------ configs
     def update(self, config: Any) -> str:
@@ -122,7 +125,7 @@ class Names:
     def _expression(self, wanted: str) -> Any:
         if wanted.lower() == "all-linear" or self._fits(wanted):
             return wanted
-        found = {path for path in self.modules if re.fullmatch(wanted, self.before(path))}
+        found = {path for path in self.modules if any(re.fullmatch(wanted, old) for old in self.before(path))}
         return found or wanted
 
     def _fits(self, wanted: Any) -> bool:

@@ -106,7 +106,7 @@ class Rewriting:
         self.borrowed = borrowed(names.model)
         self.standing = set() if self.every else {matches(wanted, path) for path in names.modules} - {None}
         self.forms = {  # the former paths of a Linear: under today's names of what is around it, and under theirs
-            (stack.path, linear): {stack.former(linear), names.before(stack.former(linear))}
+            (stack.path, linear): {stack.former(linear), *names.before(stack.former(linear))}
             for stack in found
             for linears in stack.merged.values()
             for linear in linears
@@ -199,7 +199,7 @@ class Rewriting:
         for path, module in self.names.modules.items():
             own = module._parameters.get("weight")
             if _routes(path, self.names.modules) and not isinstance(module, nn.Linear) and own is not None:
-                for form in (path, self.names.before(path)):
+                for form in (path, *self.names.before(path)):
                     if (entry := matches(self.config.target_modules, form)) is not None:
                         found[entry] = f"{_last(path)}.weight"
         return found

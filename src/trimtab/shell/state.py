@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.core.report import warn
 from trimtab.files.codec import PREFIX, aligned, fill, fit, from_state, sharded
+from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.graft import Graft
 from trimtab.graft.slots import targets_embeddings
@@ -59,7 +60,8 @@ def set_peft_model_state_dict(
     graft, prefix = locate_graft(model)
     adapter = graft.require(adapter_name)
     slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
-    tensors = aligned(slots, peft_model_state_dict, adapter_name, prefix)
+    names = Names(graft.model, graft.modules)
+    tensors = aligned(slots, peft_model_state_dict, adapter_name, prefix, names.today)
     found = fit(slots, tensors, prefix)
     if found.mismatched and not ignore_mismatched_sizes:
         shapes = [f"size mismatch for {k}: {f} in the state dict, {w} in the model" for k, f, w in found.mismatched]

@@ -178,6 +178,17 @@ def unwrapped(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
+def modules_of(keys: Iterable[str], peft_type: str) -> set[str]:
+    """The paths of the modules that tensors of a method belong to, read off their keys in memory or on disk."""
+    start, found = PREFIXES.get(peft_type, f"{peft_type.lower()}_"), set()
+    for key in keys:
+        parts = unwrapped(key.removeprefix(PREFIX)).split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(start)), 0)
+        if at:
+            found.add(".".join(part for part in parts[:at] if part != "base_layer"))
+    return found
+
+
 def as_written(key: str, model: nn.Module) -> str:
     """A key on disk without what wrappers inside the model add to it; one called "module" that is none stays."""
     if not any(f"{wrapper}." in key for wrapper in WRAPPERS):

@@ -93,6 +93,21 @@ def load_peft_weights(
     return rename(tensors, key_mapping)
 
 
+def load_shapes(model_id: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by their keys on disk; of safetensors only the head is read."""
+    with reading(model_id, hub.get("subfolder")):
+        path = locate(model_id, WEIGHTS, **hub)
+        if path is None:
+            return {key: tuple(tensor.shape) for key, tensor in load_peft_weights(model_id, **hub).items()}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterFileError(_unreadable(path, error)) from error
+
+
 def rename(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Apply {regular expression: replacement} to the keys, the first that fits each."""
     if not key_mapping:
@@ -117,7 +132,11 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
     try:
         return load_file(path, device=device)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"'{path}' cannot be read; it is truncated or no safetensors file: {error}") from error
+        raise AdapterFileError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"'{path}' cannot be read; it is truncated or no safetensors file: {error}"
 
 
 def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:

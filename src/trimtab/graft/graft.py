@@ -267,7 +267,10 @@ class Graft:
         """Forget an adapter; layers that have none left become the plain modules they were."""
         adapter = self.require(name)
         if name in self.merged:
-            raise ValueError(f"Adapter '{name}' is merged into the base: call unmerge_adapter() first.")
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first: "
+                "call unmerge_adapter()."
+            )
         if adapter.biases is not None:
             adapter.biases.switch(False)
             self.biased.remove(name)
@@ -298,7 +301,7 @@ class Graft:
         for path, wrapper in self.saved.items():
             self._swap(path, wrapper.chosen() if merge else wrapper.original_module)
         unwatch_checkpointing(self.model)
-        for attribute in ("_trimtab", "peft_config"):
+        for attribute in ("_trimtab", "peft_config", "_hf_peft_config_loaded"):
             self.model.__dict__.pop(attribute, None)
         return self.model
 

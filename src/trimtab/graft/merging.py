@@ -24,7 +24,9 @@ def merge(
     done: list[AdaptedLayer] = []
     merged = list(merged_adapters(graft))
     if merged and not set(chosen) - set(merged):
-        warn(f"Adapters {chosen} are merged already; nothing was done.")
+        warn(
+            f"All adapters are already merged, nothing to do. {chosen} are merged already: unmerge_adapter() undoes it."
+        )
         return
     try:
         for layer in progress(list(graft.layers.values())):
@@ -71,7 +73,7 @@ def _untie(graft: Graft, names: Sequence[str]) -> None:
 def unmerge(graft: Graft) -> None:
     """Put the base's original weights back."""
     if not merged_adapters(graft):
-        warn("Already unmerged, nothing to do.")
+        warn("Already unmerged. Nothing to do.")
     for layer in graft.layers.values():
         layer.unmerge()
     if graft.untied:

@@ -49,7 +49,10 @@ def require_source(model_id: Any, call: str) -> None:
     if isinstance(model_id, str | os.PathLike):
         return
     if isinstance(model_id, nn.Module):
-        raise ArgumentError(f"{call} takes the adapter's folder or Hub id here, and this is a model: are two swapped?")
+        raise ArgumentError(
+            f"{call} takes the adapter's folder or Hub id here, and this is a model. Are two swapped? A model "
+            "and an adapter's folder go to PeftModel.from_pretrained(model, folder)."
+        )
     raise ArgumentError(f"{call} takes the adapter's folder or Hub id, not {_called(model_id)}.")
 
 

@@ -264,6 +264,16 @@ class PeftModel(nn.Module):
         """Forget an adapter; if it was active, the first remaining one becomes so."""
         self.base_model.delete_adapter(adapter_name)
 
+    def train(self, mode: bool = True) -> PeftModel:
+        """Training or evaluation mode; says so where there would be nothing to train."""
+        super().train(mode)
+        if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
+            warn(
+                "The model is in training mode, but nothing in it is trained: the adapters are frozen. Load with "
+                "is_trainable=True to train an adapter further, or call set_adapter(name)."
+            )
+        return self
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or frozen, whether they are active or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)

@@ -130,9 +130,27 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
+
+    def _check_expressions(self) -> None:
+        """Raise for regular expressions that are none, as they stand where they are used."""
+        found = [
+            (n, v, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(self, n, None), str)
+        ]
+        layers = getattr(self, "layers_pattern", None) or ()
+        found += [("layers_pattern", p, rf"{p}\.(\d+)\.") for p in ([layers] if isinstance(layers, str) else layers)]
+        found += [(name, key, rf"(.*\.)?({key})$") for name in self.patterns for key in getattr(self, name, None) or ()]
+        faults = []
+        for name, shown, expression in found:
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                faults.append(f"`{name}`: {shown!r} is no regular expression ({error})")
+        if faults:
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(faults)}.")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -219,7 +237,7 @@ class PeftConfig:
             fields = {**attributes, **{k: v for k, v in overrides.items() if k in known}}
             fields.pop("peft_type", None)
             return target._from_fields(fields, source)
-        except ConfigError as error:
+        except ValueError as error:  # a ConfigError, or what PEFT's users know as one
             raise ConfigError(f"{source}: {error}") from error
 
     @classmethod
@@ -302,30 +320,12 @@ class LayerConfig(PeftConfig):
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
         self.exclude_modules = as_set(self.exclude_modules)
-        self._check_expressions()
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-
-    def _check_expressions(self) -> None:
-        """Raise for regular expressions that are none, as they stand where they are used."""
-        found = [
-            (n, v, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(self, n, None), str)
-        ]
-        layers = getattr(self, "layers_pattern", None) or ()
-        found += [("layers_pattern", p, rf"{p}\.(\d+)\.") for p in ([layers] if isinstance(layers, str) else layers)]
-        found += [(name, key, rf"(.*\.)?({key})$") for name in self.patterns for key in getattr(self, name, None) or ()]
-        faults = []
-        for name, shown, expression in found:
-            try:
-                re.compile(expression)
-            except (re.error, OverflowError, RecursionError) as error:
-                faults.append(f"`{name}`: {shown!r} is no regular expression ({error})")
-        if faults:
-            raise ConfigError(f"{type(self).__name__}: {'; '.join(faults)}.")
 
 
 @dataclass

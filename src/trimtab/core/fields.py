@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import math
 import os
 import types
 import typing
@@ -14,14 +13,15 @@ from typing import Any, Literal, Union
 
 from trimtab.errors import ConfigError
 
+LARGEST = 1e10  # of a number that is a measure: what is beyond is damage, and would be infinite in half a formula
 SCALARS: dict[Any, str] = {
     int: "a whole number",
-    float: "a finite number",
+    float: "a number (finite, to 1e10)",
     bool: "True or False",
     str: "a string",
     type(None): "None",
 }
-MANY: dict[Any, str] = {int: "whole numbers", float: "finite numbers", bool: "booleans", str: "strings"}
+MANY: dict[Any, str] = {int: "whole numbers", float: "numbers (finite, to 1e10)", bool: "booleans", str: "strings"}
 LISTS = (list, tuple, set, frozenset)
 
 
@@ -47,6 +47,8 @@ def check(config: Any) -> None:
         else:
             if plain is not value:
                 setattr(config, f.name, plain)
+            if f.name.endswith("dropout") and isinstance(plain, int | float) and not 0 <= plain <= 1:
+                faults.append(f"`{f.name}` should be a share from 0 to 1, not {_shown(value)}")
     if faults:
         raise ConfigError(f"{kind.__name__}: {'; '.join(faults)}.")
 
@@ -99,14 +101,15 @@ def _as(value: Any, hint: Any, convert: bool) -> Any:
 def _scalar(value: Any, kind: Any, convert: bool) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float:
-        return _need(value, number and math.isfinite(_float(value)))
-    if kind is int and convert and number and value == int(_need(value, math.isfinite(_float(value)))):
-        return int(value)
+        return _need(value, number and abs(value) <= LARGEST)
+    if kind is int:
+        whole = number and -(2**63) <= value < 2**64 and (isinstance(value, int) or (convert and value.is_integer()))
+        return int(_need(value, whole))
     if kind is bool and convert and (value is None or (number and value in (0, 1))):  # null, in files of old
         return bool(value)
     if kind is str and convert and isinstance(value, os.PathLike):
         return os.fspath(value)
-    return _need(value, isinstance(value, kind) and not (kind is int and isinstance(value, bool)))
+    return _need(value, isinstance(value, kind))
 
 
 def _sequence(value: Any, kind: Any, args: tuple[Any, ...]) -> Any:
@@ -165,13 +168,6 @@ def _same(value: Any, found: Any, kind: Any) -> bool:
     """Whether reading a container changed nothing in it."""
     items = (value.values(), found.values()) if kind is dict else (value, found)
     return isinstance(value, kind) and all(a is b for a, b in zip(*items))
-
-
-def _float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.fields import LARGEST
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.formats import offload
@@ -110,7 +111,13 @@ class Slot:
 
     def takes(self, value: Tensor) -> bool:
         """Whether a value from disk fits; nothing is changed."""
-        return self.unpacked(value.to("meta")).shape == self.get().shape
+        own = self.get()
+        return value.is_complex() == own.is_complex() and self.unpacked(value.to("meta")).shape == own.shape
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is numbers of the adapter's own, or trained ones: a copied module may hold a mask as well."""
+        return self.method is not None or self.shared or self.bare or isinstance(self.get(), nn.Parameter)
 
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
@@ -328,6 +335,18 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
         unexpected=[k for k in tensors if k not in wanted and not any(part in k for part in IGNORED)],
         mismatched=mismatched,
     )
+
+
+def unsound(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> list[str]:
+    """The keys of tensors that are NaN, infinite or beyond all measure somewhere (fp16 ends at 65,504)."""
+    found = []
+    for slot in slots:
+        value = tensors.get(slot.on_disk(prefix))
+        if value is not None and value.is_floating_point() and value.numel() and slot.trains:
+            value = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
+            if not value.abs().amax() <= LARGEST:  # NaN is not, either
+                found.append(slot.on_disk(prefix))
+    return found
 
 
 def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of bytes that are no pickle anything can come
         raise AdapterFileError(f"'{path}' cannot be read as a file of tensors and nothing else: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise AdapterFileError(f"'{path}' holds something else than a dict of tensors.")

@@ -39,7 +39,7 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
         config.target_modules = set()
     if config.target_modules is None:
         if default == INPUT_EMBEDDING:
-            default = [path_of(graft, graft.model.get_input_embeddings())]  # type: ignore[operator]
+            default = [input_embedding(graft)]
         if default is None and not config.modules_to_save:
             raise ConfigError(
                 "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
@@ -107,7 +107,7 @@ def companions(graft: Graft, config: Any) -> dict[str, tuple[type[Method], Any, 
     for field_name, (peft_type, argument, prefix) in COMPANIONS.items():
         wanted = getattr(config, field_name, None) or {}
         if not isinstance(wanted, dict):
-            wanted = {path_of(graft, graft.model.get_input_embeddings()): wanted}  # type: ignore[operator]
+            wanted = {input_embedding(graft): wanted}
         for key, value in wanted.items():
             paths = [n for n in graft.modules if matches({key}, n)]
             if not paths:
@@ -123,6 +123,16 @@ def companions(graft: Graft, config: Any) -> dict[str, tuple[type[Method], Any, 
 def tied(graft: Graft, path: str) -> list[str]:
     """The other modules that hold the same weight."""
     return [n for names in graft.ties if path in names for n in names if n != path]
+
+
+def input_embedding(graft: Graft) -> str:
+    """The path of the module that looks up the model's tokens."""
+    if not hasattr(graft.model, "get_input_embeddings"):
+        raise ConfigError(
+            f"{type(graft.model).__name__} has no get_input_embeddings(), which would tell its embedding: name it "
+            "(`target_modules`, or {module: indices} for `trainable_token_indices`)."
+        )
+    return path_of(graft, graft.model.get_input_embeddings())  # type: ignore[operator]
 
 
 def path_of(graft: Graft, module: nn.Module) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import reading
 from trimtab.core.report import warn
-from trimtab.errors import PeftError
+from trimtab.errors import AdapterFileError, PeftError
 from trimtab.files import experts, store
-from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit
+from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.graft import find_graft
@@ -73,14 +73,19 @@ class Source:
         found = fit(slots, tensors)
         if self.strict or (found.mismatched and not self.ignore_mismatched):
             found.raise_for_faults(f"'{self.model_id}'", self.ignore_mismatched)
+        if wrong := unsound(slots, tensors):
+            said = f"NaN, infinite or huge numbers are in {wrong[:5]}{' and more' if len(wrong) > 5 else ''}"
+            if self.strict:
+                raise AdapterFileError(f"The adapter in '{self.model_id}' is damaged: {said}. strict=False loads it.")
+            warn(f"{said} of the adapter in '{self.model_id}'.")
         if found.missing:
             warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
         if found.unexpected:
             warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
         memory = {slot.on_disk(): slot.in_memory() for slot in slots}
         self.result = _IncompatibleKeys([memory[key] for key in found.missing], found.unexpected)
-        wrong = {key for key, _, _ in found.mismatched}
-        return {key: tensor for key, tensor in tensors.items() if key not in wrong}
+        misfits = {key for key, _, _ in found.mismatched}
+        return {key: tensor for key, tensor in tensors.items() if key not in misfits}
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -91,6 +96,10 @@ class Source:
             if str(self.model_id) in str(error):
                 raise
             raise type(error)(f"The adapter in '{self.model_id}' cannot be loaded: {error}") from error
+        except Exception as error:  # what no check foresaw in a damaged file; the cause is kept
+            raise AdapterFileError(
+                f"The adapter in '{self.model_id}' cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
 
 
 def keep(adapter: Adapter, config: Any) -> None:

@@ -272,16 +272,13 @@ def from_state(
         key = next(
             (k for form in (slot.in_memory(prefix), slot.memory, disk) if (k := plain.get(unwrapped(form)))), None
         )
-        if state is None or slot.bare:
-            value: Any = slot.packed(slot.get())
-        elif key is None or unwrapped(key) == unwrapped(disk):
-            value = state.get(key)  # type: ignore[arg-type]
-        else:
-            value = slot.packed(state[key])
-        if value is None or value.device.type == "meta" or (not value.numel() and _size(slot.get())):
+        own = state is None or slot.bare
+        value: Any = slot.get() if own else None if key is None else state[key]  # type: ignore[index]
+        whole = own or key is None or unwrapped(key) != unwrapped(disk)  # what a method left out may be all there was
+        if value is None or value.device.type == "meta" or (whole and not value.numel() and _size(slot.get())):
             lacking.append(slot.in_memory(prefix))
         else:
-            found[as_written(disk, model)] = value
+            found[as_written(disk, model)] = slot.packed(value) if whole else value
     if lacking:
         raise AdapterFileError(
             f"{'The model' if state is None else 'The state dict'} lacks {len(lacking)} of the {len(slots)} tensors of "

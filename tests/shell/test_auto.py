@@ -204,3 +204,11 @@ def test_a_classifier(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "a")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a", num_labels=3)
     assert torch.equal(logits(loaded, IDS), logits(model, IDS))
+
+
+def test_arguments_for_the_adapter_are_not_the_bases(base: Path, tmp_path: Path) -> None:
+    saved(base, tmp_path / "a", task_type="CAUSAL_LM")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "a", import_allowlist=None, dtype=torch.bfloat16, autocast_adapter_dtype=False, torch_device="cpu"
+    )
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}

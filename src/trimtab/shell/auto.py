@@ -18,6 +18,8 @@ from trimtab.shell import tasks as shells
 from trimtab.shell.arguments import require_source
 from trimtab.shell.peft_model import PeftModel
 
+OURS = ("torch_device", "autocast_adapter_dtype")  # arguments for the adapter, not for the base
+
 
 class AutoPeftModel:
     """Loads the base model that an adapter's config names, and the adapter on it; its task says which classes."""
@@ -40,7 +42,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
-        import_allowlist: Sequence[str] = (),
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model with the adapter in a folder or on the Hub.
@@ -79,21 +81,14 @@ class AutoPeftModel:
                 "you are loading the correct model for your task type."
             )
         source = str(pretrained_model_name_or_path)
-        base_class = cls._base_class(peft_config, task, source, import_allowlist)
+        base_class = cls._base_class(peft_config, task, source, import_allowlist or ())
         place = {k: v for k, v in hub.items() if k in ("cache_dir", "token", "local_files_only", "force_download")}
+        adapter = {k: model_arguments.pop(k) for k in OURS if k in model_arguments}
+        adapter |= {k: v for k, v in kwargs.items() if k == "low_cpu_mem_usage"}
         base = _load_base(base_class, name, source, revision=peft_config.revision, **place, **model_arguments)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, hub)
-        adapter = {
-            k: v for k, v in kwargs.items() if k in ("torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage")
-        }
         return cls.target.from_pretrained(
-            base,
-            pretrained_model_name_or_path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            config=config,
-            **hub,
-            **adapter,
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **hub, **adapter
         )
 
     @classmethod

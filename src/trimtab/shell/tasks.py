@@ -142,15 +142,11 @@ def get_peft_model(
         model = model.get_base_model()
     graft = find_graft(model)
     if graft is not None and graft.adapters:
+        replaced = f"Adapter '{adapter_name}' is replaced. " if adapter_name in graft.adapters else ""
         warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before. "
-            + (
-                f"Adapter '{adapter_name}' is replaced by a new one of that name; "
-                if adapter_name in graft.adapters
-                else ""
-            )
-            + "to give the model another adapter beside those it has, call add_adapter(name, config) of the PeftModel."
+            f"different config, make sure to call `.unload()` before. {replaced}To give it an adapter beside those "
+            "it has, call add_adapter(name, config) of the PeftModel."
         )
     if revision is not None:
         if peft_config.revision is not None and peft_config.revision != revision:

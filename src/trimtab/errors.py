@@ -1,6 +1,7 @@
 """Every exception and warning of trimtab.
 
 PeftError(Exception)
+├── ArgumentError(TypeError, ValueError)    an argument of another kind: a path for a model, two that are swapped
 ├── ConfigError(ValueError)                 a field of a config has a value that cannot work
 ├── NoMatchingPeftModuleError(ValueError)   no module of the model fits the config's targets
 ├── AdapterNameError(KeyError, ValueError)  a name that is taken, unknown, or cannot name a folder and a module
@@ -22,6 +23,10 @@ from __future__ import annotations
 
 class PeftError(Exception):
     """Base of every error trimtab raises on purpose."""
+
+
+class ArgumentError(PeftError, TypeError, ValueError):
+    """An argument of another kind than the function takes; the message says what to give instead."""
 
 
 class ConfigError(PeftError, ValueError):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from trimtab import methods
 from trimtab.core.config import PeftType, PromptLearningConfig
 from trimtab.files.codec import EMBEDDINGS
-from trimtab.methods import METHODS, config_class, load
+from trimtab.methods import METHODS, config_class
 from trimtab.shell.tuner import tuner_class
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,8 +28,7 @@ TYPE_CHECKING = False
 
 def prefix_of(peft_type: str) -> str:
     """What the names of a method's tensors start with."""
-    file, method, _ = METHODS.get(peft_type, ("", "", ""))
-    return (load(file, method).prefix if file else "") or f"{peft_type.lower()}_"
+    return methods.prefix_of(peft_type)
 
 
 class ByType(Mapping[PeftType, Any]):

@@ -331,7 +331,7 @@ class Graft:
     def unmerge(self) -> None:
         """Put the base's original weights back."""
         if not self.merged:
-            warn("Already unmerged, nothing to do.")
+            warn("Already unmerged. Nothing to do.")
         for layer in self.base.layers.values():
             layer.unmerge()
         if self.untied:
@@ -412,10 +412,8 @@ class Graft:
         for path, wrapper in self.base.saved.items():
             self.base.swap(path, wrapper.chosen() if merge else wrapper.original_module)
         weights.unpin(self.model)
-        for attribute in ("_trimtab", "peft_config"):
+        for attribute in ("_trimtab", "peft_config", "_hf_peft_config_loaded"):
             self.model.__dict__.pop(attribute, None)
-        if getattr(self.model, "_hf_peft_config_loaded", False):
-            self.model._hf_peft_config_loaded = False  # type: ignore[assignment]
         return self.model
 
 

@@ -22,7 +22,10 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
     """
     merged = merged_adapters(base)
     if merged and not set(chosen) - set(merged):
-        warn(f"All adapters are already merged, nothing to do: {list(chosen)}.")
+        warn(
+            f"All adapters are already merged, nothing to do. {list(chosen)} are merged already: unmerge_adapter() "
+            "undoes it."
+        )
         return False
     done: list[AdaptedLayer] = []
     shared = {id(layer.frozen) for names in base.ties for n in names for layer in base.layers_at(n)}

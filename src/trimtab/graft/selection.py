@@ -21,7 +21,7 @@ from trimtab.core.targets import (
     unused_patterns,
 )
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError
-from trimtab.files.experts import FORMER, rewrite
+from trimtab.files.experts import fused, rewrite
 from trimtab.graft.base import Base
 from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
@@ -33,11 +33,11 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     model_type = base.model_type
     named = bool(getattr(config, "target_parameters", None))
     default = default_targets(config, model_type)
-    if config.target_modules is None and named and (model_type in FORMER or default is None):
+    if config.target_modules is None and named and (default is None or fused(base.model, base.modules)):
         config.target_modules = set()
     if config.target_modules is None:
         if default == INPUT_EMBEDDING:
-            default = [base.input_embedding]
+            default = [input_embedding(base)]
         if default is None and not config.modules_to_save:
             raise ConfigError(
                 "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
@@ -55,7 +55,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     kinds = {n: kind(m) for n, m in base.modules.items()}
     head = base.head
     linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
-    if done := rewrite(config, model_type, base.modules, linear):
+    if done := rewrite(config, base.model, base.modules, linear):
         warn(done)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
@@ -105,7 +105,7 @@ def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, st
     for field_name, (peft_type, argument, prefix) in COMPANIONS.items():
         wanted = getattr(config, field_name, None) or {}
         if not isinstance(wanted, dict):
-            wanted = {base.input_embedding: wanted}  # type: ignore[operator]
+            wanted = {input_embedding(base): wanted}
         for key, value in wanted.items():
             paths = [n for n in base.modules if matches({key}, n)]
             if not paths:
@@ -116,6 +116,16 @@ def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, st
             for path in paths:
                 found |= dict.fromkeys([path, *base.tied(path)], (method_class(own), own, prefix))
     return found
+
+
+def input_embedding(base: Base) -> str:
+    """The path of the module that looks up the model's tokens."""
+    if base.input_embedding is None:
+        raise ConfigError(
+            f"{type(base.model).__name__} has no get_input_embeddings(), which would tell its embedding: name it "
+            "(`target_modules`, or {module: indices} for `trainable_token_indices`)."
+        )
+    return base.input_embedding
 
 
 def kind(module: nn.Module) -> str | None:

@@ -57,7 +57,9 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
     orth_reg_weight: float = help_field("The weight γ of the penalty.", 0.5)
     total_step: int | None = help_field("The number of steps of the whole training.", None)
-    rank_pattern: Any = help_field("{layer's lora_E: which of its triplets are left}; filled in training.", None)
+    rank_pattern: dict[str, list[bool]] | None = help_field(  # type: ignore[assignment]
+        "{layer's lora_E: which of its triplets are left}; filled in training.", None
+    )
 
     patterns: ClassVar[tuple[str, ...]] = ()
 

@@ -24,13 +24,13 @@ class LoHaConfig(LayerConfig):
     """The configuration of a LoHa adapter."""
 
     r: int = help_field("The rank of each factor; of their product up to r².", 8)
-    alpha: int = help_field("The scale is alpha / r.", 8)
+    alpha: float = help_field("The scale is alpha / r.", 8)
     rank_dropout: float = help_field("The share of rows of dW that are left out, in training.", 0.0)
     module_dropout: float = help_field("The share of forwards in which a layer goes unadapted, in training.", 0.0)
     use_effective_conv2d: bool = help_field("Keep the factors of convolutions with a kernel as cores.", False)
     init_weights: bool = help_field("Start from dW = 0; else random.", True)
     rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
-    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+    alpha_pattern: dict[str, float] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

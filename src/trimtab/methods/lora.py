@@ -43,7 +43,7 @@ class LoraConfig(LayerConfig):
     """
 
     r: int = help_field("The rank.", 8)
-    lora_alpha: int = help_field("The scale is lora_alpha / r (it does not follow r by itself).", 8)
+    lora_alpha: float = help_field("The scale is lora_alpha / r (it does not follow r by itself).", 8)
     lora_dropout: float = help_field("Dropout on the adapter's input, in training.", 0.0)
     fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
     bias: Literal["none", "all", "lora_only"] = help_field("Which biases of the base are trained too.", "none")
@@ -52,7 +52,7 @@ class LoraConfig(LayerConfig):
         "How A and B start: True, False, gaussian, orthogonal, pissa, pissa_niter_[n], olora ...", True
     )
     rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
-    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+    alpha_pattern: dict[str, float] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
     megatron_config: dict[str, Any] | None = help_field("Arguments of Megatron's parallel layers.", None)
     megatron_core: str | None = help_field("The module that holds Megatron's parallel layers.", "megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = help_field(

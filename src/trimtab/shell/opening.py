@@ -180,7 +180,7 @@ def _base_class(config: Any) -> Any:
     task = _task(config)
     if config is None or (task is None and not config.auto_mapping):
         return AutoModelForCausalLM
-    return AutoPeftModel._base_class(config, task)
+    return AutoPeftModel._base_class(config, task, "the adapter", ())
 
 
 def _has_tokenizer(folder: str) -> bool:

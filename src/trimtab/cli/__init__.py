@@ -9,6 +9,7 @@ import typer
 
 from trimtab.cli.demo import demo
 from trimtab.cli.methods import methods
+from trimtab.cli.rank import rank
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(methods)
 app.command()(version)
+app.add_typer(rank)
 
 
 @app.callback()

@@ -218,13 +218,13 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
 
 def test_another_method_is_named(tmp_path: Path) -> None:
     trimtab.get_peft_model(toy(), trimtab.LoHaConfig(target_modules=["up"])).save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="is LOHA, not LORA.*base model"):
+    with pytest.raises(AdapterFileError, match=r"is LOHA, not LORA.*base model"):
         AdapterFile.read(tmp_path)
 
 
 def test_a_start_that_changed_the_base(tmp_path: Path) -> None:
     folder = saved(tmp_path, target_modules=["up"], init_lora_weights="pissa")
-    with pytest.raises(AdapterFileError, match="'pissa'.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(AdapterFileError, match=r"'pissa'.*path_initial_model_for_weight_conversion"):
         AdapterFile.read(folder).require_own_base()
 
 

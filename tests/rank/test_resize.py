@@ -49,7 +49,9 @@ def test_cut_to_a_rank_is_the_best_approximation(rank: int, tmp_path: Path) -> N
         assert (layer.old_rank, layer.rank) == (5 if layer.path == "head" else 6, rank)
     config = again.peft_config["default"]
     assert (config.r, config.rank_pattern) == (rank, {})
-    whole = math.sqrt(sum(float((old[p] - new[p]).norm()) ** 2 for p in old) / sum(float(d.norm()) ** 2 for d in old.values()))
+    whole = math.sqrt(
+        sum(float((old[p] - new[p]).norm()) ** 2 for p in old) / sum(float(d.norm()) ** 2 for d in old.values())
+    )
     assert report.relative == pytest.approx(whole, rel=1e-4)
 
 
@@ -206,11 +208,15 @@ def test_a_large_file_is_filled(tmp_path: Path) -> None:
 def test_what_belongs_to_a_layer_keeps_it_in(tmp_path: Path) -> None:
     """Layers with a magnitude or a bias, and experts, whose keys count each other, keep a rank of 1."""
     for i, fields in enumerate(({"lora_bias": True, "target_modules": ["up", "head"]}, {"use_dora": True})):
-        report = resize_adapter(saved(tmp_path / str(i), **{**SIX, **fields}), global_energy=0.05, output=tmp_path / "n")
+        report = resize_adapter(
+            saved(tmp_path / str(i), **{**SIX, **fields}), global_energy=0.05, output=tmp_path / "n"
+        )
         assert min(x.rank for x in report.layers) == 1
         loaded(tmp_path / "n")
     torch.manual_seed(0)
-    report = resize_adapter(saved(tmp_path / "moe", lora(mixtral(), **EXPERTS)), global_energy=0.05, output=tmp_path / "n")
+    report = resize_adapter(
+        saved(tmp_path / "moe", lora(mixtral(), **EXPERTS)), global_energy=0.05, output=tmp_path / "n"
+    )
     assert min(x.rank for x in report.layers) == 1
     loaded(tmp_path / "n", mixtral())
 
@@ -314,7 +320,7 @@ def test_ranks_that_a_reader_could_not_tell_apart(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = saved(tmp_path / "moe", lora(mixtral(), **EXPERTS))
     config = {"target_parameters": ["experts.first", "experts.second"]}
-    with pytest.raises(ConfigError, match="does not say which parameter of 'model.layers.0.mlp.experts'"):
+    with pytest.raises(ConfigError, match=r"does not say which parameter of 'model.layers.0.mlp.experts'"):
         resize_adapter(edit_config(folder, **config), energy=0.5)
 
 

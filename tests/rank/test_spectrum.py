@@ -14,9 +14,7 @@ from trimtab.rank.spectrum import delta_spectrum, effective_ranks, energy_rank, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.tuples(*[st.integers(1, 9)] * 3), st.sampled_from([(), (1,), (3,)]), st.floats(-4, 4), st.integers(0, 10**6)
-)
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.sampled_from([(), (1,), (3,)]), st.floats(-4, 4), st.integers(0, 10**6))
 def test_of_factors_is_that_of_the_product(sizes, batch, scale, seed) -> None:
     """Also with a rank above both dimensions."""
     out, r, into = sizes

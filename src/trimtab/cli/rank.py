@@ -17,7 +17,10 @@ rank = typer.Typer(name="rank", no_args_is_help=True, help="The rank r: what is 
 
 Adapter = Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model; by default the one the adapter names.")]
-Data = Annotated[Path | None, typer.Option(help="Held-out rows (.jsonl, .json, .csv): their loss before and after.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="Held-out rows (.jsonl, .json, .csv): their loss before and after."),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Only the first so many rows.")]
 System = Annotated[str | None, typer.Option(help="System message of rows without one; '' for none.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
@@ -130,7 +133,9 @@ def resize(
 @rank.command()
 def suggest(
     model: Annotated[str, typer.Option("--model", "-m", help="Base model: folder, Hub id, GGUF file, packaged model.")],
-    data: Annotated[Path, typer.Option(help="The rows to train on (.jsonl, .json, .csv).")],
+    data: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="The rows to train on (.jsonl, .json, .csv).")
+    ],
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Look at the gradients of some rows, too: about a minute.")
     ] = False,

@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trimtab.rank.survey import LayerSpectrum, Survey, modules_of, spread
+from trimtab.rank.survey import LayerSpectrum, Survey, medians, modules_of
 
 COLOURS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300", "#eb6834", "#888888")
 
 
-def plot_survey(survey: Survey, path: str | os.PathLike[str], title: str = "") -> Path:
+def plot_survey(survey: Survey, path: str | os.PathLike[str]) -> Path:
     """Write a PNG (or SVG, PDF: by suffix) of a survey.
 
     Maps show how many singular values hold 90 % of each layer's energy, how large its change is, and, where the base
-    was known, its intruder dimensions. The curves are the spectra of each module's layers, relative to the largest.
+    was known, its intruder dimensions. The curves are the spectra, relative to the largest value of each layer.
 
     Raises:
         ImportError: matplotlib is not installed (`pip install 'trimtab[demo]'`).
@@ -33,8 +33,11 @@ def plot_survey(survey: Survey, path: str | os.PathLike[str], title: str = "") -
     relative = any(x.relative is not None for x in survey.layers)
     change = (lambda x: 100 * x.relative) if relative else (lambda x: x.norm)
     maps.append(("size of the change, ‖dW‖" + (" in % of ‖W‖" if relative else ""), change, "magma"))
-    if any(x.intruders is not None for x in survey.layers):
+    title = f"{survey.method} adapter in {survey.source}, {survey.parameters:,} parameters"
+    if any(x.intruders for x in survey.layers):
         maps.append(("intruder dimensions", lambda x: float(x.intruders or 0), "Reds"))
+    elif relative:
+        title += ", no intruder dimensions"
     width = max(2.6, 0.9 + 0.55 * len(modules))
     height = min(12.0, max(4.2, 1.9 + 0.24 * len(rows)))
     figure = Figure(figsize=(width * len(maps) + 5.2, height), layout="constrained")  # not pyplot: no global state
@@ -42,9 +45,9 @@ def plot_survey(survey: Survey, path: str | os.PathLike[str], title: str = "") -
     axes = figure.subplots(1, len(maps) + 1, width_ratios=[width] * len(maps) + [5.2])
     for ax, (name, value, colours) in zip(axes, maps, strict=False):
         _map(figure, ax, modules, rows, value, name, colours)
-    axes[0].set_ylabel("layer")
+    axes[0].set_ylabel("layer", fontsize=9)
     _curves(axes[-1], modules)
-    figure.suptitle(title or f"{survey.method} adapter {Path(survey.source).name}, {survey.parameters:,} parameters")
+    figure.suptitle(title, fontsize=10)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)
@@ -82,27 +85,23 @@ def _map(figure: Any, ax: Any, modules: dict[str, list[LayerSpectrum]], rows: li
 
 
 def _curves(ax: Any, modules: dict[str, list[LayerSpectrum]]) -> None:
-    """The spectrum of each module: the median over its layers, and the range of all."""
+    """The spectrum of each module, the median over its layers."""
     longest = 1
     for i, (name, layers) in enumerate(modules.items()):
-        points = list(spread(layers))
-        if not points:
-            continue
-        low, middle, high = zip(*points, strict=True)
-        xs, longest = range(1, len(points) + 1), max(longest, len(points))
+        points = medians(layers)
+        longest = max(longest, len(points))
+        marker = "o" if len(points) <= 32 else None
         colour = COLOURS[i % len(COLOURS)]
-        ax.fill_between(xs, low, high, color=colour, alpha=0.08, linewidth=0)
-        ax.plot(
-            xs, middle, color=colour, linewidth=1.6, marker="o" if len(points) <= 32 else None, markersize=3, label=name
-        )
-    ax.set(xlabel="singular value", ylabel="relative to the largest", ylim=(0, 1.03))
-    ax.set_xlim(0.5 if longest < 40 else 0, longest + 0.5)
-    ax.set_title("spectra: median over the layers, and their range", fontsize=9)
+        ax.plot(range(1, len(points) + 1), points, color=colour, linewidth=1.6, marker=marker, markersize=3, label=name)
+    ax.set(ylim=(0, 1.03), xlim=(0.5, longest + 0.5))
+    ax.set_xlabel("singular value", fontsize=9)
+    ax.set_ylabel("relative to the largest", fontsize=9)
+    ax.set_title("spectra, median over the layers", fontsize=9)
+    ax.tick_params(labelsize=8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="upper right")
 
 
 def _short(value: float) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from trimtab.rank.intruders import Mended
 from trimtab.rank.resize import Resized, ResizedLayer
-from trimtab.rank.suggest import RankEstimate, Suggestion, config_of
+from trimtab.rank.suggest import RankEstimate, Suggestion
 from trimtab.rank.survey import LayerSpectrum, Survey, module_of, modules_of
 
 MANY = 40  # layers, from which on they are shown by module
@@ -37,7 +37,10 @@ def survey(found: Survey, whole: bool = False) -> None:
     for name, some in groups.items():
         cells = [_span(column) for column in zip(*map(_numbers, some), strict=True)]
         if based:
-            cells += [_span(x.relative for x in some), f"{sum(x.intruders or 0 for x in some):,}"]
+            cells += [
+                _span(x.relative and 100 * x.relative for x in some) + " %",
+                f"{sum(x.intruders or 0 for x in some):,}",
+            ]
         table.add_row(_times(name, some, whole), _by(some[0].shape), *cells)
     out = _console()
     beside = f", {found.other:,} of them beside the factors" if found.other else ""
@@ -139,7 +142,10 @@ def estimates(found: Sequence[RankEstimate], energy: float) -> None:
     out = _console()
     out.print(f"\nThe rank that holds {energy:.0%} of the energy of the gradient at the start:\n")
     out.print(table)
-    out.print(f"\nThe most frequent: r={config_of(found)['r']}. --json has a rank_pattern for LoraConfig.")
+    ranks = sorted(e.rank for e in found)
+    half, most = ranks[(len(ranks) - 1) // 2], ranks[(9 * (len(ranks) - 1)) // 10]
+    out.print(f"\nHalf of the layers need no more than r={half}, nine in ten no more than r={most}.")
+    _small(out, "+: more than the largest rank that is told. --json has a rank_pattern for LoraConfig.")
 
 
 # ---------------------------------------------------------------------- cells

@@ -5,8 +5,8 @@ falls behind where they are fewer (Schulman et al. 2025, "LoRA Without Regret", 
 and the LoRA primer of Tinker's documentation). More rank than that buys nothing: the curve of quality is flat there.
 
 The gradients. What a step of full fine-tuning would change first is G = dL/dW, summed over some rows. A LoRA of rank r
-can follow its r strongest directions. G is never formed: its range and co-range are sketched (Tropp et al. 2017,
-https://arxiv.org/abs/1609.00048, algorithms 1 and 4) batch by batch.
+can follow its r strongest directions. G is never formed: its products with random matrices from both sides are summed
+batch by batch (Tropp et al. 2017, https://arxiv.org/abs/1609.00048, algorithm 4), and what those miss is estimated.
 """
 
 from __future__ import annotations
@@ -224,24 +224,27 @@ class _Sketch:
         self.shape, k = (dy.shape[-1], x.shape[-1]), self.draws.k
         dy, x = dy.reshape(-1, dy.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
         self.omega = self.draws.matrix(x.shape[1], k, x.device)  # (in, k)
-        self.psi = self.draws.matrix(dy.shape[1], 2 * k + 1, x.device)  # (out, 2k + 1)
+        self.psi = self.draws.matrix(dy.shape[1], 4 * k + 2, x.device)  # (out, l), l = 4k + 2
         self.right = self.right.to(x.device) + dy.mT @ (x @ self.omega)  # G·omega (out, k)
-        self.left = self.left.to(x.device) + (dy @ self.psi).mT @ x  # psi'·G (2k + 1, in)
+        self.left = self.left.to(x.device) + (dy @ self.psi).mT @ x  # psi'·G (l, in)
 
     def estimate(self, path: str, energy: float) -> RankEstimate:
         """The spectrum of what was added."""
         if not (torch.isfinite(self.right).all() and torch.isfinite(self.left).all()):
             raise ConfigError(f"The gradient of '{path}' is not finite.")
         right, left, psi = self.right.double(), self.left.double(), self.psi.double()
-        Q = torch.linalg.qr(right).Q  # of the range of G
-        S = torch.linalg.svdvals(torch.linalg.lstsq(psi.mT @ Q, left).solution)
-        sums = S.square().cumsum(0)
-        total = float(sums[-1])
-        if len(S) < min(self.shape):  # E||G·omega||² = k·||G||²: what lies beyond the sketch counts, too
-            total = max(total, float(right.square().sum()) / self.omega.shape[1])
-        rank = int((sums < energy * total * (1 - 1e-12)).sum()) + 1
-        capped = rank > len(S)
-        return RankEstimate(path, self.shape, math.sqrt(total), tuple(S.tolist()), rank - capped, capped)
+        Q = torch.linalg.qr(right).Q  # (out, k), of the range of G
+        seen = psi.mT @ Q  # (l, k)
+        X = torch.linalg.lstsq(seen, left).solution  # Q'G and noise from what Q leaves out
+        energies, rest = torch.linalg.svdvals(X).square(), float((left - seen @ X).square().sum())
+        l, k = seen.shape
+        if l < self.shape[0]:  # a Gaussian psi: E[rest] = (l - k)·||G - QQ'G||², E[noise] = that norm² / (l - k - 1)·I
+            rest /= l - k
+            energies = (energies - rest / (l - k - 1)).clamp_min(0)
+        sums, total = energies.cumsum(0), float(energies.sum()) + rest
+        rank = int((sums < energy * total * (1 - 1e-6)).sum()) + 1 if total else 1
+        capped = rank > len(sums)
+        return RankEstimate(path, self.shape, math.sqrt(total), tuple(energies.sqrt().tolist()), rank - capped, capped)
 
 
 @contextmanager

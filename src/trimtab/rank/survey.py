@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,8 @@ from trimtab.rank.changes import Change, changes, read_model
 from trimtab.rank.intruders import count_intruders
 from trimtab.rank.spectrum import ROUNDING, EffectiveRanks, delta_spectrum, effective_ranks, significant
 from trimtab.shell.state import adapter_tensors, locate_graft
+
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,13 @@ def _layer(path: str, shape: tuple[int, ...], S: Tensor, pair: Pair | None) -> L
 
 def _sorted(layers: list[LayerSpectrum]) -> list[LayerSpectrum]:
     """In the order of the blocks; what lies in none comes first."""
-    order = dict.fromkeys(layer.module for layer in sorted(layers, key=lambda x: _natural(x.module)))
-    place = {module: i for i, module in enumerate(order)}
-    return sorted(layers, key=lambda x: (-1 if x.layer is None else x.layer, place[x.module], _natural(x.path)))
+    return sorted(layers, key=lambda x: (-1 if x.layer is None else x.layer, _place(x.module), x.path))
 
 
-def _natural(text: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+def _place(module: str) -> int:
+    """Where a module stands in a block, as most models have it; those of other names come last."""
+    name = module.rpartition(".")[2]
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def module_of(path: str) -> tuple[int | None, str]:
@@ -185,9 +186,9 @@ def modules_of(survey: Survey) -> dict[str, list[LayerSpectrum]]:
     return {short[m] if names.count(short[m]) == 1 else m: layers for m, layers in groups.items()}
 
 
-def spread(layers: list[LayerSpectrum]) -> Iterator[tuple[float, float, float]]:
-    """(least, median, most) of each singular value relative to its layer's largest; 0 where a layer has no more."""
+def medians(layers: list[LayerSpectrum]) -> list[float]:
+    """The median over layers of each singular value relative to its layer's largest; 0 where a layer has no more."""
     live = [x.values for x in layers if x.values]
-    for i in range(max(map(len, live), default=0)):
-        shares = sorted(v[i] / v[0] if i < len(v) else 0.0 for v in live)
-        yield shares[0], shares[len(shares) // 2], shares[-1]
+    longest = max(map(len, live), default=0)
+    shares = [sorted(v[i] / v[0] if i < len(v) else 0.0 for v in live) for i in range(longest)]
+    return [column[len(column) // 2] for column in shares]

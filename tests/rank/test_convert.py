@@ -162,7 +162,11 @@ def test_a_rank_above_what_a_layer_can_have() -> None:
 @pytest.mark.parametrize(
     ("base", "config", "message"),
     [
-        (llama, trimtab.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "changes the weight of no layer"),
+        (
+            llama,
+            trimtab.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+            "changes the weight of no layer",
+        ),
         (llama, trimtab.LNTuningConfig(target_modules=["input_layernorm"]), "LNTuning at"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import trimtab
 from tests.models import tokens, toy
-from tests.parity.nets import ConvNet, mixtral
+from tests.parity.nets import AttentionNet, ConvNet, mixtral
 from tests.rank.adapters import LAYERS, dense, loaded, lora, saved
 from tests.rank.test_adapter_file import EXPERTS, WEIGHTS, edit, edit_config
 from trimtab import resize_adapter
@@ -344,3 +344,23 @@ def test_a_grouped_convolution_has_ranks_of_its_groups(tmp_path: Path) -> None:
     folder = saved(tmp_path, lora(ConvNet(groups=2), target_modules=["one"]))
     with pytest.raises(ConfigError, match="multiple of its groups: 3"):
         resize_adapter(folder, rank=3)
+
+
+def test_an_attentions_projections_have_one_rank(tmp_path: Path) -> None:
+    """A config names the attention, not what comes along with it: the smaller one is grown."""
+    torch.manual_seed(0)
+    model = lora(AttentionNet(), r=6, target_modules=["self_attn"])
+    old = dense(model)
+    report = resize_adapter(saved(tmp_path, model), global_energy=0.6, output=tmp_path / "new")
+    assert len({x.rank for x in report.layers}) == 1
+    torch.manual_seed(0)
+    again = loaded(tmp_path / "new", AttentionNet())
+    assert again.peft_config["default"].rank_pattern == {}
+    new = dense(again)
+    for layer in report.layers:
+        if layer.path == "self_attn":
+            assert layer.error == pytest.approx(float((old[layer.path] - new[layer.path]).norm()), rel=1e-4)
+    ranked = saved(tmp_path / "named", lora(AttentionNet(), target_modules=["self_attn"], rank_pattern={"self_attn": 2}))
+    assert {x.old_rank for x in resize_adapter(ranked, rank=1).layers} == {2}
+    with pytest.raises(ConfigError, match="have one rank"):
+        resize_adapter(tmp_path, max_size=2000)

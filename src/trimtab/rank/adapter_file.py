@@ -56,6 +56,11 @@ class Pair:
     kernel: tuple[int, ...] = ()
 
     @property
+    def owner(self) -> str:
+        """The path by whose rank and alpha it goes: an attention's, for the layers inside that come along with it."""
+        return _owner(self.stem, self.path)
+
+    @property
     def step(self) -> int:
         """What one rank of each matrix adds to r: the groups of a convolution share it between them."""
         return len(self.A) if self.form == "groups" else 1
@@ -75,6 +80,16 @@ class Pair:
     def cost(self) -> int:
         """The parameters of one rank of each matrix."""
         return len(self.A) * (self.A.shape[2] + self.B.shape[1])
+
+    def grown(self, rank: int) -> Pair:
+        """The same dW with `rank` rows in each A: from the new ones, which B ignores still, training can go on."""
+        more = rank - self.A.shape[1]
+        if more <= 0:
+            return self
+        draw = torch.Generator().manual_seed(0)
+        fresh = torch.empty(len(self.A), more, self.A.shape[2]).uniform_(-1, 1, generator=draw)  # as LoRA starts
+        A = torch.cat([self.A, (fresh / self.A.shape[2] ** 0.5).to(self.A.dtype)], 1)
+        return replace(self, A=A, B=torch.nn.functional.pad(self.B, (0, more)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors by their keys on disk, as they lie there."""
@@ -162,16 +177,20 @@ class AdapterFile:
         """The adapter with other factors, for the same layers or fewer, and a config that says so.
 
         Each keeps its scale, which the alpha of its layer follows: r is the most common rank, and `rank_pattern` and
-        `alpha_pattern` name the layers that differ. Training can go on from it as before.
+        `alpha_pattern` name the layers that differ. Those that have one owner are grown to one rank.
         """
+        most: dict[str, int] = {}
+        for pair in pairs.values():
+            most[pair.owner] = max(most.get(pair.owner, 0), pair.A.shape[1])
+        pairs = {path: pair.grown(most[pair.owner]) for path, pair in pairs.items()}
         config = self.config.copy()
         config.use_rslora, config.init_lora_weights = False, True
         config.loftq_config, config.eva_config, config.corda_config, config.lora_ga_config = {}, None, None, None
         settings = [(pair.rank, _whole(pair.scale * pair.rank)) for pair in pairs.values()]
         config.r, config.lora_alpha = common(settings)
-        key = {path: _key(path, {**self.pairs, **pairs}) for path in pairs}
-        config.rank_pattern = {key[p]: pair.rank for p, pair in pairs.items() if pair.rank != config.r}
         alphas = {path: alpha for path, (_, alpha) in zip(pairs, settings, strict=True)}
+        key = {path: _key(pair.owner, {**self.pairs, **pairs}) for path, pair in pairs.items()}
+        config.rank_pattern = {key[p]: pair.rank for p, pair in pairs.items() if pair.rank != config.r}
         config.alpha_pattern = {key[p]: alpha for p, alpha in alphas.items() if alpha != config.lora_alpha}
         if len(pairs) < len(self.pairs):
             config.target_modules = set(pairs)
@@ -202,7 +221,7 @@ def _whole(alpha: float) -> float:
 
 def _key(path: str, paths: Mapping[str, Any]) -> str:
     """The key of a pattern that fits one path only: the ending of a longer one needs the start marked."""
-    longer = any(other.endswith("." + path) for other in paths)
+    longer = any(other.endswith(f".{path}") for other in paths)
     return f"^{re.escape(path)}" if longer else path
 
 
@@ -213,7 +232,7 @@ def _pair(config: Any, name: str, stem: str, factors: Mapping[str, Tensor], seve
         A, B = (factors[f"lora_embedding_{x}" if embedding else f"lora_{x}"] for x in "AB")
     except KeyError:
         raise AdapterFileError(f"'{stem}' has one factor of an embedding and one of another layer") from None
-    own, form = config.resolve(name), "one"
+    own, form = config.resolve(_owner(stem, name)), "one"
     r, kernel = own.r, tuple(A.shape[1:]) if A.ndim > 2 else ()
     rows, columns = (len(A), B.shape[1]) if min(A.ndim, B.ndim) > 1 else (0, 0)
     if kernel and columns and rows == r and rows % columns == 0 and rows != columns:
@@ -239,7 +258,7 @@ def _names(config: Any, stems: Sequence[str], found: Mapping[str, Mapping[str, T
     """
     modules: dict[str, list[str]] = {}
     for stem in sorted(stems, key=lambda s: -s.count("base_layer")):  # innermost first
-        path = ".".join(x for x in stem.removeprefix(PREFIX).split(".") if x != "base_layer")
+        path = _path(stem)
         modules.setdefault(path, []).append(stem)
     named: dict[str, tuple[str, bool]] = {}
     for path, inside in modules.items():
@@ -257,6 +276,15 @@ def _names(config: Any, stems: Sequence[str], found: Mapping[str, Mapping[str, T
         else:
             named |= {stem: (f"{path} ({i})", True) for i, stem in enumerate(inside)}
     return named
+
+
+def _path(stem: str) -> str:
+    """The path of a module, without the adapted layers that stand around it."""
+    return ".".join(x for x in stem.removeprefix(PREFIX).split(".") if x != "base_layer")
+
+
+def _owner(stem: str, path: str) -> str:
+    return _path(stem.rpartition(".base_layer.")[0]) or path
 
 
 def _parameters(config: Any, path: str) -> list[str]:

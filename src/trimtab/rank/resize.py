@@ -121,7 +121,7 @@ def resize_adapter(
     if not any(ranks.values()):
         raise ConfigError(f"The adapter in {old.source} changes nothing, every dW is 0: only `rank` can resize it.")
     new = old.with_pairs({path: cut(pair, ranks[path]) for path, pair in old.pairs.items() if ranks[path]})
-    report = _report(old, new, energies)
+    report = _report(old, new, energies, ranks)
     if output is None:
         return report
     before = score(adapter) if score else None  # of the old one, which the output may replace
@@ -139,11 +139,8 @@ def cut(pair: Pair, rank: int) -> Pair:
     have = pair.A.shape[1]
     if rank == have:
         return pair
-    if rank > have:  # B's new columns are 0, and A's new rows start as LoRA's do: from there they can be trained
-        draw = torch.Generator().manual_seed(0)
-        fresh = torch.empty(len(pair.A), rank - have, pair.A.shape[2]).uniform_(-1, 1, generator=draw)
-        A = torch.cat([pair.A, (fresh / pair.A.shape[2] ** 0.5).to(pair.A.dtype)], 1)
-        return replace(pair, A=A, B=F.pad(pair.B, (0, rank - have)))
+    if rank > have:
+        return pair.grown(rank)
     U, S, Vh = svd_of_product(pair.A, pair.B)
     root = S[:, :rank].sqrt()  # of equal size: neither factor leaves the range of half precision
     A, B = root[..., None] * Vh[:, :rank], U[..., :rank] * root[:, None]
@@ -162,7 +159,7 @@ def _chosen(
 ) -> Ranks:
     if rank is not None:
         return _uniform(old, rank)
-    _refuse_unequal(old)
+    _refuse_unequal(old, sized=max_size is not None)
     if energy is not None:
         return {path: max(energy_rank(e, energy), _least(old, path)) for path, e in energies.items()}
     if global_energy is not None:
@@ -234,13 +231,15 @@ def _least(old: AdapterFile, path: str) -> int:
     return int(beside or nested or ending or tokens or bool(old.config.target_parameters))
 
 
-def _refuse_unequal(old: AdapterFile) -> None:
+def _refuse_unequal(old: AdapterFile, sized: bool) -> None:
     """Raise where layers must have one rank, because a reader could not tell which has which."""
     if former := next((p for p in old.pairs if FORMER.search(p)), None):
         raise ConfigError(
             f"The adapter names the experts of an older transformers ('{former}'), which a newer one reads as one "
             "parameter with one rank: give `rank`."
         )
+    if sized and (inner := next((p for p, pair in old.pairs.items() if pair.owner != p), None)):
+        raise ConfigError(f"'{inner}' and '{old.pairs[inner].owner}' have one rank: give another choice than a size.")
     stacks = [pair.path for pair in old.pairs.values() if pair.form == "stack"]
     modules = [path.rpartition(".")[0] for path in stacks]
     unknown = [
@@ -254,11 +253,11 @@ def _refuse_unequal(old: AdapterFile) -> None:
 
 
 # ---------------------------------------------------------------------- what came of it
-def _report(old: AdapterFile, new: AdapterFile, energies: Mapping[str, Tensor]) -> Resized:
+def _report(old: AdapterFile, new: AdapterFile, energies: Mapping[str, Tensor], ranks: Ranks) -> Resized:
     layers = []
     for path, pair in old.pairs.items():
         now = new.pairs.get(path)
-        lost = energies[path][now.A.shape[1] if now else 0 :]
+        lost = energies[path][ranks[path] :]
         norm, error = math.sqrt(float(energies[path].sum())), math.sqrt(float(lost.sum()))
         layers.append(ResizedLayer(path, pair.rank, now.rank if now else 0, norm, error))
     before, after = old.tensors.values(), new.tensors.values()

@@ -104,7 +104,7 @@ def test_many_layers_are_shown_by_module(place: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert "q_proj x 12" in run("inspect", tmp_path)
     assert "model.layers.11.self_attn.q_proj" in run("inspect", tmp_path, "--layers")
-    assert "mlp.up_proj x 12" in run("resize", tmp_path, "--rank", 2)
+    assert "\nup_proj x 12 " in run("resize", tmp_path, "--rank", 2)
     assert "model.layers.11.mlp.up_proj" in run("resize", tmp_path, "--rank", 2, "--layers")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora.intruders import reduce_intruder_dimension as theirs_reduce
 
+import tests.parity.nets  # noqa: F401  more models for `build`
 import trimtab
 from tests.parity.models import build
 from tests.parity.pairs import adapt, config_file, load, near, pair, quiet, run, stir, weights_file
@@ -45,6 +47,12 @@ def products(config: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             assert config.alpha_pattern.get(module, config.lora_alpha) == r
             found[path] = tensors[f"{path}.lora_B.weight"] @ A
     return found
+
+
+@pytest.mark.parametrize("theirs", [peft.convert_to_lora, peft.save_as_lora, theirs_reduce])
+def test_arguments_are_theirs(theirs: Any) -> None:
+    ours, wanted = (inspect.signature(f).parameters for f in (getattr(trimtab, theirs.__name__), theirs))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in wanted.values()]
 
 
 # ---------------------------------------------------------------------- conversion
@@ -162,9 +170,6 @@ RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("chosen", [{"rank": 2}, {"rank": 12}, {"energy": 0.9}, {"global_energy": 0.7}], ids=str)
 @pytest.mark.parametrize("case", RESIZED)
 def test_a_file_of_theirs_resized_means_the_same_to_both(case: str, chosen: dict[str, Any], tmp_path: Path) -> None:
-    import tests.parity.nets
-
-    assert tests.parity.nets
     name, fields = RESIZED[case]
     theirs = adapt(peft, name, fields)
     stir(theirs)

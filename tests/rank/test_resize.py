@@ -360,7 +360,9 @@ def test_an_attentions_projections_have_one_rank(tmp_path: Path) -> None:
     for layer in report.layers:
         if layer.path == "self_attn":
             assert layer.error == pytest.approx(float((old[layer.path] - new[layer.path]).norm()), rel=1e-4)
-    ranked = saved(tmp_path / "named", lora(AttentionNet(), target_modules=["self_attn"], rank_pattern={"self_attn": 2}))
+    ranked = saved(
+        tmp_path / "named", lora(AttentionNet(), target_modules=["self_attn"], rank_pattern={"self_attn": 2})
+    )
     assert {x.old_rank for x in resize_adapter(ranked, rank=1).layers} == {2}
     with pytest.raises(ConfigError, match="have one rank"):
         resize_adapter(tmp_path, max_size=2000)

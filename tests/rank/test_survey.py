@@ -17,7 +17,7 @@ from tests.rank.test_adapter_file import EXPERTS, edit
 from trimtab import inspect_ranks
 from trimtab.errors import AdapterFileError
 from trimtab.files.codec import PREFIX
-from trimtab.rank.survey import medians, modules_of
+from trimtab.rank.survey import by_module, medians, module_of
 
 
 def check(found: Any, deltas: dict[str, torch.Tensor]) -> None:
@@ -107,7 +107,7 @@ def test_layers_come_in_order_and_by_module(tmp_path: Path) -> None:
     )
     assert [x.layer for x in found.layers[2:]] == [i for i in range(11) for _ in range(2)]
     assert {x.layer for x in found.layers[:2]} == {None}
-    groups = modules_of(found)
+    groups = by_module(found.layers, lambda x: x.path)
     assert list(groups) == ["q_proj", "down_proj", "lm_head", "embed_tokens"]
     assert [len(x) for x in groups.values()] == [11, 11, 1, 1]
     curve = medians(groups["q_proj"])
@@ -115,6 +115,20 @@ def test_layers_come_in_order_and_by_module(tmp_path: Path) -> None:
     assert curve == sorted(curve, reverse=True)
     assert len(curve) == 4
     assert medians([]) == []
+
+
+def test_modules_have_the_shortest_names_that_tell_them_apart() -> None:
+    """Two stacks with layers of one name, as T5 has, are not one."""
+    assert module_of("encoder.block.12.layer.0.q") == (12, "encoder.block.*.layer.0.q")
+    assert module_of("lm_head") == (None, "lm_head")
+    paths = ["head", *(f"{s}.block.{i}.layer.{j}.{n}" for i in (0, 1) for s in ("encoder", "decoder")
+                       for j, n in ((0, "q"), (0, "v"), (1, "q")))]  # fmt: skip
+    paths += [f"decoder.block.{i}.layer.2.wi" for i in (0, 1)]
+    found = by_module(paths, lambda p: p)
+    assert found["wi"] == ["decoder.block.0.layer.2.wi", "decoder.block.1.layer.2.wi"]
+    assert found["encoder.block.*.layer.0.q"] == ["encoder.block.0.layer.0.q", "encoder.block.1.layer.0.q"]
+    assert list(found)[-1] == "head"
+    assert sum(map(len, found.values())) == len(paths)
 
 
 def test_degenerate_files(tmp_path: Path) -> None:

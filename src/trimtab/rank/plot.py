@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trimtab.rank.survey import LayerSpectrum, Survey, medians, modules_of
+from trimtab.rank.survey import LayerSpectrum, Survey, by_module, medians
 
 COLOURS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300", "#eb6834", "#888888")
 
@@ -27,15 +27,15 @@ def plot_survey(survey: Survey, path: str | os.PathLike[str]) -> Path:
     except ImportError as e:
         raise ImportError("A plot needs matplotlib: pip install 'trimtab[demo]'") from e
 
-    modules = modules_of(survey)
+    modules = by_module(survey.layers, lambda x: x.path)
     rows = sorted({-1 if x.layer is None else x.layer for x in survey.layers})
-    maps = [("singular values for 90 % of the energy", lambda x: float(x.effective.energy90), "viridis")]
+    maps = [("singular values for\n90 % of the energy", lambda x: float(x.effective.energy90), "viridis")]
     relative = any(x.relative is not None for x in survey.layers)
     change = (lambda x: 100 * x.relative) if relative else (lambda x: x.norm)
-    maps.append(("size of the change, ‖dW‖" + (" in % of ‖W‖" if relative else ""), change, "magma"))
+    maps.append(("size of the change,\n‖dW‖" + (" in % of ‖W‖" if relative else ""), change, "magma"))
     title = f"{survey.method} adapter in {survey.source}, {survey.parameters:,} parameters"
     if any(x.intruders for x in survey.layers):
-        maps.append(("intruder dimensions", lambda x: float(x.intruders or 0), "Reds"))
+        maps.append(("intruder\ndimensions", lambda x: float(x.intruders or 0), "Reds"))
     elif relative:
         title += ", no intruder dimensions"
     width = max(2.6, 0.9 + 0.55 * len(modules))
@@ -66,7 +66,7 @@ def _map(figure: Any, ax: Any, modules: dict[str, list[LayerSpectrum]], rows: li
     ax.set_title(name, fontsize=9)
     ax.set_xticks(range(len(modules)), modules, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     every = max(1, round(len(rows) / 16))
-    ticks = [i for i in range(len(rows)) if i % every == 0]
+    ticks = [i for i in range(len(rows)) if rows[i] < 0 or rows[i] % every == 0]
     ax.set_yticks(ticks, ["none" if rows[i] < 0 else str(rows[i]) for i in ticks], fontsize=8)
     ax.set_xticks([i - 0.5 for i in range(1, len(modules))], minor=True)
     ax.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
@@ -74,6 +74,8 @@ def _map(figure: Any, ax: Any, modules: dict[str, list[LayerSpectrum]], rows: li
     ax.tick_params(which="both", length=0)
     bar = figure.colorbar(image, ax=ax, shrink=0.7, pad=0.02)
     bar.ax.tick_params(labelsize=8)
+    if all(math.isnan(v) or v == round(v) for row in grid for v in row):  # counts
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
     if len(rows) * len(modules) <= 240:
         for i, row in enumerate(grid):
             for j, v in enumerate(row):
@@ -96,7 +98,7 @@ def _curves(ax: Any, modules: dict[str, list[LayerSpectrum]]) -> None:
     ax.set(ylim=(0, 1.03), xlim=(0.5, longest + 0.5))
     ax.set_xlabel("singular value", fontsize=9)
     ax.set_ylabel("relative to the largest", fontsize=9)
-    ax.set_title("spectra, median over the layers", fontsize=9)
+    ax.set_title("spectra,\nmedian over the layers", fontsize=9)
     ax.tick_params(labelsize=8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.spines[["top", "right"]].set_visible(False)

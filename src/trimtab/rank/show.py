@@ -15,7 +15,7 @@ from rich.table import Table
 from trimtab.rank.intruders import Mended
 from trimtab.rank.resize import Resized, ResizedLayer
 from trimtab.rank.suggest import RankEstimate, Suggestion
-from trimtab.rank.survey import LayerSpectrum, Survey, module_of, modules_of
+from trimtab.rank.survey import LayerSpectrum, Survey, by_module
 
 MANY = 40  # layers, from which on they are shown by module
 
@@ -30,11 +30,10 @@ def emit(value: Any) -> None:
 def survey(found: Survey, whole: bool = False) -> None:
     """The table of `trimtab rank inspect`; `whole`: every layer, however many there are."""
     whole = whole or len(found.layers) <= MANY
-    groups = {x.path: [x] for x in found.layers} if whole else modules_of(found)
     based = any(x.relative is not None for x in found.layers)
     head = ["layer", "dW", "r", "alpha", "‖dW‖", "largest", "90 %", "99 %", "entropy", "stable"]
     table = _table(*head, *(["‖dW‖/‖W‖", "intruders"] if based else []))
-    for name, some in groups.items():
+    for name, some in _grouped(found.layers, lambda x: x.path, whole).items():
         cells = [_span(column) for column in zip(*map(_numbers, some), strict=True)]
         if based:
             cells += [
@@ -73,7 +72,7 @@ def resized(done: Resized, whole: bool = False) -> None:
     out.print(
         f"\n{done.old_parameters:,} -> {done.parameters:,} parameters, {done.old_bytes / 1e6:.2f} -> "
         f"{done.bytes / 1e6:.2f} MB; the error of all layers together is {done.relative:.2%} of their norm"
-        + (f"; {left_out} layers are left out." if left_out else ".")
+        + (f"; layers left out: {left_out}." if left_out else ".")
     )
     scores(done.old_score, done.score)
     out.print(f"Written to {done.output}" if done.output else "Nothing is written: give --output.", markup=False)
@@ -150,10 +149,7 @@ def estimates(found: Sequence[RankEstimate], energy: float) -> None:
 
 # ---------------------------------------------------------------------- cells
 def _grouped(items: Iterable[Item], path: Callable[[Item], str], whole: bool) -> dict[str, list[Item]]:
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(path(item) if whole else module_of(path(item))[1], []).append(item)
-    return groups
+    return {path(item): [item] for item in items} if whole else by_module(items, path)
 
 
 def _times(name: str, some: Sequence[Any], whole: bool) -> str:

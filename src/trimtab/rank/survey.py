@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from trimtab.rank.intruders import count_intruders
 from trimtab.rank.spectrum import ROUNDING, EffectiveRanks, delta_spectrum, effective_ranks, significant
 from trimtab.shell.state import adapter_tensors, locate_graft
 
+Item = TypeVar("Item")
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -28,7 +30,7 @@ class LayerSpectrum:
 
     Attributes:
         layer: the index of the block it lies in, or None.
-        module: the rest of its path.
+        module: its path, with a star for that index.
         shape: of dW, (out, in), or (n, out, in) of a stack of experts.
         rank, alpha, scale: as the config has them; None for methods that have none.
         norm: ||dW||, Frobenius.
@@ -171,19 +173,20 @@ def _place(module: str) -> int:
 
 
 def module_of(path: str) -> tuple[int | None, str]:
-    """(index of the block a layer lies in, or None; the rest of its path)."""
+    """(index of the block a layer lies in, or None; its path with a star for the index)."""
     index = layer_index(path, None)
-    return index, re.sub(rf"^.*?\.{index}\.", "", path) if index is not None else path
+    return index, path if index is None else path.replace(f".{index}.", ".*.", 1)
 
 
-def modules_of(survey: Survey) -> dict[str, list[LayerSpectrum]]:
-    """The layers by module, those of the blocks first; where a last name is enough, it stands for the module."""
-    groups: dict[str, list[LayerSpectrum]] = {}
-    for layer in sorted(survey.layers, key=lambda x: x.layer is None):
-        groups.setdefault(layer.module, []).append(layer)
-    short = {module: module.rpartition(".")[2] for module in groups}
-    names = list(short.values())
-    return {short[m] if names.count(short[m]) == 1 else m: layers for m, layers in groups.items()}
+def by_module(items: Iterable[Item], path: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Items by the module they are of, under the shortest name that no other module has; those of blocks come first."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(module_of(path(item))[1], []).append(item)
+    groups = dict(sorted(groups.items(), key=lambda group: (".*." not in group[0], _place(group[0]))))
+    forms = {module: (module.rpartition(".")[2], module.rpartition(".*.")[2], module) for module in groups}
+    counts = [Counter(names) for names in zip(*forms.values(), strict=True)]
+    return {next(n for n, count in zip(forms[m], counts, strict=True) if count[n] == 1): g for m, g in groups.items()}
 
 
 def medians(layers: list[LayerSpectrum]) -> list[float]:

@@ -17,6 +17,7 @@ from trimtab.cli.generate import generate
 from trimtab.cli.inspect import inspect
 from trimtab.cli.merge import merge
 from trimtab.cli.methods import methods
+from trimtab.cli.rank import rank
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -39,6 +40,7 @@ app.command()(check)
 app.command()(demo)
 app.command()(methods)
 app.command()(version)
+app.add_typer(rank)
 
 
 @app.callback()

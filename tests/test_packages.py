@@ -111,7 +111,7 @@ def test_need_names_all_that_is_missing_and_the_extra(monkeypatch) -> None:
     assert issubclass(MissingPackageError, ImportError)
 
 
-@pytest.mark.parametrize("package", sorted(EXTRAS))
+@pytest.mark.parametrize("package", sorted(OPTIONAL["demo"]))
 def test_the_command_says_what_to_install_before_it_does_anything(package: str, tmp_path) -> None:
     (tmp_path / "any.gguf").write_bytes(b"GGUF")
     code = (

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.folders import adapter_folder, base_folder
 from trimtab import IA3Config, LoraConfig, PromptTuningConfig
-from trimtab.errors import ExportError
+from trimtab.errors import AdapterFileError, ExportError
 from trimtab.export.merge import RECEIPT, merge
 from trimtab.shell.opening import open_model
 
@@ -185,9 +185,15 @@ def test_nan_is_not_saved(root, tmp_path) -> None:
     tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
     next(iter(tensors.values())).fill_(math.nan)
     save_file(tensors, tmp_path / "one" / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="NaN"):
+        open_model(root / "base", [str(tmp_path / "one")], dtype="auto")
+    shutil.copytree(root / "one", tmp_path / "two")
+    opened = open_model(root / "base", [str(tmp_path / "two")], dtype="auto")
+    with torch.no_grad():
+        next(p for n, p in opened.model.named_parameters() if "lora_A" in n).fill_(math.nan)
     with pytest.raises(ExportError, match="not finite"):
-        merge(open_model(root / "base", [str(tmp_path / "one")], dtype="auto"), tmp_path / "out")
-    assert left_behind(tmp_path) == ["one"]
+        merge(opened, tmp_path / "out")
+    assert left_behind(tmp_path) == ["one", "two"]
 
 
 # ---------------------------------------------------------------------- quantised bases

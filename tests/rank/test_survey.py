@@ -141,7 +141,7 @@ def test_degenerate_files(tmp_path: Path) -> None:
     edit(tmp_path, lambda t: t[f"{PREFIX}head.lora_A.weight"].fill_(math.nan))
     with pytest.raises(AdapterFileError, match="'head' has a NaN"):
         inspect_ranks(tmp_path)
-    with pytest.raises(AdapterFileError, match="'head' has a NaN"):
+    with pytest.raises(AdapterFileError, match="NaN"):
         inspect_ranks(tmp_path, toy())
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from trimtab.errors import DataError
+from trimtab.errors import DataError, MissingPackageError
 from trimtab.files.sources import resolve_base
 from trimtab.train import masks
 from trimtab.train.data import Example, prepare
@@ -116,8 +116,8 @@ def test_where_masks_come_from_is_said(tokenizer_factory) -> None:
 
 
 def test_without_trl_its_templates_are_refused(monkeypatch, tokenizer) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "trl.chat_template_utils", None)
-    with pytest.raises(DataError, match="need TRL: pip install trl"):
+    monkeypatch.setitem(__import__("sys").modules, "trl", None)
+    with pytest.raises(MissingPackageError, match=r"needs trl, not installed here: pip install .trimtab\[trl\]"):
         Template(tokenizer, "trl")
 
 

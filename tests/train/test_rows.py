@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trimtab.errors import DataError
+from trimtab.errors import DataError, MissingPackageError
 from trimtab.train.rows import Rows, load_rows, splits
 
 
@@ -148,14 +148,16 @@ def test_without_datasets_an_error_names_what_to_install(monkeypatch, tmp_path) 
     Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("nobody/nothing", tmp_path / "saved"):
-        with pytest.raises(DataError, match="needs the package datasets: pip install datasets"):
+        with pytest.raises(
+            MissingPackageError, match=r"needs datasets, not installed here: pip install .trimtab\[data\]"
+        ):
             load_rows(source)
 
 
 def test_without_pyarrow_an_error_names_what_to_install(monkeypatch, tmp_path) -> None:
     pq.write_table(pa.Table.from_pylist([{"text": "a"}]), tmp_path / "r.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match="reading Parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(MissingPackageError, match=r"needs pyarrow, not installed here: pip install .trimtab\[data\]"):
         load_rows(tmp_path / "r.parquet")
 
 

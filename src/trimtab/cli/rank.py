@@ -210,7 +210,7 @@ def _load(name: str, config: Any = None) -> Any:
     cls = AutoModelForCausalLM
     task = getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None))
     if task is not None or getattr(config, "auto_mapping", None):
-        cls = AutoPeftModel._base_class(config, task)
+        cls = AutoPeftModel._base_class(config, task, name, ())
     try:
         return cls.from_pretrained(resolve_base(name), dtype="float32").eval()
     except (OSError, ValueError) as e:

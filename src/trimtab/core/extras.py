@@ -6,7 +6,14 @@ from importlib.util import find_spec
 
 from trimtab.errors import MissingPackageError
 
-EXTRAS = {"accelerate": "demo", "gguf": "demo", "matplotlib": "demo"}  # a package: the extra that brings it
+EXTRAS = {
+    "accelerate": "demo",
+    "datasets": "data",
+    "gguf": "demo",
+    "matplotlib": "demo",
+    "pyarrow": "data",
+    "trl": "trl",
+}  # a package: the extra that brings it
 
 
 def need(what: str, *packages: str) -> None:

@@ -348,7 +348,7 @@ class Graft:
         adapter = self.require(name)
         if name in self.merged:
             raise ValueError(
-                f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge the adapter(s) first: "
+                f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first: "
                 "call unmerge_adapter()."
             )
         self._forget(adapter)

@@ -22,8 +22,8 @@ from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX
-from trimtab.files.experts import DOWN, FUSED
 
+EXPERTS = ("gate_up_proj", "down_proj")  # the parameters of a stack of experts, in the order of PEFT's nesting
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 # What may stand beside a pair; another tensor of LoRA's is part of a formula that is not s·B·A.
 BESIDE = re.compile(r"\.(lora_B\.bias|lora_magnitude_vector(\.weight)?)$")
@@ -296,5 +296,5 @@ def _parameters(config: Any, path: str) -> list[str]:
         module, _, name = str(entry).rpartition(".")
         if not module or path == module or path.endswith("." + module):
             found.append(name)
-    order = {FUSED: 0, DOWN: 2}
+    order = {name: 2 * i for i, name in enumerate(EXPERTS)}
     return sorted(dict.fromkeys(found), key=lambda name: order.get(name, 1))

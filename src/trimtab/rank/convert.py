@@ -167,6 +167,6 @@ def _beside(model: nn.Module, adapter: Any) -> dict[str, Tensor]:
 
 
 def _shown(found: list[Change]) -> Iterator[Change]:
-    from tqdm.auto import tqdm
+    from rich.progress import track
 
-    yield from tqdm(found, desc="Converting to LoRA", unit="layer")
+    yield from track(found, "Converting to LoRA")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.extras import need
 from trimtab.rank.survey import LayerSpectrum, Survey, by_module, medians
 
 COLOURS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300", "#eb6834", "#888888")
@@ -19,13 +20,11 @@ def plot_survey(survey: Survey, path: str | os.PathLike[str]) -> Path:
     was known, its intruder dimensions. The curves are the spectra, relative to the largest value of each layer.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install 'trimtab[demo]'`).
+        MissingPackageError: matplotlib is not installed (`pip install 'trimtab[demo]'`).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("A plot needs matplotlib: pip install 'trimtab[demo]'") from e
+    need("A plot", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     modules = by_module(survey.layers, lambda x: x.path)
     rows = sorted({-1 if x.layer is None else x.layer for x in survey.layers})

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from trimtab.core.method import require_rank
 from trimtab.errors import ConfigError
-from trimtab.files.experts import DOWN, FUSED
-from trimtab.rank.adapter_file import AdapterFile, Pair
+from trimtab.rank.adapter_file import EXPERTS, AdapterFile, Pair
 from trimtab.rank.spectrum import delta_spectrum, energy_rank, significant, svd_of_product
 
 Ranks = dict[str, int]  # path -> how many components of each of its matrices stay
@@ -242,9 +241,7 @@ def _refuse_unequal(old: AdapterFile, sized: bool) -> None:
         raise ConfigError(f"'{inner}' and '{old.pairs[inner].owner}' have one rank: give another choice than a size.")
     stacks = [pair.path for pair in old.pairs.values() if pair.form == "stack"]
     modules = [path.rpartition(".")[0] for path in stacks]
-    unknown = [
-        p for p in stacks if modules.count(p.rpartition(".")[0]) > 1 and p.rpartition(".")[2] not in (FUSED, DOWN)
-    ]
+    unknown = [p for p in stacks if modules.count(p.rpartition(".")[0]) > 1 and p.rpartition(".")[2] not in EXPERTS]
     if unknown:
         raise ConfigError(
             f"The file does not say which parameter of '{unknown[0].rpartition('.')[0]}' is which, so that all must "

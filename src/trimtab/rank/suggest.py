@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from trimtab.core.method import require_rank
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError
-from trimtab.files.codec import PREFIX
 from trimtab.rank.adapter_file import FACTOR, common
 
 ALPHA = 32  # the one that the learning rates below are for: with s = alpha / r they hardly depend on r
@@ -165,19 +164,16 @@ def config_of(estimates: Iterable[RankEstimate]) -> dict[str, Any]:
 def _sizes(model: nn.Module, target_modules: Any) -> dict[str, int]:
     """{path of a layer: the parameters that a LoRA of rank 1 has there}."""
     from trimtab.methods import config_class
-    from trimtab.shell.state import get_peft_model_state_dict
     from trimtab.shell.tasks import get_peft_model
 
     config = config_class("LORA")(r=1, target_modules=target_modules)  # type: ignore[call-arg]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a first adapter says about this model
-        wrapped = get_peft_model(skeleton(model), config)
-        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        graft = get_peft_model(skeleton(model), config).graft
     sizes: dict[str, int] = {}
-    for key, tensor in state.items():
-        if match := FACTOR.fullmatch(key):
-            path = match[1].removeprefix(PREFIX)
-            sizes[path] = sizes.get(path, 0) + tensor.numel()
+    for slot in graft.slots(graft.require("default")):
+        if match := FACTOR.fullmatch(slot.disk):
+            sizes[match[1]] = sizes.get(match[1], 0) + slot.get().numel()
     return sizes
 
 

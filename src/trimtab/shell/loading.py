@@ -17,7 +17,7 @@ from trimtab.files import experts, store
 from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
-from trimtab.graft.graft import find_graft
+from trimtab.graft.graft import Graft, find_graft
 
 
 class Source:
@@ -102,11 +102,12 @@ class Source:
             ) from error
 
 
-def keep(adapter: Adapter, config: Any) -> None:
+def keep(graft: Graft, adapter: Adapter, config: Any) -> None:
     """Make the caller's config object the adapter's own."""
     old = adapter.config
     config.__dict__.update(old.__dict__)
     adapter.config = config
+    graft.configs[adapter.name] = config
     for layer in adapter.layers:
         for method in layer.methods[adapter.name]:
             if method.options is old:

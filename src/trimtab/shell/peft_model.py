@@ -485,7 +485,7 @@ class PeftModel(nn.Module):
             discard_empty(model)
             raise
         if config is not None:
-            keep(adapted.graft.adapters[adapter_name], config)
+            keep(adapted.graft, adapted.graft.adapters[adapter_name], config)
         return adapted if is_trainable else adapted.eval()
 
     def __getattr__(self, name: str) -> Any:

@@ -122,6 +122,7 @@ def adapter_tensors(
 ) -> dict[str, Tensor]:
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     adapter = graft.require(name)
+    parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]
     named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
     if embeddings is True or (embeddings == "auto" and (named or resized)):
@@ -135,7 +136,7 @@ def adapter_tensors(
         some = named and not resized  # then just the adapted ones
         along = (s for s in graft.embeddings(adapter) if not some or s.disk.endswith(".base_layer.weight"))
         slots += [s for s in along if s.disk not in taken]
-    return from_state(slots, None if adapter.parked else state, name, graft.model, prefix)
+    return from_state(slots, None if parked else state, name, graft.model, prefix)
 
 
 def _resized(graft: Graft, adapter: Adapter) -> bool:

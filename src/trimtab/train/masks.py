@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trimtab.core.extras import need
 from trimtab.errors import DataError
 from trimtab.train.example import IGNORE, Example
 from trimtab.train.kinds import Chat
@@ -92,10 +93,9 @@ class Template:
 def _from_trl(tokenizer: Any) -> str | None:
     if not tokenizer.chat_template:
         raise DataError("The tokenizer has no chat template that TRL could have a training template for.")
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError as e:
-        raise DataError("TRL's training templates need TRL: pip install trl") from e
+    need("A training template of TRL's", "trl")
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         text: str | None = get_training_chat_template(tokenizer)
     except Exception as e:  # it tries the template on messages of its own

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from trimtab.core.extras import need
 from trimtab.errors import DataError
 from trimtab.train.kinds import kind_of
 
@@ -204,11 +205,10 @@ def _header(path: Path, line: int, cells: list[str]) -> list[str]:
 
 
 def _parquet(path: Path) -> Iterator[Found]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from e
+    need(f"Reading Parquet ({path})", "pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
+from trimtab.core.extras import need
 from trimtab.errors import DataError
 from trimtab.train.kinds import BESIDE, KEYS, NUMBERING, kind_of
 from trimtab.train.readers import READERS, TABLES, Found, read_file, suffix_of
@@ -239,10 +240,9 @@ def _from_hub(name: str, split: str | None) -> Any:
 
 
 def _datasets(why: str) -> Any:
-    try:
-        import datasets
-    except ImportError as e:
-        raise DataError(f"{why} needs the package datasets: pip install datasets") from e
+    need(why, "datasets")
+    import datasets
+
     return datasets
 
 

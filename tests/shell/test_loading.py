@@ -173,3 +173,15 @@ def test_a_prefix_is_loaded_from_its_own_folder_again(tmp_path: Path) -> None:
     before = logits(model, tokens(2, 5, 60))
     assert model.load_adapter(tmp_path, "default", is_trainable=True) == ([], [])
     assert torch.equal(logits(model, tokens(2, 5, 60)), before)
+
+
+def test_an_adapter_saved_with_its_embeddings_is_loaded_into_itself(tmp_path: Path) -> None:
+    """As trainers do with the best checkpoint."""
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])).eval()
+    move(model, "default")
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    expected = logits(model, tokens(2, 5, 60))
+    move(model, "default")
+    assert model.load_adapter(tmp_path, "default", is_trainable=True) == ([], [])
+    assert torch.equal(logits(model, tokens(2, 5, 60)), expected)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +20,8 @@ from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.graft import Graft, find_graft
+
+SIZE = re.compile(r"(^|_)(r|rank|dim|size|num|tokens|layers|heads)(_|$)")  # in the names of fields
 
 
 class Source:
@@ -61,9 +65,21 @@ class Source:
         with self.blamed():
             self.tensors, self.config = experts.fuse(tensors, self.names), config
         if config is not None:
+            self._check_sizes(config)
             experts.note_held(config, self.tensors, self.names)
             if getattr(config, "modules_to_save", None):
                 config.modules_to_save = copies_held(config.modules_to_save, model, self.tensors)  # type: ignore[attr-defined]
+
+    def _check_sizes(self, config: PeftConfig) -> None:
+        """Raise for sizes in the config beyond all that is in the file, before tensors of such a size are made."""
+        largest = max((size for tensor in self.tensors.values() for size in tensor.shape), default=1)
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if SIZE.search(f.name) and isinstance(value, int) and value > 1000 * max(largest, 1):
+                raise AdapterFileError(
+                    f"The adapter in '{self.model_id}' is damaged: its config has `{f.name}={value}`, and its tensors have no "
+                    f"more than {largest} rows or columns."
+                )
 
     def __call__(self, slots: list[Slot]) -> dict[str, Tensor]:
         """Check the tensors against the adapter's slots; those that fit, by their keys on disk."""

@@ -241,8 +241,10 @@ class PeftModel(nn.Module):
             ignore_mismatched=ignore_mismatched_sizes,
         )
         if known:
-            slots = self.graft.slots(self.graft.require(adapter_name))
-            values = source(slots)
+            adapter = self.graft.require(adapter_name)
+            slots = [*self.graft.slots(adapter), *self.graft.embeddings(adapter, reading=True)]
+            with source.blamed():
+                values = source(slots)
             for slot in slots:
                 if slot.on_disk() in values:
                     slot.put(values[slot.on_disk()])

@@ -17,7 +17,8 @@ from trimtab.files.store import PICKLED, WEIGHTS
 
 CONFIG = "adapter_config.json"
 ODD: list[Any] = [
-    None, 0, 1, -1, 2, 7, 10**6, 10**9, 10**15, 10**30, -(10**30), 1.5, -0.5, 1e30, 1e308, math.nan, math.inf, -math.inf, True, False,
+    None, 0, 1, -1, 2, 7, 10**6, 10**9, 10**15, 10**30, -(10**30), 1.5, -0.5, 1e30, 1e308,
+    math.nan, math.inf, -math.inf, True, False,
     "", "x", "8", "up", "embed", "all-linear", ".*", "(", "*", "none", "\0", "é" * 300,
     [], [1], [0, 1], [-1], ["up"], ["embed"], ["up", "head"], [None], [[]], [["up"]],
     {}, {"up": 1}, {"up": "x"}, {"(": 2}, {"up": {}}, {"": 0}, {"embed": [1]}, {"wte": [1]},

@@ -77,8 +77,8 @@ class Source:
             value = getattr(config, f.name)
             if SIZE.search(f.name) and isinstance(value, int) and value > 1000 * max(largest, 1):
                 raise AdapterFileError(
-                    f"The adapter in '{self.model_id}' is damaged: its config has `{f.name}={value}`, and its tensors have no "
-                    f"more than {largest} rows or columns."
+                    f"The adapter in '{self.model_id}' is damaged: its config has `{f.name}={value}`, "
+                    f"and its tensors have no more than {largest} rows or columns."
                 )
 
     def __call__(self, slots: list[Slot]) -> dict[str, Tensor]:

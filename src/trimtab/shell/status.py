@@ -64,7 +64,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     model, graft = unwrap(model), _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
-    order = {path: i for i, path in enumerate(graft.modules)}
+    order = {path: i for i, path in enumerate(graft.base.modules)}
     rows = []
     parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
     for part in sorted(parts, key=lambda part: order.get(part.name, -1)):

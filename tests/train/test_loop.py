@@ -12,7 +12,7 @@ import torch
 
 from trimtab.train.batches import Batches
 from trimtab.train.data import collate, encode_rows
-from trimtab.train.events import EarlyStopping, Evaluate, Interrupt, Metrics, Schedule, StepOne
+from trimtab.train.events import EarlyStopping, Evaluate, Interrupt, Metrics, Schedule, StepOne, Trackers
 from trimtab.train.generate import complete, exact_match, generate_ids, references
 from trimtab.train.loop import Event, TrainError, evaluate, loss_of, train
 from trimtab.train.plot import plot_losses
@@ -286,3 +286,34 @@ def test_plot(model, rows, tmp_path) -> None:
     result = train(model, Batches(rows, max_steps=5), adamw(model), events)
     path = plot_losses(result, tmp_path / "new" / "loss.png", title="tiny")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trackers_get_settings_steps_and_scores(model, rows, tmp_path) -> None:
+    from accelerate.tracking import GeneralTracker
+
+    class Mine(GeneralTracker):
+        name, requires_logging_directory, tracker = "mine", False, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        def store_init_configuration(self, values: dict) -> None:
+            self.seen.append(values)
+
+        def log(self, values: dict, step: int | None = None, **kwargs) -> None:
+            self.seen.append((step, values))
+
+        def finish(self) -> None:
+            self.seen.append("finished")
+
+    mine = Mine()
+    events = [Trackers([mine], tmp_path, "run", {"r": 4, "x": [1]}), Evaluate(lambda model: {"loss": 2.0}, every=-1)]
+    train(model, Batches(rows, max_steps=2), adamw(model), events)
+    assert mine.seen[0] == {"r": 4, "x": "[1]"}
+    assert mine.seen[1] == (0, {"eval/loss": 2.0})
+    assert [entry[0] for entry in mine.seen[1:-1]] == [0, 1, 2, 2]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= mine.seen[2][1].keys()
+    assert mine.seen[-1] == "finished"
+    with pytest.raises(TrainError, match=r"report_to: nope is unknown; accelerate knows .*tensorboard"):
+        Trackers(["nope"], tmp_path, "run", {})

@@ -156,6 +156,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     Raises:
         OptimizerError: one that does not fit the model's adapter.
     """
+    optimizer = _optimizer(model, config)
+    for group in optimizer.param_groups:  # what the schedule starts from; a state that is loaded must find its key
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "loraplus":
         return create_loraplus_optimizer(

@@ -134,3 +134,26 @@ def test_ctrl_c(presses, there) -> None:
         assert list(out.glob("checkpoint-*/trainer_state.pt"))
     assert not (out / "adapter").exists()
     assert not list(out.glob(".*")), "nothing half written is left"
+
+
+@pytest.mark.slow
+def test_trl_trains_on_the_same_rows_in_a_process_of_its_own(there) -> None:
+    out = there / "trl"
+    args = ["train", there / "rows.jsonl", "--model", there / "base", "--output", out, "--trainer", "trl"]
+    args += ["--max-steps", "2", "--precision", "fp32", "--r", "4"]
+    done = subprocess.run([*MAIN, *map(str, args)], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "trainer  SFTTrainer" in done.stdout
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    done = subprocess.run([*MAIN, *map(str, args)], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("trimtab: ")
+    assert "holds another run" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "reward", "grpo"])
+def test_without_trl_a_line_says_so(verb, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = trimtab(verb, "--data", "x.jsonl")
+    assert done.exit_code == 1
+    assert done.stderr == f"trimtab {verb}: this is done by TRL, which is not installed: pip install trl\n"

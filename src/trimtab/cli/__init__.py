@@ -10,6 +10,7 @@ import typer
 from trimtab.cli.demo import demo
 from trimtab.cli.methods import methods
 from trimtab.cli.train import EXTRA, train
+from trimtab.cli.trl import dpo, grpo, kto, reward
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -20,7 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(context_settings=EXTRA, options_metavar="[RUN.yaml | ROWS] [OPTIONS]")(train)
+for verb in (train, dpo, kto, reward, grpo):
+    app.command(context_settings=EXTRA, options_metavar="[RUN.yaml | ROWS] [OPTIONS]")(verb)
 app.command()(demo)
 app.command()(methods)
 app.command()(version)

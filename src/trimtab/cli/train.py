@@ -69,9 +69,26 @@ def given_by(context: typer.Context, config: Path | None, flags: Mapping[str, An
             config = Path(path)
         elif named.setdefault("data", path) != path:
             raise ConfigError(f"There are two files of rows, {named['data']} and {path}: give one.")
-    from trimtab.train.config import read_file
+    given = {**extra, **named}
+    return [_content(config, given), given] if config is not None else [given]
 
-    return [*([read_file(config)] if config else []), {**extra, **named}]
+
+def _content(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config file, ours or another tool's."""
+    from trimtab.train.config import read_file
+    from trimtab.train.names import ALIASES
+    from trimtab.train.tools import recognise
+    from trimtab.train.translate import translate
+
+    content = read_file(path)
+    tool = recognise(content)
+    if tool is None:
+        return content
+    translation = translate(tool, content, {ALIASES.get(name, (name,))[0]: value for name, value in given.items()})
+    from trimtab.train.report import console_for, show_translation
+
+    show_translation(console_for(), translation, path)
+    return translation.settings
 
 
 def rest(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -109,9 +126,14 @@ def train(
     """
     ready()
     try:
+        sources = given_by(context, config, flags)
+        if any(source.get("trainer") == "trl" for source in sources):
+            from trimtab.cli.trl import run
+
+            run("train", sources)
         from trimtab.train.folder import read_run
 
-        settings, notices = read_run(*given_by(context, config, flags))
+        settings, notices = read_run(*sources)
     except ConfigError as e:
         print(f"trimtab train: {e}", file=sys.stderr)
         raise typer.Exit(2) from e

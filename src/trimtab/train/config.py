@@ -9,7 +9,7 @@ No torch here: `trimtab train --help` is made from this file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,11 +79,16 @@ class TrainConfig:
     output: str | None = option("The run's folder. Default: runs/NAME-OF-DATA.", None, SAVING)
     overwrite_output_dir: bool = option("Throw away the run that is in it.", False, SAVING)
     resume: bool = option("Go on with the run in it, exactly where it was.", False, SAVING)
-    save_steps: int = option("A checkpoint every so many steps; 0: each epoch; -1: none.", 0, SAVING, -1)
+    save_steps: float = option("A checkpoint every so many steps, or share; 0: each epoch; -1: none.", 0, SAVING, -1)
     save_total_limit: int = option("Checkpoints to keep, beside the best.", 2, SAVING, 1)
     load_best: bool | None = option("End with the best checkpoint. Default: with early stopping.", None, SAVING)
 
-    eval_steps: int = option("Evaluate every so many steps; 0: each epoch; -1: at the end.", 0, WATCHING, -1)
+    eval_steps: float = option(
+        "Evaluate every so many steps; below 1: every such share of them; 0: each epoch; -1: at the end.",
+        0,
+        WATCHING,
+        -1,
+    )
     eval_generate: list[str] = option("Generate answers, too: exact_match ...", [], WATCHING)
     eval_generate_rows: int = option("On so many rows at most.", 100, WATCHING, 1)
     metric_for_best_model: str = option("loss, or a metric of eval_generate.", "loss", WATCHING)
@@ -98,7 +103,7 @@ class TrainConfig:
 
     def __init__(self, **given: Any) -> None:
         extra = given.pop("extra", {})
-        found = _gather([{**given.pop("adapter", {}), **given}])
+        found = _gather([{**given.pop("adapter", {}), **given}], {})
         found.raise_for_faults("")
         self._fill(found.run, found.adapter, extra)
 
@@ -157,18 +162,18 @@ NOT_SAVED = frozenset({"plan", "resume", "overwrite_output_dir"})  # what one do
 
 
 def read_config(
-    *sources: Mapping[str, Any], where: str = "", extra: Collection[str] = ()
+    *sources: Mapping[str, Any], where: str = "", extra: Mapping[str, Any] | None = None
 ) -> tuple[TrainConfig, list[str]]:
     """A config from mappings, later ones over earlier ones, and notices of names that were read as ours.
 
     Args:
         where: what messages begin with.
-        extra: names that are neither ours nor the method's and are welcome: they end up in `config.extra`.
+        extra: {name: type} of what is neither ours nor the method's and is welcome: it ends up in `config.extra`.
 
     Raises:
         ConfigError: unknown names, values of another type, and settings that contradict each other: all of them.
     """
-    found = _gather(sources, extra)
+    found = _gather(sources, extra or {})
     found.raise_for_faults(where)
     config = TrainConfig()
     config._fill(found.run, found.adapter, found.extra)
@@ -190,7 +195,7 @@ class _Gathered:
             raise ConfigError(head + (self.faults[0] if len(self.faults) == 1 else many))
 
 
-def _gather(sources: Sequence[Mapping[str, Any]], extra: Collection[str] = ()) -> _Gathered:
+def _gather(sources: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> _Gathered:
     """Everything that was given, under our names and read as its type."""
     found = _Gathered()
     merged: dict[str, Any] = {}
@@ -220,8 +225,8 @@ def _gather(sources: Sequence[Mapping[str, Any]], extra: Collection[str] = ()) -
     return found
 
 
-def _gather_adapter(found: _Gathered, extra: Collection[str]) -> None:
-    """Read what is left as fields of the method's config, and name what is none."""
+def _gather_adapter(found: _Gathered, extra: Mapping[str, Any]) -> None:
+    """Read what is left as extras or as fields of the method's config, and name what is neither."""
     method = found.run.get("method", FIELDS["method"].default)
     if not found.adapter and method == FIELDS["method"].default:
         return
@@ -234,16 +239,15 @@ def _gather_adapter(found: _Gathered, extra: Collection[str]) -> None:
         return
     given, found.adapter = found.adapter, {}
     for name, value in given.items():
-        if name in extra:
-            found.extra[name] = value
-        elif name not in known:
+        if name not in extra and name not in known:
             hint = nearest(name, [n for n in (*FIELDS, *known, *ALIASES, *extra) if len(n) > 2])
             found.faults.append(f"{name} is no setting of a run, and none of the method {method}{hint or '.'}")
-        else:
-            try:
-                found.adapter[name] = parse(name, value, known[name])
-            except Fault as e:
-                found.faults.append(str(e))
+            continue
+        part, hints = (found.extra, extra) if name in extra else (found.adapter, known)
+        try:
+            part[name] = parse(name, value, hints[name])
+        except Fault as e:
+            found.faults.append(str(e))
 
 
 def _contradictions(run: Mapping[str, Any]) -> list[str]:

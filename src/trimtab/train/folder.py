@@ -6,7 +6,7 @@ run.yaml  metrics.jsonl  loss.png  adapter/  checkpoint-<step>/  (base/: the mod
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ CONFIG, METRICS, PLOT, ADAPTER, BASE = "run.yaml", "metrics.jsonl", "loss.png", 
 
 
 def read_run(
-    *sources: Mapping[str, Any], where: str = "", extra: Collection[str] = ()
+    *sources: Mapping[str, Any], where: str = "", extra: Mapping[str, Any] | None = None
 ) -> tuple[TrainConfig, list[str]]:
     """The config of a run: with `resume`, what its folder says comes first, and the sources over it.
 

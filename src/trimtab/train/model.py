@@ -47,12 +47,13 @@ class Base:
         return found if found is not None else self.tokenizer.eos_token_id or 0
 
 
-def load_base(config: TrainConfig, model: str | None = None, cls: Any = None) -> Base:
+def load_base(config: TrainConfig, model: str | None = None, cls: Any = None, **more: Any) -> Base:
     """The base model of a run and its tokenizer.
 
     Args:
         model: instead of `config.model`.
         cls: the transformers class to load it by; by default that of causal language models.
+        more: for its `from_pretrained`.
 
     Raises:
         BaseModelError: it cannot be had: no such model, a folder without weights, no tokenizer.
@@ -72,7 +73,9 @@ def load_base(config: TrainConfig, model: str | None = None, cls: Any = None) ->
 
     logging.disable_progress_bar()
     try:
-        loaded = (cls or AutoModelForCausalLM).from_pretrained(place, revision=config.revision, dtype=precision.dtype)
+        loaded = (cls or AutoModelForCausalLM).from_pretrained(
+            place, revision=config.revision, dtype=precision.dtype, **more
+        )
         tokenizer = AutoTokenizer.from_pretrained(place, revision=config.revision)
     except (OSError, ValueError, KeyError, RuntimeError) as e:  # what from_pretrained raises for what it cannot read
         raise BaseModelError(f"The model {name} cannot be loaded: {e}") from e

@@ -16,8 +16,9 @@ from trimtab.train.progress import clock, size
 
 if TYPE_CHECKING:
     from trimtab.train.loop import TrainResult
+    from trimtab.train.translate import Translation
 
-__all__ = ["card_facts", "console_for", "facts_of", "show_end", "show_facts", "show_plan"]
+__all__ = ["card_facts", "console_for", "facts_of", "show_end", "show_facts", "show_plan", "show_translation"]
 
 
 def facts_of(config: Any, base: Any, data: Any, batches: Any, model: Any, count: int) -> list[tuple[str, str]]:
@@ -91,6 +92,20 @@ def show_facts(console: Console, title: str, facts: Iterable[tuple[str, str]]) -
         table.add_row(name, escape(value))
     console.print(f"[bold]{escape(title)}[/bold]")
     console.print(table)
+    console.print()
+
+
+def show_translation(console: Console, translation: Translation, path: Path) -> None:
+    """A file of another tool, line by line."""
+    table = Table(translation.tool, "here", "", box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for line in translation.lines:
+        table.add_row(escape(line.theirs), escape(line.ours) or "[dim]-[/dim]", f"[dim]{escape(line.note)}[/dim]")
+    console.print(f"[bold]{escape(str(path))}[/bold] is a file of {translation.tool}. It is read as:")
+    console.print(table)
+    for note in translation.notes:
+        console.print(f"[yellow]{escape(note)}[/yellow]")
     console.print()
 
 

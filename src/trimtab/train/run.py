@@ -227,11 +227,22 @@ def _events(config: TrainConfig, data: Data, base: Base, batches: Batches, ident
     if config.report_to:
         events.append(Trackers(config.report_to, config.folder, config.folder.name, config.to_dict()))
     if data.valid:
-        events.append(Evaluate(_scorer(config, data, base), config.eval_steps, config.metric_for_best_model))
+        events.append(
+            Evaluate(_scorer(config, data, base), _steps(config.eval_steps, batches), config.metric_for_best_model)
+        )
     if config.early_stopping_patience:
         events.append(EarlyStopping(config.early_stopping_patience))
-    events.append(Checkpoints(config.folder, config.save_steps, config.save_total_limit, config.keeps_best, identity))
+    events.append(
+        Checkpoints(
+            config.folder, _steps(config.save_steps, batches), config.save_total_limit, config.keeps_best, identity
+        )
+    )
     return events
+
+
+def _steps(every: float, batches: Batches) -> int:
+    """A number of steps, or a share of them, as a number."""
+    return max(1, round(every * len(batches))) if 0 < every < 1 else round(every)
 
 
 def _scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict[str, float]]:

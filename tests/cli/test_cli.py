@@ -98,7 +98,7 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     assert "generated the same" in done.stdout
     assert all(words in done.stderr for words in ("step 12/12", "tokens/s", "left"))
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 12 + 3
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 12 + 4  # 12 steps, 4 evaluations
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", str(tiny_base / "base"))
     weights = load_file(out / "adapter" / "adapter_model.safetensors")

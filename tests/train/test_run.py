@@ -86,7 +86,8 @@ def test_answers_are_scored_too_and_may_decide_what_is_best(settings, tmp_path) 
     assert outcome.result.best == (3, 0.0), "no later one is better"
     assert read_provenance(outcome.adapter)["kept_step"] == 3
     with pytest.raises(ConfigError, match="eval_generate: bleu is unknown"):
-        run(settings, tmp_path / "b", eval_generate="bleu")
+        run(settings, tmp_path / "run", eval_generate="bleu", overwrite_output_dir=True)
+    assert outcome.adapter.exists(), "the run that was there is as it was"
 
 
 def test_plan_writes_nothing(settings, tmp_path, capsys) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from trimtab import __version__
 from trimtab.errors import ConfigError, DataError
+from trimtab.shell.peft_model import PeftModel
 from trimtab.train import folder as files
 from trimtab.train.adapters import adapter_settings
 from trimtab.train.batches import Batches, digest
@@ -103,7 +104,7 @@ def _two_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": row.get(keys[0]), "completion": row.get(keys[1])} for row in rows]
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -111,8 +112,9 @@ class Outcome:
     """What a run came to."""
 
     folder: Path
-    adapter: Path | None  # None where the run was stopped, or only planned
+    adapter: Path | None  # its folder; None where the run was stopped, or only planned
     result: TrainResult
+    model: PeftModel
     interrupted: bool = False
 
 
@@ -121,6 +123,8 @@ def run_training(
     console: Console | None = None,
     group: Alone | None = None,
     events: Sequence[Event | Callable[[Run], Any]] = (),
+    base: Base | None = None,
+    data: Data | None = None,
 ) -> Outcome:
     """Do what a config says, from the model to the saved adapter.
 
@@ -128,6 +132,7 @@ def run_training(
         console: where to print; None: stdout.
         group: the processes that train together; by default what the launcher has started.
         events: more of them, after the run's own.
+        base, data: the config's model and rows, where the caller has them loaded.
 
     Raises:
         PeftError: in one of its kinds, whatever cannot be done; what was there before is as it was.
@@ -135,50 +140,26 @@ def run_training(
     group = group or processes()
     console = console or console_for(quiet=not group.main)
     checkpoint = None if config.plan else _claim(config, group)
-    base = _base(config, group)
-    data = prepare_data(config, base.tokenizer)
-    batches = _batches(config, data, base, group)
+    base = base or _base(config, group)
+    data = data or prepare_data(config, base.tokenizer)
+    batches = Batches(
+        data.examples,
+        batch_size=config.per_device_train_batch_size,
+        accumulate=config.gradient_accumulation_steps * group.count,
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        pad_id=base.pad_id,
+        names=data.names,
+    )
     prints = fingerprint(base.model)
     model = adapt(base, config, len(batches))
     if not config.continue_from:
         config.adapter = adapter_settings(config)
     config.precision = base.precision.name  # type: ignore[assignment]
-    show_facts(console, f"Run in {config.folder}", facts_of(config, base, data, batches, model, group.count))
-    for line in base.notices:
-        console.print(f"[yellow]{line}[/yellow]")
-    if config.plan:
-        asked = None if config.continue_from else config.adapter
-        show_plan(console, targets(model, asked), measure(model, batches), len(batches))
-        return Outcome(config.folder, None, TrainResult())
-    identity = _identity(config, data)
-    result, restore = load_checkpoint(checkpoint, model, identity) if checkpoint else (TrainResult(), None)
-    if config.resume:
-        console.print(_where(result, len(batches)))
-    if group.main:
-        if not config.resume:
-            files.clear(config)
-        files.save_config(config, f"Made by trimtab {__version__}; `trimtab train run.yaml` runs the same again.")
-    try_longest(model, batches)
-    torch.manual_seed(config.seed)
-    prepared, optimizer = group.prepare(model, make_optimizer(model, config))
-    if restore is not None:
-        restore(prepared, optimizer, group)
-    own = _events(config, data, base, batches, identity)
-    result = train(prepared, batches, optimizer, [*own, *events], result=result, max_grad_norm=config.max_grad_norm,
-                   processes=group)  # fmt: skip
-    if result.stopped == Interrupt.REASON:
-        again = f"trimtab train --resume --output {config.folder}"
-        console.print(f"\nStopped at step {result.step} of {len(batches)}. Go on: {again}", markup=False)
-        return Outcome(config.folder, None, result, interrupted=True)
-    if result.stopped:
-        console.print(f"Stopped at step {result.step}: {result.stopped}.")
-    return _finish(config, data, base, prints, prepared, result, group, console)
-
-
-def _where(result: TrainResult, steps: int) -> str:
-    if result.step >= steps:
-        return f"All {steps} steps are done already."
-    return f"Going on after step {result.step}." if result.step else "There is no checkpoint yet: from the start."
+    job = _Job(config, base, data, batches, prints, model, group, console)
+    job.announce()
+    return job.plan() if config.plan else job.train(checkpoint, events)
 
 
 def _claim(config: TrainConfig, group: Alone) -> Path | None:
@@ -196,57 +177,122 @@ def _base(config: TrainConfig, group: Alone) -> Base:
     return merge_first(load_base(config), config, merged if group.main and not config.plan else None)
 
 
-def _batches(config: TrainConfig, data: Data, base: Base, group: Alone) -> Batches:
-    return Batches(
-        data.examples,
-        batch_size=config.per_device_train_batch_size,
-        accumulate=config.gradient_accumulation_steps * group.count,
-        epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-        pad_id=base.pad_id,
-        names=data.names,
-    )
+@dataclass
+class _Job:
+    """A run of which everything is loaded and nothing is done."""
+
+    config: TrainConfig
+    base: Base
+    data: Data
+    batches: Batches
+    prints: dict[str, str]  # the base's fingerprint, before it was adapted
+    model: PeftModel
+    group: Alone
+    console: Console
+
+    def announce(self) -> None:
+        """The header."""
+        facts = facts_of(self.config, self.base, self.data, self.batches, self.model, self.group.count)
+        show_facts(self.console, f"Run in {self.config.folder}", facts)
+        for line in self.base.notices:
+            self.console.print(line, style="yellow", markup=False)
+
+    def plan(self) -> Outcome:
+        """What would be trained, and what it would take."""
+        asked = None if self.config.continue_from else self.config.adapter
+        cost = measure(self.model, self.batches)
+        show_plan(self.console, targets(self.model, asked), cost, len(self.batches))
+        return Outcome(self.config.folder, None, TrainResult(), self.model)
+
+    def train(self, checkpoint: Path | None, events: Sequence[Event | Callable[[Run], Any]]) -> Outcome:
+        """Train, from a checkpoint or from the start, and save what came out."""
+        config, batches, group = self.config, self.batches, self.group
+        result, restore = TrainResult(), None
+        if checkpoint is not None:
+            result, restore = load_checkpoint(checkpoint, self.model, self.identity())
+        if config.resume:
+            self.console.print(_where(result, len(batches)))
+        own, optimizer = self.events(), make_optimizer(self.model, config)
+        try_longest(self.model, batches)
+        if group.main:  # nothing of an earlier run is touched before this
+            if not config.resume:
+                files.clear(config)
+            files.save_config(config, f"Made by trimtab {__version__}; `trimtab train run.yaml` runs the same again.")
+        torch.manual_seed(config.seed)
+        prepared, optimizer = group.prepare(self.model, optimizer)
+        if restore is not None:
+            restore(prepared, optimizer, group)
+        result = train(prepared, batches, optimizer, [*own, *events], result=result,
+                       max_grad_norm=config.max_grad_norm, processes=group)  # fmt: skip
+        if result.stopped == Interrupt.REASON:
+            again = f"trimtab train --resume --output {config.folder}"
+            text = f"\nStopped at step {result.step} of {len(batches)}. Go on: {again}"
+            self.console.print(text, markup=False, soft_wrap=True)
+            return Outcome(config.folder, None, result, self.model, interrupted=True)
+        if result.stopped:
+            self.console.print(f"Stopped at step {result.step}: {result.stopped}.")
+        return self.finish(group.unwrap(prepared), result)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run: not where its rows are, but what they are."""
+        free = {n for n, f in FIELDS.items() if f.metadata["section"] not in (LOOP, ADAPTER)} - {"model", "revision"}
+        free |= {"per_device_eval_batch_size", "device"}
+        own = {n: v for n, v in self.config.to_dict().items() if n not in free}
+        return {**own, "rows": digest(self.data.examples)}
+
+    def events(self) -> list[Event]:
+        """The run's own events, in the order in which they see a step."""
+        config, batches, progress = self.config, self.batches, Progress()
+        warmup = round(config.warmup_ratio * len(batches)) if config.warmup_steps is None else config.warmup_steps
+        events: list[Event] = [Schedule(config.lr_scheduler_type, warmup), MethodSteps(), StepOne(progress.note)]
+        events += [Interrupt(progress.note), Metrics(config.folder / files.METRICS), progress]
+        if config.report_to:
+            events.append(Trackers(config.report_to, config.folder, config.folder.name, config.to_dict()))
+        if self.data.valid:
+            every = _steps(config.eval_steps, batches)
+            events.append(Evaluate(scorer(config, self.data, self.base), every, config.metric_for_best_model))
+        if config.early_stopping_patience:
+            events.append(EarlyStopping(config.early_stopping_patience))
+        every, limit = _steps(config.save_steps, batches), config.save_total_limit
+        return [*events, Checkpoints(config.folder, every, limit, config.keeps_best, self.identity())]
+
+    def finish(self, model: PeftModel, result: TrainResult) -> Outcome:
+        """Save the adapter, with its card and provenance, and say where everything is."""
+        config, base, kept = self.config, self.base, result.step
+        if config.keeps_best and result.best and result.best[0] != result.step:
+            kept = result.best[0]
+            put_tensors(model, saved_tensors(config.folder / f"checkpoint-{kept}"))
+        content = provenance(
+            base.name, config.revision, self.prints, base.tokenizer,
+            data={"rows": len(self.data.examples), "sha256": digest(self.data.examples), "from": config.data},
+            config=config.to_dict(), steps=result.step, kept_step=kept,
+            scores=next((dict(scores) for step, scores in reversed(result.scores) if step == kept), {}),
+        )  # fmt: skip
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder, is_main_process=self.group.main)
+            if self.group.main:
+                (folder / NAME).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+                write_card(folder, card_facts(config, base, self.data, result, kept), result.scores)
+
+        adapter = config.folder / files.ADAPTER
+        if self.group.main:
+            write_folder(adapter, write)
+            plot = _plot(config, base, result)
+            more = {"loss plot": plot, "metrics": config.folder / files.METRICS}
+            show_end(self.console, result, adapter, kept, more)
+        else:
+            write(adapter)
+        self.group.wait()
+        return Outcome(config.folder, adapter, result, model)
 
 
-def _identity(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run: not where its rows are, say, but what they are."""
-    same = config.to_dict()
-    free = {n for n, f in FIELDS.items() if f.metadata["section"] not in (LOOP, ADAPTER)} - {"model", "revision"}
-    free |= {"per_device_eval_batch_size", "device"}
-    return {**{n: v for n, v in same.items() if n not in free}, "rows": digest(data.examples)}
+def scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict[str, float]]:
+    """The function that scores the model on the held-out rows: its loss, and the metrics of its answers.
 
-
-def _events(config: TrainConfig, data: Data, base: Base, batches: Batches, identity: dict[str, Any]) -> list[Event]:
-    """The run's own events, in the order in which they see a step."""
-    progress = Progress()
-    steps = config.warmup_steps
-    warmup = round(config.warmup_ratio * len(batches)) if steps is None else steps
-    events: list[Event] = [Schedule(config.lr_scheduler_type, warmup), MethodSteps(), StepOne(progress.note)]
-    events += [Interrupt(progress.note), Metrics(config.folder / files.METRICS), progress]
-    if config.report_to:
-        events.append(Trackers(config.report_to, config.folder, config.folder.name, config.to_dict()))
-    if data.valid:
-        events.append(
-            Evaluate(_scorer(config, data, base), _steps(config.eval_steps, batches), config.metric_for_best_model)
-        )
-    if config.early_stopping_patience:
-        events.append(EarlyStopping(config.early_stopping_patience))
-    events.append(
-        Checkpoints(
-            config.folder, _steps(config.save_steps, batches), config.save_total_limit, config.keeps_best, identity
-        )
-    )
-    return events
-
-
-def _steps(every: float, batches: Batches) -> int:
-    """A number of steps, or a share of them, as a number."""
-    return max(1, round(every * len(batches))) if 0 < every < 1 else round(every)
-
-
-def _scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict[str, float]]:
-    """The function that scores the model on the held-out rows: its loss, and the metrics of its answers."""
+    Raises:
+        ConfigError: a metric that is unknown.
+    """
     unknown = [name for name in config.eval_generate if name not in METRICS]
     if unknown:
         raise ConfigError(f"eval_generate: {', '.join(unknown)} is unknown; there is {', '.join(METRICS)}.")
@@ -265,46 +311,15 @@ def _scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict
     return score
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+def _where(result: TrainResult, steps: int) -> str:
+    if result.step >= steps:
+        return f"All {steps} steps are done already."
+    return f"Going on after step {result.step}." if result.step else "There is no checkpoint yet: from the start."
 
 
-def _finish(
-    config: TrainConfig,
-    data: Data,
-    base: Base,
-    prints: dict[str, str],
-    prepared: Any,
-    result: TrainResult,
-    group: Alone,
-    console: Console,
-) -> Outcome:
-    """Save the adapter, with its card and provenance, and say where everything is."""
-    model, kept = group.unwrap(prepared), result.step
-    if config.keeps_best and result.best and result.best[0] != result.step:
-        kept = result.best[0]
-        put_tensors(model, saved_tensors(config.folder / f"checkpoint-{kept}"))
-    scores = next((dict(s) for step, s in reversed(result.scores) if step == kept), {})
-    adapter = config.folder / files.ADAPTER
-    content = provenance(
-        base.name, config.revision, prints, base.tokenizer,
-        data={"rows": len(data.examples), "sha256": digest(data.examples), "from": config.data},
-        config=config.to_dict(), steps=result.step, kept_step=kept, scores=scores,
-    )  # fmt: skip
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder, is_main_process=group.main)
-        if group.main:
-            (folder / NAME).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-            write_card(folder, card_facts(config, base, data, result, kept), result.scores)
-
-    if group.main:
-        write_folder(adapter, write)
-        plot = _plot(config, base, result)
-        show_end(console, result, adapter, kept, {"loss plot": plot, "metrics": config.folder / files.METRICS})
-    else:
-        write(adapter)
-    group.wait()
-    return Outcome(config.folder, adapter, result)
+def _steps(every: float, batches: Batches) -> int:
+    """A number of steps, or a share of them, as a number."""
+    return max(1, round(every * len(batches))) if 0 < every < 1 else round(every)
 
 
 def _plot(config: TrainConfig, base: Base, result: TrainResult) -> Path | None:

@@ -1,4 +1,4 @@
-"""Every block in the documents runs: Python, and the commands of some pages; those of one page share names and folder."""
+"""Every block in the documents runs: Python, and some pages' commands; one page shares its names and its folder."""
 
 from __future__ import annotations
 

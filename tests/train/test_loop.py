@@ -217,6 +217,8 @@ def test_early_stopping_waits_for_its_patience(model, rows) -> None:
     assert result.step == 3
     assert result.best == (1, 4.0)
     assert result.stopped == "2 evaluations were no better than the best, step 1"
+    again = train(model, Batches(rows, max_steps=20), adamw(model), events, result=result)
+    assert again.step == 3, "a resumed run knows that it was stopped"
 
 
 def test_other_scores_are_better_when_higher(model, rows) -> None:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.core.io import write_whole
 from trimtab.errors import TrainError
 from trimtab.train.loop import Event, Run
@@ -121,6 +119,10 @@ class EarlyStopping(Event):
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
+
+    def begin(self, run: Run) -> None:
+        if run.step:  # resumed, perhaps from where it was stopped
+            self.evaluated(run)
 
     def evaluated(self, run: Run) -> None:
         if run.result.no_better >= self.patience and not run.last:
@@ -266,8 +268,3 @@ class Trackers(Event):
     def close(self, run: Run) -> None:
         for tracker in self.trackers:
             tracker.finish()
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what requires a gradient."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -31,7 +31,8 @@ def read_run(
     config, notices = read_config(*sources, where=where, extra=extra)
     saved = config.folder / CONFIG
     if config.resume and saved.is_file():
-        config, notices = read_config(read_file(saved), *sources, where=where, extra=extra)
+        measured = [{k: v for k, v in s.items() if (k, v) != ("precision", "auto")} for s in sources]
+        config, notices = read_config(read_file(saved), *measured, where=where, extra=extra)
     if not config.data:
         raise ConfigError("Name the rows to learn: --data FILE (or `data:` in the file).")
     return config, notices

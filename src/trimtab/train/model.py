@@ -117,7 +117,10 @@ def adapt(base: Base, config: TrainConfig, steps: int) -> PeftModel:
             )
         model = _on(base, config.continue_from, is_trainable=True)
     else:
-        model = get_peft_model(base.model, adapter_config(config, steps))
+        try:
+            model = get_peft_model(base.model, adapter_config(config, steps))
+        except NotImplementedError as e:  # a field that does not act yet
+            raise ConfigError(str(e)) from e
     model.active_peft_config.base_model_name_or_path = base.name
     model.active_peft_config.revision = config.revision
     return model

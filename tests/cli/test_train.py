@@ -74,7 +74,7 @@ def test_a_file_and_flags_over_it(there) -> None:
     assert "lora_r is read as r." in done.stderr
     assert "Training  step 2/2  loss" in done.stderr
     assert "LORA, r 2, alpha 4, effective scale 2.82843, on 4 modules" in done.stdout
-    assert "learning rate 0.0002" in done.stdout
+    assert "learning rate 0.001 (by the model's width), linear" in done.stdout
     saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["use_rslora"], sorted(saved["target_modules"])) == (2, True, ["q_proj", "v_proj"])
     again = trimtab("train", "--config", out / "run.yaml", "--output", there / "b")

@@ -66,6 +66,7 @@ def test_later_sources_win_and_other_names_are_told() -> None:
         ({"method": "lra"}, "There is no method lra; did you mean lora?"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number, not 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a number"),
+        ({"max_length": "long"}, "max_length: expected a whole number, not 'long'"),
         ({"max_steps": 2.5}, "max_steps: expected a whole number, not 2.5"),
         ({"packing": "perhaps"}, "packing: expected true or false, not 'perhaps'"),
         ({"lr_scheduler_type": "cosin"}, "one of linear, cosine, constant, not 'cosin'; did you mean cosine?"),

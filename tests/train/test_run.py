@@ -101,6 +101,16 @@ def test_checkpointing_and_batches_of_any_size_change_no_loss(settings, tmp_path
         run(settings, tmp_path / "e", use_qalora=True)
 
 
+@pytest.mark.parametrize(("width", "rate"), [(32, 1e-3), (576, 1e-3), (2048, 4.9e-4), (4096, 2.9e-4), (8192, 1.7e-4)])
+def test_the_learning_rate_follows_the_width_unless_it_is_given(width, rate) -> None:
+    from types import SimpleNamespace
+
+    from trimtab.train.model import rate_by_width
+
+    embedding = torch.nn.Embedding(2, width)
+    assert rate_by_width(SimpleNamespace(get_input_embeddings=lambda: embedding)) == rate
+
+
 def test_plan_writes_nothing(settings, tmp_path, capsys) -> None:
     config, _ = read_run({**settings, "output": str(tmp_path / "run"), "rank_pattern": {"q_proj": 4},
                           "modules_to_save": "lm_head", "plan": True})  # fmt: skip

@@ -55,7 +55,9 @@ class TrainConfig:
     continue_from: str | None = option("Start from the weights of this adapter.", None, ADAPTER)
     on_top_of: str | None = option("Merge this adapter into the model first.", None, ADAPTER)
 
-    learning_rate: float = option("Peak learning rate.", 2e-4, LOOP, 0)
+    learning_rate: float | None = option(
+        "Peak learning rate. Default: by the model's width, 1e-3 at most.", None, LOOP, 0
+    )
     num_train_epochs: float = option("Passes over the rows.", 3.0, LOOP, 0)
     max_steps: int = option("Optimiser steps in all, instead of epochs.", -1, LOOP, -1)
     per_device_train_batch_size: int = option("Rows of a batch.", 8, LOOP, 1)

@@ -156,6 +156,16 @@ def _on(base: Base, adapter: str, is_trainable: bool = False) -> PeftModel:
     return model
 
 
+def rate_by_width(model: Any) -> float:
+    """A learning rate for a model of this width: 5e-4 (2000 / width)^0.78, at most 1e-3.
+
+    The fit is Tinker's for LoRA on Llama models (https://github.com/thinking-machines-lab/tinker-cookbook); narrower
+    models take more. A fixed rate that suits 4096 is too small for 576: 16 of 100 test rows right instead of 46.
+    """
+    width = model.get_input_embeddings().weight.shape[-1]
+    return float(f"{min(1e-3, 5e-4 * (2000 / width) ** 0.78):.1e}")
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The run's optimiser over the model's trainable parameters.
 
@@ -169,6 +179,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    assert config.learning_rate is not None  # the run has put one in
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "loraplus":
         return create_loraplus_optimizer(

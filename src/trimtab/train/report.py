@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["card_facts", "console_for", "facts_of", "show_end", "show_facts", "show_plan", "show_translation"]
 
 
-def facts_of(config: Any, base: Any, data: Any, batches: Any, model: Any, count: int) -> list[tuple[str, str]]:
+def facts_of(
+    config: Any, base: Any, data: Any, batches: Any, model: Any, count: int, by_width: bool
+) -> list[tuple[str, str]]:
     """The header of a run: (what, what is true of it)."""
     trainable, total = model.get_nb_trainable_parameters()
     tokens, trained = (sum(n) for n in zip(*((len(e.ids), e.trained) for e in data.examples)))
     longest = max(len(e.ids) for e in data.examples)
     device = next(model.parameters()).device.type
+    width = " (by the model's width)" if by_width else ""
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * count  # of a step
     facts = [
         ("model", f"{base.name}, {parameters(total - trainable)} in {base.precision.name} on {device} "
@@ -35,7 +38,7 @@ def facts_of(config: Any, base: Any, data: Any, batches: Any, model: Any, count:
                  f"{longest:,}" + (f"; {len(data.valid):,} held out" if data.valid else "; none held out")),
         ("adapter", f"{adapter_in_words(model)}; {trainable:,} trainable parameters ({trainable / total:.2%})"),
         ("steps", f"{len(batches):,} of {rows} rows, {batches.epoch(len(batches)):.4g} passes; {config.optimizer}, "
-                  f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}"),
+                  f"learning rate {config.learning_rate:g}{width}, {config.lr_scheduler_type}"),
     ]  # fmt: skip
     if count > 1:
         facts.append(("processes", f"{count}, each with its part of every step"))

@@ -34,7 +34,7 @@ from trimtab.train.events import (
 )
 from trimtab.train.generate import complete, exact_match, references
 from trimtab.train.loop import Event, Run, TrainResult, evaluate, train
-from trimtab.train.model import Base, adapt, load_base, make_optimizer, merge_first
+from trimtab.train.model import Base, adapt, load_base, make_optimizer, merge_first, rate_by_width
 from trimtab.train.plan import measure, targets, try_longest
 from trimtab.train.plot import plot_losses
 from trimtab.train.processes import Alone, processes
@@ -157,7 +157,10 @@ def run_training(
     if not config.continue_from:
         config.adapter = adapter_settings(config)
     config.precision = base.precision.name  # type: ignore[assignment]
-    job = _Job(config, base, data, batches, prints, model, group, console)
+    by_width = config.learning_rate is None
+    if by_width:
+        config.learning_rate = rate_by_width(base.model)
+    job = _Job(config, base, data, batches, prints, model, group, console, by_width)
     job.announce()
     return job.plan() if config.plan else job.train(checkpoint, events)
 
@@ -189,10 +192,11 @@ class _Job:
     model: PeftModel
     group: Alone
     console: Console
+    by_width: bool  # the learning rate is
 
     def announce(self) -> None:
         """The header."""
-        facts = facts_of(self.config, self.base, self.data, self.batches, self.model, self.group.count)
+        facts = facts_of(self.config, self.base, self.data, self.batches, self.model, self.group.count, self.by_width)
         show_facts(self.console, f"Run in {self.config.folder}", facts)
         for line in self.base.notices:
             self.console.print(line, style="yellow", markup=False)

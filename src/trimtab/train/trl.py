@@ -22,7 +22,7 @@ from trimtab.train import folder as files
 from trimtab.train.adapters import adapter_config, adapter_settings
 from trimtab.train.config import FIELDS, TrainConfig
 from trimtab.train.folder import read_run
-from trimtab.train.model import Base, adapt, load_base
+from trimtab.train.model import Base, adapt, load_base, rate_by_width
 from trimtab.train.values import types_of
 
 VERBS = {"train": "SFT", "dpo": "DPO", "grpo": "GRPO", "kto": "KTO", "reward": "Reward"}
@@ -64,6 +64,8 @@ def run(verb: str, config: TrainConfig, arguments: Any, trainer_class: Any) -> N
     last = _last(config.folder) if config.resume else None
     rewards = {REWARDS: [load(name) for name in config.extra[REWARDS]]} if verb == "grpo" else {}
     base = _base(verb, config)
+    if verb == "train" and config.learning_rate is None:  # its own is for whole models
+        config.learning_rate = rate_by_width(base.model)
     train_set, eval_set = data_sets(verb, config, base)
     prints = fingerprint(base.model)
     model = _model(verb, config, base)
@@ -160,6 +162,8 @@ def arguments_of(cls: Any, config: TrainConfig, base: Any, evaluated: bool) -> A
         checkpointing: config.gradient_checkpointing,  # True is its default, too
         **{name: value for name, value in config.extra.items() if name != REWARDS},
     }
+    if config.learning_rate is None:  # TRL has one for each trainer
+        del found["learning_rate"]
     return cls(**{name: value for name, value in found.items() if name in known})
 
 

@@ -84,8 +84,14 @@ def _reader(kind: Any, alone: bool = True) -> Callable[[Any], Any]:
         return lambda v: next((c for c in arguments if str(v) == str(c)), NO)
     if origin is list:
         return lambda v: _list(v, arguments[0] if arguments else Any, alone)
-    table: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, dict: _dict, str: _str}
+    table: dict[Any, Callable[[Any], Any]] = {
+        bool: _bool, int: _int, float: _float, dict: _dict, str: _str, NONE: _none,
+    }  # fmt: skip
     return table.get(origin, _flow)
+
+
+def _none(value: Any) -> Any:
+    return value if value is None else NO
 
 
 def _str(value: Any) -> Any:

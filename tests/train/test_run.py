@@ -225,7 +225,7 @@ def test_models_and_rows_that_are_not_there(settings, tmp_path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "completion": ""}) + "\n")
     with pytest.raises(DataError, match="row 1: no token of it would be trained"):
         run(settings, tmp_path / "a", data=str(tmp_path / "bad.jsonl"))
-    with pytest.raises(DataError, match="has no field 'q'; it has"):
+    with pytest.raises(DataError, match="has no column 'q'; it has"):
         run(settings, tmp_path / "a", prompt_field="q")
     assert not (tmp_path / "a").exists(), "nothing half done"
 

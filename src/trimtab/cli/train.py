@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trimtab.cli.quiet import Verbose, quiet
 from trimtab.errors import ConfigError
 from trimtab.train.config import FIELDS, SHOWN, TYPES
 from trimtab.train.values import describe
@@ -115,6 +116,7 @@ def rest(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A file of the same names.")] = None,
+    verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Train an adapter: rows in, adapter out.
@@ -125,18 +127,25 @@ def train(
     Example: trimtab train --data rows.jsonl --eval-data valid.jsonl --output runs/a
     """
     ready()
+    with quiet(verbose):
+        code = _train(context, config, flags, verbose)
+    raise typer.Exit(code)
+
+
+def _train(context: typer.Context, config: Path | None, flags: Mapping[str, Any], verbose: bool) -> int:
+    """Do it; the exit code."""
     try:
         sources = given_by(context, config, flags)
         if any(source.get("trainer") == "trl" for source in sources):
             from trimtab.cli.trl import run
 
-            run("train", sources)
+            return run("train", sources, verbose)
         from trimtab.train.folder import read_run
 
         settings, notices = read_run(*sources)
     except ConfigError as e:
         print(f"trimtab train: {e}", file=sys.stderr)
-        raise typer.Exit(2) from e
+        return 2
     for line in notices:
         print(line, file=sys.stderr)
     from trimtab.train.run import run_training
@@ -145,18 +154,12 @@ def train(
         outcome = run_training(settings)
     except KeyboardInterrupt:
         print("\nStopped at once. What the last checkpoint holds is safe: --resume goes on from it.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    raise typer.Exit(130 if outcome.interrupted else 0)
+        return 130
+    return 130 if outcome.interrupted else 0
 
 
 def ready() -> None:
-    """Make the libraries that follow quiet, before they are imported."""
+    """Set what libraries read as they are imported."""
     # Threads that wait should sleep, not spin: on a machine that others use too, spinning is several times as slow.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import logging
-
-    # They tell of optional parts that do not load, which nobody asked for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -69,9 +69,7 @@ def load_base(config: TrainConfig, model: str | None = None, cls: Any = None, **
             f"what it made of its base: on_top_of: {name}."
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     try:
         loaded = (cls or AutoModelForCausalLM).from_pretrained(
             place, revision=config.revision, dtype=precision.dtype, **more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trimtab.core.extras import need
 from trimtab.train.loop import TrainResult
 
 
@@ -12,13 +13,11 @@ def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = 
     """Write a PNG (or SVG, PDF: by suffix) of training and held-out loss against the step.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install 'trimtab[demo]'`).
+        MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("A loss plot needs matplotlib: pip install 'trimtab[demo]'") from e
+    need("A loss plot", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no global state, no display
     FigureCanvasAgg(figure)

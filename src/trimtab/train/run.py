@@ -74,7 +74,7 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     fields = {ours: theirs for ours, theirs in columns.items() if theirs}
 
     def encoded(path: str) -> tuple[list[Example], list[str]]:
-        rows = _two_columns(read_rows(path, fields))
+        rows = _two_columns(list(read_rows(path, fields)))
         found = encode_rows(rows, tokenizer, config.max_length, config.too_long, config.system)
         if config.train_on_prompt:
             found = [replace(e, labels=list(e.ids)) for e in found]

@@ -131,7 +131,7 @@ def data_sets(verb: str, config: TrainConfig, base: Any) -> tuple[Any, Any]:
         data = prepare_data(config, base.tokenizer)
         parts = [[{"input_ids": e.ids, "labels": e.labels} for e in part] for part in (data.examples, data.valid)]
     else:
-        parts = [read_rows(path) if path else [] for path in (config.data, config.eval_data)]
+        parts = [list(read_rows(path)) if path else [] for path in (config.data, config.eval_data)]
     train_set, eval_set = (Dataset.from_list(part) if part else None for part in parts)
     if train_set is None:
         raise TrainError("There are no rows to train on.")

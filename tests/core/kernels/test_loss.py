@@ -14,14 +14,14 @@ from trimtab.core.kernels import linear_cross_entropy
 WIDTH, VOCABULARY = 12, 31
 
 
-def tensors(dtype: torch.dtype = torch.float32, masked: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
+def tensors(dtype: torch.dtype = torch.float32, masked: bool = True, rows: int = 3) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
-    labels = torch.randint(VOCABULARY, (3, 7), generator=draw)
+    labels = torch.randint(VOCABULARY, (rows, 7), generator=draw)
     if masked:
         labels[0] = labels[1, 2:5] = -100
     return {
-        "x": make(3, 7, WIDTH).requires_grad_(),
+        "x": make(rows, 7, WIDTH).requires_grad_(),
         "W": make(VOCABULARY, WIDTH),
         "b": make(VOCABULARY),
         "labels": labels,
@@ -117,17 +117,18 @@ def test_large_logits() -> None:
 @pytest.mark.parametrize("trained", ["frozen head", "all trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(dtype: torch.dtype, trained: str) -> None:
-    """No further from the truth than the plain spelling, the loss in fp32."""
-    t = tensors(dtype)
+    """Gradients no further from the truth than the plain spelling's; the loss in fp32."""
+    t = tensors(dtype, rows=300)
     for name in "xWb":
         t[name].requires_grad_(name in TRAINED[trained])
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) if k != "labels" else v for k, v in t.items()}
-    truth, ours, theirs = (step(run, t, "sum", weigh=False) for run, t in ((plain, exact), (chunked, t), (plain, t)))
+    truth, ours, theirs = (step(run, t, weigh=False) for run, t in ((plain, exact), (chunked, t), (plain, t)))
     assert ours["loss"].dtype == torch.float32
-    for name, value in truth.items():
-        assert ours[name].dtype == theirs[name].dtype
-        error, bar = ((r[name].double() - value).norm() for r in (ours, theirs))
-        assert error <= 1.2 * bar + 1e-6, name
+    assert torch.allclose(ours.pop("loss").double(), truth["loss"], rtol=1e-3)
+    for name, gradient in ours.items():
+        assert gradient.dtype == dtype
+        error, bar = ((r[name].double() - truth[name]).norm() for r in (ours, theirs))
+        assert error <= 1.1 * bar, name
 
 
 @pytest.mark.parametrize("trained", ["frozen head", "all trained"])

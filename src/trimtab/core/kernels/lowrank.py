@@ -55,7 +55,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
     Their skinny products are one where nothing is dropped; the gradient of x is summed where it is formed.
     """
-    dtype = _format(x)
+    dtype = product_dtype(x)
     layers = [layer._replace(drop=None) if layer.drop and not layer.drop.p else layer for layer in layers]
     if not all(_fits(x, dtype, layer) for layer in layers):
         return tuple(plain(x, *layer) for layer in layers)
@@ -74,18 +74,18 @@ def plain(
     """`lora_linear` by single operations."""
     y = F.linear(x, W, b)
     x = x if drop is None else drop(x)
-    if x.dtype in half.HALF and A.dtype == B.dtype == torch.float32 and not _autocast(x):
+    if x.dtype in half.HALF and A.dtype == B.dtype == torch.float32 and not autocasts(x):
         return half.add_product(y, half.project(x, A) * scale, B)
     return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
 
 
-def _autocast(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _format(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The number format the base product has."""
-    cast = _autocast(x) and x.is_floating_point() and x.dtype != torch.float64
+    cast = autocasts(x) and x.is_floating_point() and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
@@ -96,7 +96,7 @@ def _fits(x: Tensor, dtype: torch.dtype, layer: Layer) -> bool:
         return False
     if W.requires_grad or any(type(t) not in PLAIN for t in (x, W, A, B)) or not x.is_floating_point():
         return False
-    if _autocast(x):
+    if autocasts(x):
         return True
     narrow = dtype == torch.float16 and A.dtype != dtype  # too small a range for the parts of a split factor
     return W.dtype == dtype and A.dtype == B.dtype and not narrow
@@ -104,7 +104,7 @@ def _fits(x: Tensor, dtype: torch.dtype, layer: Layer) -> bool:
 
 def _exact(x: Tensor, dtype: torch.dtype, A: Tensor) -> bool:
     """Whether factors in fp32 act on bfloat16 exactly; else they are cast to the product's format."""
-    return dtype == torch.bfloat16 and A.dtype == torch.float32 and not _autocast(x)
+    return dtype == torch.bfloat16 and A.dtype == torch.float32 and not autocasts(x)
 
 
 def _unrecorded(x: Tensor, dtype: torch.dtype, layer: Layer) -> Tensor:
@@ -223,7 +223,7 @@ class _LowRank(torch.autograd.Function):
         low = (*his, *los) if train_B else (None,) * (2 * len(parts))
         ctx.save_for_backward(saved, *W, *A, *B, *low, *kept)
         ctx.source, ctx.parts, ctx.dtype = source, parts, dtype
-        ctx.shape, ctx.autocast = x.shape, _autocast(x)
+        ctx.shape, ctx.autocast = x.shape, autocasts(x)
         return tuple(outs)
 
     @staticmethod
@@ -235,7 +235,7 @@ class _LowRank(torch.autograd.Function):
         his, los, kept = (tensors[3 * n + i * len(ctx.parts) :][: len(ctx.parts)] for i in range(3))
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable(ctx, x, W, A, B, dys)
-        with torch.autocast(dys[0].device.type, enabled=False) if _autocast(dys[0]) else nullcontext():
+        with torch.autocast(dys[0].device.type, enabled=False) if autocasts(dys[0]) else nullcontext():
             return _gradients(ctx, x, W, A, B, list(zip(his, los, kept, strict=True)), dys)
 
 

@@ -4,8 +4,8 @@
 
 The floor is the model with every weight frozen and a gradient for the embeddings' output, at the same loss. All arms
 run in one process on one copy of the base's weights, interleaved (ABBA); the second floor says what the machine's noise
-makes of equal arms. Loss and gradients are compared with PEFT's before anything is timed. Memory: the growth of the
-peak resident size over two steps, each arm in a fresh process.
+makes of equal arms. Loss and gradients are compared with PEFT's before anything is timed. Memory is measured in a fresh
+process for each arm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import itertools
 import subprocess
 import sys
 import warnings
@@ -175,8 +176,11 @@ def check_parity(base: nn.Module, ids: Tensor, options: Any) -> str:
     return f"loss {float(losses[0]):.4f} and {float(losses[1]):.4f}, gradients {error:.1e} apart"
 
 
-def memory(arm: str, options: Any) -> float:
-    """Peak resident growth over two steps, in MB, in this process."""
+def memory(arm: str, options: Any) -> tuple[float, float]:
+    """In this process, in MB: the growth of the peak resident size over two steps, and what a third step allocates.
+
+    The first has the allocator's habits in it and differs by tens of MB between equal runs; the second does not.
+    """
     base, ids = load(options)
     build, fused = arms(options)[arm]
     model = build(base)
@@ -187,7 +191,12 @@ def memory(arm: str, options: Any) -> float:
     for _ in range(2):
         step(model, ids, fused)
         model.zero_grad(set_to_none=True)
-    return (status("VmHWM") - before) / 1024
+    grown = status("VmHWM") - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step(model, ids, fused)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    running = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return grown / 1024, max(running) / 2**20
 
 
 def main() -> None:
@@ -204,7 +213,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(memory(options.memory_of, options))
+        print(*memory(options.memory_of, options))
         return
     base, ids = load(options)
     known = arms(options)
@@ -222,15 +231,14 @@ def main() -> None:
     times = {name: found[1:] for name, found in times.items()}  # the first block warms up
     del models
     command = [sys.executable, *sys.argv, "--memory-of"]
-    peaks = {
-        name: float(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout.split()[-1])
-        for name in names
-        if not options.no_memory
-    }
+    peaks = {}
+    for name in names if not options.no_memory else ():
+        out = subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout
+        peaks[name] = [float(mb) for mb in out.splitlines()[-1].split()]
     report(options, times, peaks)
 
 
-def report(options: Any, times: dict[str, list[tuple[float, float]]], peaks: dict[str, float]) -> None:
+def report(options: Any, times: dict[str, list[tuple[float, float]]], peaks: dict[str, list[float]]) -> None:
     from report import table, write
 
     rows: list[list[object]] = []
@@ -240,9 +248,12 @@ def report(options: Any, times: dict[str, list[tuple[float, float]]], peaks: dic
             own, base = ([t[clock] for t in times[n]] for n in (name, "floor"))
             middle, low, high = ratio(own, base)
             cells += [f"{sorted(own)[len(own) // 2]:.2f} s", f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
-        cells.append(f"{peaks[name] - peaks['floor']:+.0f} MB" if peaks else "")
+        cells += (
+            [f"{own - base:+.0f} MB" for own, base in zip(peaks[name], peaks["floor"], strict=True)] if peaks else []
+        )
         rows.append(cells)
-    head = ["", "step", "over the floor", "processor time", "over the floor", "peak memory over the floor"]
+    head = ["", "step", "over the floor", "processor time", "over the floor"]
+    head += ["resident over the floor", "allocated over the floor"] if peaks else []
     what = f"r={options.rank}, {options.targets} linear layers, {options.tokens} tokens, dropout {options.dropout:g}"
     title = f"A LoRA step on SmolLM2-135M, {options.dtype}, {what}"
     if options.write:

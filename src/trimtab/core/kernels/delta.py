@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.core.kernels.lowrank import PLAIN, autocasts, product_dtype
+from trimtab.core.kernels.lowrank import autocasts, ordinary, product_dtype
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
 
 Form = Callable[..., Tensor]
@@ -27,7 +27,7 @@ def delta_linear(x: Tensor, W: Tensor, b: Tensor | None, form: Form, *tensors: T
     `form` gives the change (out, in) and must be a function of its arguments alone: it runs twice, outside autocast.
     """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or W.requires_grad or any(type(t) not in PLAIN for t in (x, W, *tensors)) or not torch.is_grad_enabled():
+    if traced or W.requires_grad or not all(map(ordinary, (x, W, *tensors))) or not torch.is_grad_enabled():
         return plain(x, W, b, form, *tensors)
     source = rebuilt(x) if any(t.requires_grad for t in tensors) else None
     y: Tensor = _Delta.apply(x, W, b, product_dtype(x), source, form, *tensors)

@@ -22,8 +22,7 @@ from trimtab.core.kernels.split import joined, product, split
 
 Tensors = Sequence[Any]
 Pair = tuple[Tensor, Tensor | None]
-PLAIN = (Tensor, torch.nn.Parameter)
-SMALL = 1 << 16  # the elements of x and y up to which bfloat16 is widened rather than its factors split: decoding
+SMALL = 1 << 16  # the elements of x and y up to which bfloat16 is widened rather than the factors split: decoding
 SPARSE = 0.2  # up to this p the places that dropout emptied are kept, above they are found anew in the backward pass
 
 
@@ -47,6 +46,8 @@ def lora_linear(
     else factors in fp32 act exactly on an x in half precision: the output is no further from the true one than PEFT's.
     Anything unusual (a W that is trained, tensor subclasses, tracing, function transforms) takes the plain spelling.
     """
+    if drop is None and not torch.is_grad_enabled() and x.ndim > 1 and _fits(x, x.dtype, W, A, B) and not autocasts(x):
+        return _unrecorded(x, W, b, A, B, scale)
     return lora_linear_group(x, [Layer(W, b, A, B, scale, drop)])[0]
 
 
@@ -57,11 +58,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """
     dtype = product_dtype(x)
     layers = [layer._replace(drop=None) if layer.drop and not layer.drop.p else layer for layer in layers]
-    if not all(_fits(x, dtype, layer) for layer in layers):
+    if not all(_fits(x, dtype, layer.W, layer.A, layer.B) for layer in layers):
         return tuple(plain(x, *layer) for layer in layers)
-    trained = (x, *(t for layer in layers for t in layer[1:4]))
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in trained):
-        return tuple(_unrecorded(x, dtype, layer) for layer in layers)
     source = rebuilt(x) if any(layer.A.requires_grad for layer in layers) else None
     tensors = [t for layer in layers for t in layer[:4]]
     outs: tuple[Tensor, ...] = _LowRank.apply(x, dtype, source, _parts(x, dtype, layers), *tensors)
@@ -80,6 +78,7 @@ def plain(
 
 
 def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
     return torch.is_autocast_enabled(x.device.type)
 
 
@@ -89,12 +88,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
-def _fits(x: Tensor, dtype: torch.dtype, layer: Layer) -> bool:
+def _fits(x: Tensor, dtype: torch.dtype, W: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the fused step applies."""
-    W, _, A, B, _, _ = layer
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if W.requires_grad or any(type(t) not in PLAIN for t in (x, W, A, B)) or not x.is_floating_point():
+    if W.requires_grad or not x.is_floating_point() or not all(map(ordinary, (x, W, A, B))):
         return False
     if autocasts(x):
         return True
@@ -102,24 +100,30 @@ def _fits(x: Tensor, dtype: torch.dtype, layer: Layer) -> bool:
     return W.dtype == dtype and A.dtype == B.dtype and not narrow
 
 
+def ordinary(t: Tensor) -> bool:
+    """Whether a tensor is of no subclass that has ideas of its own (quantised, sharded)."""
+    return type(t) is Tensor or type(t) is torch.nn.Parameter
+
+
 def _exact(x: Tensor, dtype: torch.dtype, A: Tensor) -> bool:
     """Whether factors in fp32 act on bfloat16 exactly; else they are cast to the product's format."""
     return dtype == torch.bfloat16 and A.dtype == torch.float32 and not autocasts(x)
 
 
-def _unrecorded(x: Tensor, dtype: torch.dtype, layer: Layer) -> Tensor:
-    """The forward pass alone."""
-    W, b, A, B, _, drop = layer
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = F.linear(flat, W.to(dtype), None if b is None else b.to(dtype))
-    exact, scale = _exact(x, dtype, A), _scale(layer)
-    flat = flat if drop is None else _emptied(flat, drop.dropped(x.shape[-1]))
-    if exact and max(flat.numel(), y.numel()) <= SMALL:
-        y = torch.addmm(y.float(), flat.float() @ A.t(), B.t(), alpha=scale).to(dtype)
+def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The forward pass alone, with as few operations as there can be: a row a step when text is generated."""
+    flat = x.flatten(0, -2)
+    y = F.linear(flat, W, b)
+    if A.dtype == x.dtype:
+        y.addmm_(torch.mm(flat, A.t()), B.t(), alpha=scale)
+    elif x.dtype == torch.bfloat16 and A.dtype == torch.float32:
+        if max(flat.numel(), y.numel()) <= SMALL:
+            y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
+        else:
+            y.addmm_(joined(*product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
     else:
-        hi, lo = _down(flat, _factor(A, dtype, 0, exact).t(), exact)
-        y.addmm_(_wide(hi, lo), _factor(B, dtype, 1, exact).t(), alpha=scale)
-    return y.view(*x.shape[:-1], len(W))
+        y.addmm_(torch.mm(flat, A.to(x.dtype).t()), B.to(x.dtype).t(), alpha=scale)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def _scale(layer: Layer) -> float:
@@ -217,7 +221,7 @@ class _LowRank(torch.autograd.Function):
                 y = F.linear(flat, W[k].to(dtype), None if b[k] is None else b[k].to(dtype))
                 wide = _wide(hi[:, cut], None if lo is None else lo[:, cut])
                 y.addmm_(wide, _factor(B[k], dtype, 1, part.exact).t(), alpha=part.scale)
-                outs.append(y.view(*x.shape[:-1], len(W[k])))
+                outs.append(y.view(*x.shape[:-1], y.shape[1]))
         train_A, train_B = (any(ctx.needs_input_grad[4 + i :: 4]) for i in (2, 3))
         saved = x if train_A and source is None else None
         low = (*his, *los) if train_B else (None,) * (2 * len(parts))

@@ -319,6 +319,18 @@ def test_checkpointing(reentrant: bool, drop: Dropout | None) -> None:
     assert_alike(gradients(model, x, again), gradients(Block(formula, drop), x))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_behind_a_checkpoint(reentrant: bool) -> None:
+    x, gate = tensors(torch.float64)["x"], lambda x: (x + 1) * torch.sin(x)
+    behind = lambda model: lambda x: model(checkpoint(gate, x, use_reentrant=reentrant) * 1.5)
+    model, other = Block(fused), Block(formula)
+    assert_alike(gradients(model, x, behind(model)), gradients(other, x, behind(other)))
+    direct = lambda run: (
+        lambda x: run(tensors(torch.float64) | {"x": checkpoint(gate, x, use_reentrant=reentrant)}, 1.7)
+    )
+    assert_alike(gradients(nn.Module(), x, direct(fused)), gradients(nn.Module(), x, direct(formula)))
+
+
 def test_saved_tensors_moved_elsewhere() -> None:
     x, model = tensors(torch.float64)["x"], Block(fused)
     with torch.autograd.graph.save_on_cpu():

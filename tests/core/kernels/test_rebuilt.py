@@ -100,6 +100,14 @@ def test_not_under_hooks() -> None:
     assert seen == [None, None, None]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_came_out_of_a_checkpoint(reentrant: bool) -> None:
+    """Its nodes' tensors are packed though no hook is on any more."""
+    made = checkpoint(lambda x: (x + 1) * (x * 2).sin(), start(), use_reentrant=reentrant)
+    assert rebuilt(made) is None
+    assert rebuilt(F.silu(made)) is not None
+
+
 def test_in_a_real_model() -> None:
     """The inputs of every linear layer of a Llama block but those that are kept by attention anyway."""
     from tests.models import llama

@@ -74,7 +74,10 @@ def plain(
     x = x if drop is None else drop(x)
     if x.dtype in half.HALF and A.dtype == B.dtype == torch.float32 and not autocasts(x):
         return half.add_product(y, half.project(x, A) * scale, B)
-    return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
+    u = F.linear(x, A.to(x.dtype))
+    if y.dtype != u.dtype or y.ndim < 2:
+        return y + F.linear(u, B.to(u.dtype)) * scale
+    return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.to(u.dtype).t(), alpha=scale).view_as(y)
 
 
 def autocasts(x: Tensor) -> bool:

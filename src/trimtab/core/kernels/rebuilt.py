@@ -66,16 +66,22 @@ def _recipe(node: Any, depth: int) -> Recipe | None:
     return None if rule is None or depth == 0 else rule(node, depth - 1)
 
 
-def _operand(node: Any, i: int, saved: str, depth: int) -> Recipe | None:
+def _saved(node: Any, name: str) -> Recipe | None:
+    """What a node has saved under a name, as it is: not packed by a hook, which might unpack it once only."""
+    raw = getattr(node, f"_raw_saved_{name}")
+    if getattr(raw, "unpack_hook", raw) is not None or raw.data is None:  # an older torch does not tell: it saves
+        return None
+    return lambda: getattr(node, f"_saved_{name}")
+
+
+def _operand(node: Any, i: int, name: str, depth: int) -> Recipe | None:
     """The i-th operand of a node: saved, or to be formed by a recipe of its own."""
-    if getattr(node, saved) is not None:
-        return lambda: getattr(node, saved)
     before = node.next_functions[i][0]
-    return None if before is None else _recipe(before, depth)
+    return _saved(node, name) or (None if before is None else _recipe(before, depth))
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
-    a, b = _operand(node, 0, "_saved_self", depth), _operand(node, 1, "_saved_other", depth)
+    a, b = _operand(node, 0, "self", depth), _operand(node, 1, "other", depth)
     return None if a is None or b is None else lambda: a() * b()
 
 
@@ -88,10 +94,20 @@ def _cast(node: Any, depth: int) -> Recipe | None:
     return lambda: inner().to(device, dtype)
 
 
+def _activation(name: str, function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any, int], Recipe | None]:
+    """The rule of a node that has saved its operand or its result."""
+
+    def rule(node: Any, depth: int) -> Recipe | None:
+        saved = _saved(node, name)
+        return None if saved is None else lambda: function(saved(), node)
+
+    return rule
+
+
 RULES: dict[str, Callable[[Any, int], Recipe | None]] = {
     "MulBackward0": _product,
     "ToCopyBackward0": _cast,
-    "SiluBackward0": lambda node, _: lambda: F.silu(node._saved_self),
-    "GeluBackward0": lambda node, _: lambda: F.gelu(node._saved_self, approximate=node._saved_approximate),
-    "ReluBackward0": lambda node, _: lambda: node._saved_result,
+    "SiluBackward0": _activation("self", lambda x, _: F.silu(x)),
+    "GeluBackward0": _activation("self", lambda x, node: F.gelu(x, approximate=node._saved_approximate)),
+    "ReluBackward0": _activation("result", lambda x, _: x),
 }

@@ -152,7 +152,9 @@ def test_nothing_else_imports_a_methods_file(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- methods: abstract or final
-HOOKS = ("build", "reset", "weight", "bias", "before", "after", "through", "prompt", "restore")
+HOOKS = tuple(
+    "share start_shared leaves setup reset weight bias before after through rows build around prompt restore".split()
+)
 
 
 def method_classes() -> list[type]:
@@ -209,7 +211,7 @@ def test_families_give_helpers_and_no_hooks() -> None:
 @pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, PromptMethod)], ids=lambda c: c.__name__)
 def test_a_method_defines_what_it_promises(cls: Any) -> None:
     overrides = {hook for hook in HOOKS if getattr(cls, hook, None) is not getattr(Method, hook, None)}
-    assert {"build", "reset", "weight"} <= overrides, "the formula by its weight is the definition"
+    assert {"leaves", "reset", "weight"} <= overrides, "the formula by its weight is the definition"
     assert not cls.fused or overrides & {"before", "after", "through"}, "fused, but with no cheap spelling"
     assert cls.kinds <= kinds(), cls.kinds
 
@@ -222,11 +224,11 @@ def test_a_method_names_its_paper_or_its_idea(file: str) -> None:
 
 # ---------------------------------------------------------------------- shapes (law 9)
 def shapes_said(function: Any) -> list[str]:
-    """The shapes in the comments of a function's lines that make a tensor."""
+    """The shapes in the comments of a function's lines that declare a tensor."""
     said = []
     for line in inspect.getsource(function).splitlines():
         shapes = groups(line.partition("#")[2].strip())
-        assert shapes or "self.empty(" not in line, f"no shape beside: {line.strip()}"
+        assert shapes or not re.search(r"\bLeaf\(", line), f"no shape beside: {line.strip()}"
         said += shapes
     return said
 
@@ -244,16 +246,12 @@ def groups(comment: str) -> list[str]:
 
 
 def builders(cls: Any) -> list[Any]:
-    """The functions that make a method's tensors: `build`, and the family's helper it calls."""
-    makes = [cls.build]
-    source = inspect.getsource(cls.build)
+    """The functions that declare a method's tensors: `leaves`, `share`, and the family's helper that it calls."""
+    makes = [cls.leaves, cls.share]
+    source = inspect.getsource(cls.leaves)
     for family in cls.__mro__[1:]:
         if family is not Method and issubclass(family, Method):
-            makes += [
-                f
-                for n, f in vars(family).items()
-                if inspect.isfunction(f) and f"self.{n}(" in source and "self.empty(" in inspect.getsource(f)
-            ]
+            makes += [getattr(family, n) for n in vars(family) if f"cls.{n}(" in source]
     return makes
 
 
@@ -301,8 +299,9 @@ def test_tensors_have_the_shapes_their_comments_say(case: Case) -> None:
         for method in layer.methods["default"] if layer is not None else ():
             table = symbols(method)
             said = [shape for make in builders(type(method)) for shape in shapes_said(make)]
-            for template in method._leaves.values() if method.home is layer else ():
-                shape = tuple(layer.tensor(template, "default").shape)
+            for leaf, template in method.templates.items() if method.home is layer else ():
+                shape = tuple(method.tensor(leaf).shape)
+                assert shape == method.declared[leaf].shape
                 matrix = (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
                 fits = [s for s in said if agrees(s, shape, table) or agrees(s, matrix, table)]
                 assert fits, f"{type(method).__name__} at {name}: '{template}' is {shape}, the comments say {said}"

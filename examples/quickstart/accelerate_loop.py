@@ -34,7 +34,7 @@ if args.adapter:
 else:
     model = get_peft_model(
         model,
-        LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
 
 set_seed(0)  # the order of the rows and the dropout, whatever making the model has drawn

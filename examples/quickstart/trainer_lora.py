@@ -34,7 +34,7 @@ if args.adapter:
     model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
 else:
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+        task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]
     )
     model = get_peft_model(model, config)
 model.print_trainable_parameters()

@@ -26,7 +26,7 @@ if args.adapter:
         AutoModelForCausalLM.from_pretrained(model, dtype="float32"), args.adapter, is_trainable=True
     )
 else:
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 trainer = SFTTrainer(
     model=model,

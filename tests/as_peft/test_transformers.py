@@ -143,3 +143,20 @@ def test_a_classifiers_pipeline(tokenizer):
     model = get_peft_model(tiny.bert(len(tokenizer)), LoraConfig(task_type="SEQ_CLS"))
     rows = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(["the red cat", "a dog"])
     assert {row["label"] for row in rows} <= {"LABEL_0", "LABEL_1"}
+
+
+@pytest.mark.parametrize("projections", ["all", "down", "gate and up"])
+@pytest.mark.parametrize("name", ["mixtral", "phimoe", "olmoe", "qwen3_moe"])
+def test_load_adapter_reads_former_files_of_experts(name, projections, tmp_path):
+    """A pair for each Linear of each expert, from before transformers 5 stacked them."""
+    from tests.files.test_experts import FAMILIES, build, former_file
+
+    gate, up, down = FAMILIES[name][1]
+    names = {"all": [gate, up, down], "down": [down], "gate and up": [gate, up]}[projections]
+    left = tuple({gate, up, down} - {*names})
+    merged = former_file(tmp_path, name, {"target_modules": [*names, "q_proj"], "lora_alpha": 6}, but=left)
+    model = build(name)
+    report = model.load_adapter(str(tmp_path))
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    torch.testing.assert_close(out(model), out(merged), rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -97,6 +98,11 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     assert "AutoPeftModelForCausalLM.from_pretrained" in done.stdout
     assert "generated the same" in done.stdout
     assert all(words in done.stderr for words in ("step 12/12", "tokens/s", "left"))
+    lines = done.stderr.splitlines()  # our own lines only, none twice
+    assert [line for line in lines if not re.match(r"Training  step \d|step \d+: held-out loss \d", line)] == []
+    assert len(set(lines)) == len(lines)
+    assert re.search(r"trains on 16 rows in about \d+:\d\d", done.stdout)
+    assert re.search(r"Expect about \d+:\d\d \(min:s\) more", done.stdout)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 12 + 3
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -105,6 +111,7 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
 
     shutil.rmtree(out)
-    done = trimtab("demo", *args, "--rows", "4")  # a rerun, with fewer rows
+    done = trimtab("demo", *args, "--rows", "4", "--verbose")  # a rerun, with fewer rows and others' bars
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 rows x 3 passes" in done.stdout
+    assert "Loading weights" in done.stderr

@@ -106,11 +106,16 @@ FORMULAS = [
 ]
 
 
-def pairs(cases: list[Case] | None = None) -> list[Any]:
-    """(case, layer of the toy) as pytest parameters."""
+def pairs(cases: list[Case] | None = None, fused: bool = False) -> list[Any]:
+    """(case, layer of the toy) as pytest parameters; with `fused`, where the method edits input and output."""
     import pytest
 
-    return [pytest.param(c, site, id=f"{c.name}-{site}") for c in cases or CASES for site in c.names]
+    return [
+        pytest.param(c, site, id=f"{c.name}-{site}")
+        for c in cases or CASES
+        for site in c.names
+        if not fused or SITES[site] in c.method.fused
+    ]
 
 
 def adapted(case: Case, *names: str, dtype: torch.dtype = torch.float32, moved: bool = True, **more: Any) -> PeftModel:

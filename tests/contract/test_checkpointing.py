@@ -143,10 +143,6 @@ def test_unload_and_disable_leave_no_trace(reentrant: bool) -> None:
     model = get_peft_model(base, LoraConfig(r=2, target_modules=TARGETS))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.unload()
-    assert "_set_gradient_checkpointing" not in base.__dict__
-    for module in base.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        assert function is None or not type(function).__module__.startswith("trimtab")
     base.train()
     base.requires_grad_(True)
     base(input_ids=ids(), labels=ids()).loss.backward()
@@ -154,37 +150,78 @@ def test_unload_and_disable_leave_no_trace(reentrant: bool) -> None:
 
 
 class HandWired(nn.Module):
-    """A model that checkpoints on its own account: trimtab cannot give the recomputation its route back."""
+    """A model that checkpoints on its own account (or, not `wired`, does not)."""
 
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant: bool, wired: bool, foreign: Any = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down, self.reentrant = nn.Linear(4, 6), nn.Linear(6, 3), reentrant
+        self.wired, self.foreign = wired, foreign
 
     def forward(self, x: Tensor) -> Tensor:
         def run(v: Tensor) -> Tensor:
             return self.down(torch.tanh(self.up(v)))
 
-        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=self.reentrant)
+        if self.foreign is not None:
+            return self.foreign(run, x)
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=self.reentrant) if self.wired else run(x)
 
 
 @MODES
-def test_hand_wired_checkpointing_raises_rather_than_lies(reentrant: bool) -> None:
-    """The documented limit: the route must still stand when the backward pass comes."""
-    model = get_peft_model(HandWired(reentrant), LoraConfig(r=2, target_modules=["up", "down"])).train()
+def test_checkpointing_wired_by_hand_follows_the_route_of_its_forward(reentrant: bool) -> None:
+    """Whoever calls torch's checkpointing: switching adapters, or all of them off, before backward changes nothing."""
+    targets = LoraConfig(r=2, target_modules=["up", "down"])
+    x = torch.randn(5, 4, requires_grad=True)
+    results = []
+    for wired in (False, True):
+        model = get_peft_model(HandWired(reentrant, wired), targets)
+        model.add_adapter("other", targets)
+        for name in ("default", "other"):
+            move(model, name)
+        model.set_requires_grad(["default", "other"], True)
+        model.train()
+        first = model(x).square().sum()
+        model.set_adapter("other")
+        model.set_requires_grad("default", True)
+        second = model(x).square().sum()
+        with torch.no_grad(), model.disable_adapter():
+            model(x)
+        (first + 2 * second).backward()
+        with model.disable_adapter():
+            off = model(x).square().sum()
+        off.backward()
+        results.append(gradients(model))
+    assert_same(results[1], results[0])
+
+
+class Repeated(torch.autograd.Function):
+    """Checkpointing that is not torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor) -> Tensor:
+        ctx.run, ctx.x = run, x
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, *gradients)
+        return None, x.grad
+
+
+def test_foreign_checkpointing_raises_rather_than_lies() -> None:
+    """The documented limit: for it the route must still stand when the backward pass comes."""
+    model = get_peft_model(HandWired(False, True, Repeated.apply), LoraConfig(r=2, target_modules=["up", "down"]))
+    model.train()
     move(model, "default")
     x = torch.randn(5, 4, requires_grad=True)
-    plain = model(x).square().sum()
-    plain.backward()  # unchanged route: right
+    model(x).square().sum().backward()  # unchanged route: right
     assert all(p.grad.abs().max() > 0 for p in tensors(model).values())
     model.zero_grad()
     out = model(x).square().sum()
     model.base_model.disable_adapter_layers()
-    with pytest.raises(RouteError, match="recomputed in the backward pass"):
-        out.backward()
-    model.base_model.enable_adapter_layers()
-    with model.disable_adapter():
-        out = model(x).square().sum()
     with pytest.raises(RouteError, match="recomputed in the backward pass"):
         out.backward()
     assert all(p.grad is None for p in tensors(model).values())

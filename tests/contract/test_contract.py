@@ -31,6 +31,7 @@ from tests.contract.cases import (
 )
 from tests.models import assert_untouched, snapshot, toy
 from trimtab import PeftModel, get_peft_model
+from trimtab.layer.spelling import weighed
 from trimtab.methods.lora import VARIANTS
 
 everywhere = pytest.mark.parametrize(("case", "site"), pairs())
@@ -150,7 +151,7 @@ def test_two_stacked_equal_merged_in_that_order(case: Case, site: str, second: C
 
 
 # ---------------------------------------------------------------------- the two spellings
-@pytest.mark.parametrize(("case", "site"), pairs([c for c in CASES if c.method.fused]))
+@pytest.mark.parametrize(("case", "site"), pairs([c for c in CASES if c.method.fused], fused=True))
 @formats
 def test_fused_spelling_equals_weight_spelling(case: Case, site: str, dtype: torch.dtype) -> None:
     model = adapted(case, site, dtype=dtype)
@@ -158,9 +159,9 @@ def test_fused_spelling_equals_weight_spelling(case: Case, site: str, dtype: tor
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model(ids())
     (x,) = seen
-    stack = layer._stack(["default"])
+    stack = layer.stack(["default"])
     results = []
-    for spelling in (lambda v: layer(v), lambda v: layer._reparametrised(stack, v)):
+    for spelling in (lambda v: layer(v), lambda v: weighed(stack, (v,), {})):
         model.zero_grad()
         v = x.clone().requires_grad_(x.is_floating_point())
         y = spelling(v)
@@ -283,7 +284,7 @@ def test_unload_gives_back_the_very_model(case: Case, site: str) -> None:
     model.train()
     model(ids()).sum().backward()
     model.eval().merge_adapter()
-    after = model.unload()
+    after = model.unload(pristine=True)
     assert after is base
     assert_untouched(base, before)
     assert not any(p.requires_grad for p in base.parameters())
@@ -352,7 +353,7 @@ def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> No
     also(twin, "second", BY_NAME["lora"], "head")
     assert list(model.peft_config) == ["default"]
     twin.merge_adapter()
-    base = twin.unload()
+    base = twin.unload(pristine=True)
     assert torch.equal(base(ids()), base_output())
     assert {n for n, _ in base.named_modules()} == {n for n, _ in toy().named_modules()}
     assert torch.equal(model(ids()), expected)

@@ -137,7 +137,7 @@ def test_files_gradients_copies_and_coming_back(case: Case, kind: str, tmp_path:
     plain, before = base(x), snapshot(base)
     other = get_peft_model(base, config(case, kind)).eval()
     move(other, "default")
-    assert other.unload() is base
+    assert other.unload(pristine=True) is base
     assert_untouched(base, before)
     assert torch.equal(base(x), plain)
 
@@ -169,7 +169,8 @@ def test_every_method_on_a_quantised_layer(case: Case, name: str, tmp_path: Path
         {"feedforward_modules": []} if "feedforward_modules" in case.options else {}
     )
     settings = config_class(case.peft_type)(**fields)
-    x, base = quantised_inputs(), net(name).eval()(quantised_inputs())
+    # In training mode: in evaluation, bitsandbytes' own 4-bit layer rounds to bf16 on processors with AVX512-BF16.
+    x, base = quantised_inputs(), net(name)(quantised_inputs())
     model = get_peft_model(net(name), settings).eval()
     if case.identity:
         close(model(x), base, torch.float32)

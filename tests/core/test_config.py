@@ -112,6 +112,20 @@ def test_unknown_keys_are_reported_kept_and_written_back(tmp_path: Path) -> None
     assert raw["r"] == 4
 
 
+def test_a_loaded_config_keeps_its_version(tmp_path: Path) -> None:
+    config = PeftConfig.from_pretrained(write(tmp_path, peft_type="LORA", peft_version="0.9.0"))
+    assert config.peft_version == "0.9.0"
+    config.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["peft_version"] == "0.9.0"
+    assert PeftConfig.from_pretrained(write(tmp_path, peft_type="LORA")).peft_version == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("fields", [{"r": "8"}, {"bias": "some"}, {"task_type": "X"}, {"target_modules": "("}])
+def test_faults_of_a_file_name_it(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        PeftConfig.from_pretrained(write(tmp_path, peft_type="LORA", **fields))
+
+
 def test_a_setting_of_one_run_in_the_file_is_ignored_aloud(tmp_path: Path) -> None:
     write(tmp_path, peft_type="LORA", runtime_config={"ephemeral_gpu_offload": True})
     with pytest.warns(PeftWarning, match="`runtime_config`.*ignored"):
@@ -137,7 +151,7 @@ def test_the_file_decides_the_class(tmp_path: Path) -> None:
     assert PeftConfig.from_peft_type(peft_type="LORA", r=2) == LoraConfig(r=2)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"x"', "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"x"', "\x00\x01", "[" * 99999, '{"r": ' + "1" * 9999])
 def test_a_file_that_is_no_config(text: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(AdapterFileError, match=r"adapter_config\.json' is not a readable adapter config"):
@@ -152,11 +166,17 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [({"r": 1}, "no `peft_type`"), ({"peft_type": "NOPE"}, "'NOPE' is not known here")]
+    ("content", "message"),
+    [
+        ({"r": 1}, "no `peft_type`"),
+        ({"peft_type": "NOPE"}, "'NOPE' is not known here"),
+        ({"peft_type": ["LORA"]}, "not known here"),
+    ],
 )
 def test_no_or_unknown_method(content: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         PeftConfig.from_pretrained(write(tmp_path, **content))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_unknown_task_type() -> None:

@@ -1,155 +1,19 @@
-"""Files are found, and written whole or not at all."""
+"""Files of an adapter are found, and what is there instead is said."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.models import toy
-from trimtab import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from trimtab.core.io import locate, split_hub_arguments, write_whole
+from tests.models import llama, toy
+from trimtab import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from trimtab.core.io import locate, split_hub_arguments
 from trimtab.errors import AdapterFileError
-from trimtab.files import card, store
 
 CONFIG = LoraConfig(r=4, target_modules=["up", "down", "head"])
-
-
-def in_a_child(run: Callable[[], object]) -> int:
-    """Run something in a forked process: 0 if it went well, 1 if it raised, minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            run()
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def fill_the_disk(limit: int) -> None:
-    """No file of this process may grow beyond `limit` bytes: writes fail, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
-def sevens() -> Any:
-    """Such a model, all sevens."""
-    model = get_peft_model(toy(), CONFIG)
-    for parameter in model.parameters():
-        parameter.data.fill_(7)
-    return model
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Any:
-    """(a folder with a saved adapter, what its files hold)."""
-    folder = tmp_path / "adapter"
-    get_peft_model(toy(), CONFIG).save_pretrained(folder)
-    return folder, {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def assert_whole(folder: Path, before: dict[str, bytes]) -> None:
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")} == before
-    loaded = PeftModel.from_pretrained(toy(), folder)
-    assert not (loaded.base_model.model.up.lora_A["default"].weight == 7).any()
-
-
-# ---------------------------------------------------------------------- a full disk, a kill
-def test_a_child_that_does_nothing_ends_well() -> None:
-    assert in_a_child(lambda: None) == 0
-
-
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-@pytest.mark.parametrize("limit", [1, 400, 1000])
-def test_a_disk_that_is_full_while_saving_leaves_the_old_files(limit: int, safe: bool, saved: Any) -> None:
-    folder, before = saved
-    model = sevens()
-
-    def run() -> None:
-        fill_the_disk(limit)
-        model.save_pretrained(folder, safe_serialization=safe)
-
-    assert in_a_child(run) == 1
-    assert_whole(folder, before)
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")], "no half-written file is left"
-
-
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-@pytest.mark.parametrize("limit", [1, 400, 1000])
-def test_a_full_disk_for_a_new_folder_leaves_no_adapter(limit: int, safe: bool, tmp_path: Path) -> None:
-    model = sevens()
-
-    def run() -> None:
-        fill_the_disk(limit)
-        model.save_pretrained(tmp_path / "new", safe_serialization=safe)
-
-    assert in_a_child(run) == 1
-    assert list((tmp_path / "new").iterdir()) == []
-    with pytest.raises(AdapterFileError, match="Can't find"):
-        PeftModel.from_pretrained(toy(), tmp_path / "new")
-
-
-@pytest.mark.parametrize("writer", ["adapter_model.safetensors", "adapter_config.json", "README.md"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_while_saving_leaves_the_old_files(writer: str, when: str, saved: Any) -> None:
-    """The process dies by SIGKILL just before or after one of the files is written."""
-    folder, before = saved
-    model = sevens()
-    config = model.peft_config["default"]
-    files = {**store.writers(folder, config, get_peft_model_state_dict(model)), **card.writers(folder, config)}
-    assert {p.name for p in files} == set(before)
-
-    def armed(path: Path, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        def run(target: Path) -> None:
-            for moment in ("before", "after"):
-                if path.name == writer and moment == when:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if moment == "before":
-                    write(target)
-
-        return run
-
-    assert in_a_child(lambda: store.save({p: armed(p, w) for p, w in files.items()})) == -signal.SIGKILL
-    assert_whole(folder, before)
-    get_peft_model(toy(seed=3), CONFIG).save_pretrained(folder)  # and the folder can be saved to again
-    PeftModel.from_pretrained(toy(), folder)
-
-
-def test_saving_into_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(OSError, match=r"blocked|Not a directory|exists"):
-        get_peft_model(toy(), CONFIG).save_pretrained(tmp_path / "blocked" / "adapter")
-
-
-# ---------------------------------------------------------------------- write_whole
-def test_all_or_none(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "deep" / "b"
-    a.write_text("old")
-
-    def fails(path: Path) -> None:
-        path.write_text("half")
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        write_whole({a: lambda p: p.write_text("new") and None, b: fails})
-    assert a.read_text() == "old"
-    assert set(tmp_path.rglob("*")) == {a, tmp_path / "deep"}
-    write_whole({a: lambda p: p.write_text("new") and None, b: lambda p: p.write_text("b") and None})
-    assert (a.read_text(), b.read_text()) == ("new", "b")
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 2
-
-
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("x")
-    write_whole({tmp_path / "whole": lambda p: p.write_text("x") and None})
-    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # ---------------------------------------------------------------------- locate
@@ -195,3 +59,52 @@ def test_saving_uses_no_network(tmp_path: Path) -> None:
         PeftModel.from_pretrained(toy(), tmp_path)(torch.ones(1, 2, dtype=torch.long)),
         model.eval()(torch.ones(1, 2, dtype=torch.long)),
     )
+
+
+# ---------------------------------------------------------------------- what is there instead
+def test_a_run_folder_names_the_adapters_below_it(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        LoraConfig().save_pretrained(tmp_path / f"checkpoint-{step}")
+    for load in (
+        lambda: PeftModel.from_pretrained(toy(), tmp_path),
+        lambda: PeftConfig.from_pretrained(tmp_path),
+        lambda: load_peft_weights(tmp_path),
+        lambda: get_peft_model(toy(), CONFIG).load_adapter(tmp_path, "other"),
+    ):
+        with pytest.raises(
+            AdapterFileError, match=r"adapters below it, in 'checkpoint-9', 'checkpoint-10', 'checkpoint-100'"
+        ):
+            load()
+    (tmp_path / "run").mkdir()
+    for name in [p.name for p in tmp_path.iterdir() if p.name != "run"]:
+        (tmp_path / name).rename(tmp_path / "run" / name)
+    with pytest.raises(AdapterFileError, match="'run/checkpoint-10'"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_whole_model_is_called_one(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    for load in (lambda: PeftModel.from_pretrained(llama(), tmp_path), lambda: load_peft_weights(tmp_path)):
+        with pytest.raises(AdapterFileError, match="holds a whole model, not an adapter: load it with from_pretrained"):
+            load()
+
+
+def test_another_folder_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="It holds nothing"):
+        PeftConfig.from_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(AdapterFileError, match=r"It holds \['notes.txt'\]"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_instead_of_its_folder(tmp_path: Path) -> None:
+    get_peft_model(toy(), CONFIG).save_pretrained(tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        with pytest.raises(AdapterFileError, match=r"that is a file\. Name the folder it lies in"):
+            PeftModel.from_pretrained(toy(), tmp_path / name)
+
+
+def test_the_subfolder_is_named(tmp_path: Path) -> None:
+    LoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="nowhere"):
+        PeftConfig.from_pretrained(tmp_path, subfolder="nowhere")

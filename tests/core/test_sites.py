@@ -21,11 +21,14 @@ from tests.parity.nets import AttentionNet, EncoderNet
 from trimtab import LoraConfig, get_peft_model
 from trimtab.core.site import Site, site_class
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError, ReadOnlyWeight, RouteError
+from trimtab.layer.originals import Originals
 
 
 def owner_of(layer: nn.Module) -> Any:
     """What stands around a layer, as far as a site looks at it."""
-    return SimpleNamespace(base_layer=layer, frozen=layer, held={}, prefix="")
+    owner = SimpleNamespace(base_layer=layer, frozen=layer, prefix="")
+    owner.originals = Originals(owner)
+    return owner
 
 
 def site_of(layer: nn.Module, param: str | None = None) -> Site:

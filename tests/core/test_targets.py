@@ -218,3 +218,58 @@ def test_a_pattern_needs_layers() -> None:
     with pytest.raises(ConfigError, match="`layers_to_transform` must also be specified"):
         LoraConfig(target_modules=["q_proj"], layers_pattern=["h"])
     LoraConfig(target_modules=["q_proj"], layers_pattern=["h"], layers_to_transform=0)
+
+
+# ---------------------------------------------------------------------- what was meant
+SLIPS: list[tuple[Any, str]] = [
+    ("q_proj", r"expression over a module's whole path, such as 'model\.layers\.0\.self_attn\.q_proj'; for names "
+               r"write a list, target_modules=\['q_proj'\]"),
+    ("q_proj,v_proj", r"target_modules=\['q_proj', 'v_proj'\]"),
+    ("q_proj, v_proj", r"target_modules=\['q_proj', 'v_proj'\]"),
+    ("q_proj|v_proj", r"target_modules=\['q_proj', 'v_proj'\]"),
+    ("(q_proj|v_proj)", r"target_modules=\['q_proj', 'v_proj'\]"),
+    ("q_proj v_proj", r"target_modules=\['q_proj', 'v_proj'\]"),
+    ("['q_proj']", r"target_modules=\['q_proj'\]"),
+    ("self_attn.q_proj", r"target_modules=\['self_attn.q_proj'\]"),
+    ("q_prj", r"target_modules=\[\.\.\.\]. The nearest names in this model are 'q_proj'"),
+    ("all_linear", 'write target_modules="all-linear"'),
+    ("linear", 'write target_modules="all-linear"'),
+    (["all-linear"], 'write target_modules="all-linear", which stands alone'),
+    (["q_proj,v_proj"], r"'q_proj,v_proj' is one name here: write \['q_proj', 'v_proj'\]"),
+    (["q_proj.weight"], "'q_proj.weight' is a parameter: name its module, 'q_proj'"),
+    ([r".*\.q_proj"], "is a name, not a regular expression: that is given as a string alone"),
+    (["q_prj"], "nearest names in this model are 'q_proj'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wanted", "said"), SLIPS, ids=[str(w) for w, _ in SLIPS])
+def test_slips_are_told_what_was_meant(wanted: Any, said: str) -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match=said):
+        select(KINDS, LoraConfig(target_modules=wanted))
+    if isinstance(wanted, list):
+        with pytest.warns(PeftWarning, match=said):
+            select(KINDS, LoraConfig(target_modules=[*wanted, "up_proj"]))
+    else:
+        with pytest.warns(
+            PeftWarning, match="no modules were excluded.*" + said.replace("target_modules", "exclude_modules")
+        ):
+            select(KINDS, LoraConfig(target_modules=["up_proj"], exclude_modules=wanted))
+
+
+def test_names_that_fit_are_never_called_the_nearest_of_themselves() -> None:
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        select(KINDS, LoraConfig(target_modules="q_proj"))
+    assert "nearest" not in str(caught.value)
+
+
+def test_what_fits_nothing_beside_parameters_that_fit_is_a_warning() -> None:
+    with pytest.warns(PeftWarning, match=r"`target_modules` \['q_prj'\] fit no module of the model\. The nearest"):
+        assert select(KINDS, LoraConfig(target_modules=["q_prj"], target_parameters=["experts"])) == []
+
+
+def test_what_compiling_adds_to_paths_is_looked_through() -> None:
+    kinds = {name.replace("layers.", "layers._orig_mod."): kind for name, kind in KINDS.items()}
+    for wanted in (r"model\.layers\.1\.mlp\.up_proj", ["layers.1.mlp.up_proj"], ["layers._orig_mod.1.mlp.up_proj"]):
+        assert [t.name for t in select(kinds, LoraConfig(target_modules=wanted))] == [
+            "model.layers._orig_mod.1.mlp.up_proj"
+        ]

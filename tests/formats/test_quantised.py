@@ -26,6 +26,7 @@ from trimtab import (
 from trimtab.errors import ReadOnlyWeight
 from trimtab.formats import weights
 from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.spelling import fold
 
 each = pytest.mark.parametrize("name", FORMATS)
 KINDS: dict[str, dict[str, Any]] = {
@@ -226,7 +227,7 @@ def test_several_adapters(name: str) -> None:
     with model.disable_adapter():
         torch.testing.assert_close(rows[2], model(x)[2], rtol=1e-4, atol=1e-5)
     layer = layer_of(model)
-    wanted = layer._fold([m for a in ("default", "second") for m in layer.methods[a]])
+    wanted = fold([m for a in ("default", "second") for m in layer.methods[a]])
     ((W, _),) = wanted.values()
     model.merge_adapter(["default"])
     model.merge_adapter(["second"])
@@ -318,7 +319,7 @@ def test_starts_that_change_the_base(name: str, init: str) -> None:
     assert (model(x) - y).norm() < (0.02 if "int8" in name else 0.2) * y.norm()
     with model.disable_adapter():
         assert torch.equal(model(x), y)
-    assert model.unload().up.weight is weight
+    assert model.unload(pristine=True).up.weight is weight
 
 
 def test_layer_of_an_unknown_library() -> None:

@@ -11,7 +11,7 @@ from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
 from trimtab import LoraConfig, get_layer_status, get_model_status, get_peft_model
 from trimtab.errors import PeftWarning
-from trimtab.graft.graft import RESIDENTS
+from trimtab.graft.residents import LIMIT
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "head"])
 IDS = tokens()
@@ -61,11 +61,11 @@ def test_deleting_the_active_one_says_which_follows() -> None:
 
 
 def test_the_module_tree_does_not_grow_with_what_is_merely_loaded() -> None:
-    few, many = several(RESIDENTS + 2), several(RESIDENTS + 12)
+    few, many = several(LIMIT + 2), several(LIMIT + 12)
     assert len(list(many.modules())) == len(list(few.modules()))
     assert len(list(many.parameters())) == len(list(few.parameters()))
     layer = many.base_model.model.up
-    assert len(layer.lora_A) == RESIDENTS + 12, "but all are found"
+    assert len(layer.lora_A) == LIMIT + 12, "but all are found"
     assert layer.lora_A["a1"].weight.shape == (2, 6)
     assert layer.scaling["a5"] == 4.0
     outputs = []
@@ -77,17 +77,17 @@ def test_the_module_tree_does_not_grow_with_what_is_merely_loaded() -> None:
 
 
 def test_parked_adapters_follow_to_another_number_format() -> None:
-    model = several(RESIDENTS + 6)
+    model = several(LIMIT + 6)
     assert any(a.parked for a in model.graft.adapters.values())
     model.double()
-    for i in range(RESIDENTS + 6):
+    for i in range(LIMIT + 6):
         model.set_adapter(f"a{i}")
         assert model(IDS).dtype == torch.float64
         assert all(t.dtype == torch.float64 for t in tensors(model, f"a{i}").values())
 
 
 def test_parked_adapters_serve_mixed_batches() -> None:
-    model = several(RESIDENTS + 6)
+    model = several(LIMIT + 6)
     parked = [n for n, a in model.graft.adapters.items() if a.parked]
     names = [parked[0], "a0", parked[1], "__base__"]
     mixed = model(IDS, adapter_names=names)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import trimtab
 from tests.models import classifier, llama, tokens, toy
-from trimtab.graft import combine
-from trimtab.graft.combine import TYPES, Recipe, agree, drop, split, split_product, total, trim
+from trimtab.core.combining import TYPES, Recipe, agree, drop, split, split_product, total, trim
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name")  # "a" is part of "lora_"
 LAYERS = ["embed", "scaled", "up", "down", "head"]
@@ -423,7 +422,7 @@ def test_unequal_ranks(kind: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "'b' is made of Dora; only Lora"),
+        ({"use_dora": True}, "'b' is made of Dora, which cannot be combined"),
         ({"bias": "lora_only"}, "'b' trains the base's biases"),
         ({"init_lora_weights": "pissa", "target_modules": ["up"]}, "'b' changed the base's weights"),
         ({"trainable_token_indices": {"embed": [1]}, "target_modules": ["up"]}, "'b' is made of .*TrainableTokens"),
@@ -456,4 +455,3 @@ def test_table_of_types() -> None:
     for name in TYPES:
         assert Recipe(name, density=0.5).form in ("stack", "factors", "delta")
     assert total([torch.ones(2)], [3.0]).tolist() == [3, 3]
-    assert set(combine.COMBINERS) == {"Lora"}

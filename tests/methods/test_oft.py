@@ -10,6 +10,7 @@ import torch
 from tests.methods.nets import Net, adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import toy
 from trimtab import OFTConfig, get_peft_model
+from trimtab.core.method import Call
 from trimtab.methods.oft import nearest_divisor
 
 
@@ -136,7 +137,7 @@ def test_module_dropout_puts_identities_in_place_of_blocks() -> None:
     layer = adapted(config).train().get_base_model().linear
     (method,) = layer.methods["default"]
     x, eye = torch.zeros(1, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    share = torch.stack([(method.rotation(x, drop=True) == eye).all(-1).all(-1).double().mean() for _ in range(60)])
+    share = torch.stack([(method.rotation(x, Call()) == eye).all(-1).all(-1).double().mean() for _ in range(60)])
     assert 0.35 < float(share.mean()) < 0.65
     assert not (method.rotation(x) == eye).all(-1).all(-1).any()
 

@@ -93,9 +93,14 @@ def run(model: nn.Module, name: str, seed: int = 5, **kwargs: Any) -> Tensor:
     return tensor_of(model(**batch(name), **kwargs))
 
 
-def gradients(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Gradients of a loss that every output has a part in, in training mode."""
-    model.train()
+def dropping(fields: dict[str, Any]) -> bool:
+    """Whether a config has dropout, whose masks are drawn by another rule than PEFT's: equal in distribution only."""
+    return bool(fields.get("lora_dropout"))
+
+
+def gradients(model: nn.Module, name: str, train: bool = True) -> dict[str, Tensor]:
+    """Gradients of a loss that every output has a part in."""
+    model.train(train)
     model.zero_grad()
     out = run(model, name)
     if not out.requires_grad:

@@ -227,9 +227,8 @@ def test_mutated_base_is_apart() -> None:
         quiet(model.add_adapter, "plain", library.LoraConfig())
         model.set_adapter("plain")
         assert bool((run(model.eval(), "llama") - base).abs().max() < 1e-6) is right
-        unloaded = quiet(model.unload)
-        same = all(torch.equal(v, parameters(unloaded)[k]) for k, v in build("llama").named_parameters())
-        assert same is right
+        unloaded = quiet(model.unload)  # both leave what the start left, which the adapter's file belongs to
+        assert not all(torch.equal(v, parameters(unloaded)[k]) for k, v in build("llama").named_parameters())
 
 
 def test_copy_state_is_strict() -> None:

@@ -18,6 +18,7 @@ from tests.parity.pairs import (
     adapt,
     config_file,
     copy_state,
+    dropping,
     gradients,
     load,
     near,
@@ -46,11 +47,12 @@ def test_names_and_shapes(name: str, fields: dict[str, Any]) -> None:
 
 @each
 def test_outputs_and_gradients(name: str, fields: dict[str, Any]) -> None:
-    """The same numbers in give the same numbers out, in training (the same dropout masks) and in evaluation."""
+    """The same numbers in give the same numbers out, in training (without dropout) and in evaluation."""
     ours, theirs = pair(name, fields)
-    near(run(ours.train(), name), run(theirs.train(), name))
+    train = not dropping(fields)
+    near(run(ours.train(train), name), run(theirs.train(train), name))
     near(run(ours.eval(), name), run(theirs.eval(), name))
-    mine, other = gradients(ours, name), gradients(theirs, name)
+    mine, other = gradients(ours, name, train), gradients(theirs, name, train)
     assert mine.keys() == other.keys()
     for key, gradient in other.items():
         near(mine[key], gradient)
@@ -88,14 +90,41 @@ def test_files(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
             near(run(load(library, name, tmp_path / folder), name), wanted, 3e-5)
 
 
+@pytest.mark.parametrize("name", ["dropout", "dropout_embedding", "dora_dropout"])
+def test_dropout_has_the_same_distribution(name: str) -> None:
+    """Mean and spread of the outputs over many masks."""
+    model, fields = CASES[name]
+    draws = []
+    for side in pair(model, fields):
+        side.train()
+        with torch.no_grad():
+            draws.append(torch.stack([run(side, model, seed=i).float() for i in range(200)]))
+    (mine, other), n = draws, 200
+    spread = other.std(0)
+    error = ((mine.mean(0) - other.mean(0)).abs() / (spread * (2 / n) ** 0.5 + 1e-6)).flatten()
+    assert error.max() < 6
+    assert error.mean() < 1.2, "0.8 for equal distributions"
+    wide = spread > 1e-4
+    assert wide.any()
+    assert abs(float((mine.std(0)[wide] / spread[wide]).mean()) - 1) < 0.05
+
+
 @each
 def test_unload(name: str, fields: dict[str, Any]) -> None:
-    """Taking the adapter out leaves the very base there was."""
+    """Taking the adapter out leaves what PEFT leaves; with `pristine` the very base there was."""
+    left = []
+    for library in BOTH:
+        model = adapt(library, name, fields)
+        copy_state(model, model)
+        left.append(parameters(quiet(model.unload)))
+    assert left[0].keys() == left[1].keys()
+    for key, weight in left[1].items():
+        near(left[0][key], weight)
     base = build(name)
     modules, bits = dict(base.named_modules()), copy.deepcopy(base.state_dict())
     model = quiet(trimtab.get_peft_model, base, quiet(trimtab.LoraConfig, **fields))
     copy_state(model, model)
-    assert model.unload() is base
+    assert model.unload(pristine=True) is base
     assert dict(base.named_modules()) == modules
     assert all(torch.equal(bits[k], v) for k, v in base.state_dict().items())
 

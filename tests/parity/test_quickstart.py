@@ -47,7 +47,7 @@ def start(tmp_path_factory) -> tuple[str, str]:
         task_type="CAUSAL_LM",
         r=8,
         lora_alpha=16,
-        lora_dropout=0.1,
+        lora_dropout=0.0,
         target_modules=["q_proj", "v_proj"],
         init_lora_weights=False,
     )

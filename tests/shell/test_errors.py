@@ -39,7 +39,6 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "no default": (LoraConfig(), ConfigError, "Please specify `target_modules`"),
     "r = 0": (LoraConfig(r=0, target_modules=["up"]), ConfigError, "`r` should be a positive integer value .* is 0"),
     "r < 0": (LoraConfig(r=-3, target_modules=["up"]), ConfigError, "value passed is -3"),
-    "r is no number": (LoraConfig(r=1.5, target_modules=["up"]), ConfigError, "value passed is 1.5"),
     "r = 0 by pattern": (
         LoraConfig(target_modules=["up", "head"], rank_pattern={"head": 0}),
         ConfigError,
@@ -203,7 +202,7 @@ def test_rows_that_cannot_be_told_apart() -> None:
             return self.up(x[:-1])
 
     model = get_peft_model(Odd(), LoraConfig(target_modules=["up"])).eval()
-    with pytest.raises(RuntimeError, match="sees 3 rows, which is no multiple of the 4"):
+    with pytest.raises(RuntimeError, match="sees an input whose leading axes are"):
         model(torch.randn(4, 4), adapter_names=["default"] * 4)
 
 
@@ -211,7 +210,7 @@ def test_rows_that_cannot_be_told_apart() -> None:
 def test_merging_twice_and_unmerging_twice_say_so() -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.warns(PeftWarning, match="merged already") as caught:
+    with pytest.warns(PeftWarning, match="already merged, nothing to do") as caught:
         model.merge_adapter()
     assert len(caught) == 1, "once, not once a layer"
     model.unmerge_adapter()
@@ -234,7 +233,7 @@ def test_a_second_start_that_changes_the_base() -> None:
     config = LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa")
     model = get_peft_model(toy(), config).eval()
     expected = model(IDS)
-    with pytest.raises(ValueError, match="'default' has changed the base's weights"):
+    with pytest.raises(ValueError, match="'default' has changed the base's own weight"):
         model.add_adapter("second", config)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model(IDS), expected)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from trimtab import methods
 from trimtab.core.config import PeftType, PromptLearningConfig
-from trimtab.files.codec import EMBEDDINGS, PREFIXES
+from trimtab.files.codec import EMBEDDINGS
 from trimtab.methods import METHODS, config_class
 from trimtab.shell.tuner import tuner_class
 
@@ -27,7 +28,7 @@ TYPE_CHECKING = False
 
 def prefix_of(peft_type: str) -> str:
     """What the names of a method's tensors start with."""
-    return PREFIXES.get(peft_type, f"{peft_type.lower()}_")
+    return methods.prefix_of(peft_type)
 
 
 class ByType(Mapping[PeftType, Any]):
@@ -58,4 +59,4 @@ PEFT_TYPE_TO_TUNER_MAPPING = ByType(tuner_class, _adapts_layers)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = ByType(tuner_class, _adapts_layers)
 PEFT_TYPE_TO_PREFIX_MAPPING = ByType(prefix_of)
 
-__all__ = [n for n in list(globals()) if n.isupper() and n not in ("METHODS", "EMBEDDINGS", "PREFIXES")]
+__all__ = [n for n in list(globals()) if n.isupper() and n not in ("METHODS", "EMBEDDINGS")]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.as_peft.constants import prefix_of
+from trimtab.core.targets import matches
 from trimtab.files.codec import ON_DISK
 
 __all__ = [
@@ -35,7 +38,58 @@ def build_peft_weight_mapping(
     renamings.append(WeightRenaming(rf"({others}{start}[^\.]*)", rf"\1.{adapter_name}"))
     if start != prefix_of("TRAINABLE_TOKENS"):
         renamings.append(WeightRenaming(rf"({prefix_of('TRAINABLE_TOKENS')}[^\.]*)", rf"\1.{adapter_name}"))
-    return renamings + [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+    own = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+    return renamings + own + _stackings(weight_conversions, adapter_name, peft_config)
+
+
+def _stackings(weight_conversions: list[Any], adapter_name: str, config: Any) -> list[Any]:
+    """For each conversion that makes a parameter of experts' Linears: the same of the pairs they were adapted with."""
+    from transformers.core_model_loading import WeightConverter
+
+    wanted, found = getattr(config, "target_modules", None), []
+    for conversion in weight_conversions:
+        steps = [type(step).__name__ for step in getattr(conversion, "operations", ())]
+        linears = [pattern.replace("\\", "").split(".")[-2] for pattern in conversion.source_patterns]
+        if steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and _names(wanted, linears):
+            found.append(conversion)
+    stackings = []
+    for conversion in found:
+        place, _, parameter = conversion.target_patterns[0].rpartition(".")
+        # PEFT nests a module's parameters in their order, the first innermost: the last is what goes down again.
+        beside = any(c is not conversion and c.target_patterns[0].startswith(f"{place}.") for c in found)
+        depth = "base_layer." if beside and parameter != "down_proj" else ""
+        for factor in "AB":
+            end = f"lora_{factor}.{adapter_name}.weight"
+            sources = [pattern.removesuffix("weight") + end for pattern in conversion.source_patterns]
+            stackings.append(WeightConverter(sources, f"{place}.{depth}{end}", [_stack()(factor)]))
+    return stackings
+
+
+def _names(wanted: Any, linears: list[str]) -> bool:
+    """Whether targets name all these Linears of an expert."""
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        return True
+    forms = [f"model.layers.0.mlp.experts.0.{linear}" for linear in linears]
+    names = wanted if isinstance(wanted, str) else {str(name).rpartition(".")[2] for name in wanted or ()}
+    return all(matches(names, form) is not None for form in forms)
+
+
+@cache
+def _stack() -> type:
+    """The step that makes the factor of a parameter out of those of its experts' Linears, as `files.experts` does."""
+    from transformers.core_model_loading import ConversionOps
+
+    class Stack(ConversionOps):
+        def __init__(self, factor: str) -> None:
+            self.factor = factor
+
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+            experts = zip(*(input_dict[pattern] for pattern in source_patterns))
+            if self.factor == "A":
+                return {target_patterns[0]: torch.cat([torch.cat(linears) for linears in experts])}
+            return {target_patterns[0]: torch.stack([torch.block_diag(*linears) for linears in experts], -1).flatten(1)}
+
+    return Stack
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: list[Any] | None) -> None:

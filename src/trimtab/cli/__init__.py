@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.chat import chat
+from trimtab.cli.check import check
+from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
+from trimtab.cli.diff import diff
+from trimtab.cli.eval import evaluate
+from trimtab.cli.generate import generate
+from trimtab.cli.inspect import inspect
+from trimtab.cli.merge import merge
 from trimtab.cli.methods import methods
+from trimtab.cli.rank import rank
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -19,9 +28,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(chat)
+app.command()(compare)
+app.command()(merge)
+app.command("fuse", hidden=True)(merge)
+app.command()(inspect)
+app.command()(diff)
+app.command()(check)
 app.command()(demo)
 app.command()(methods)
 app.command()(version)
+app.add_typer(rank)
 
 
 @app.callback()

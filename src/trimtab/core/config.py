@@ -8,16 +8,18 @@ import enum
 import json
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from trimtab.core.io import locate, split_hub_arguments, write_whole
-from trimtab.errors import AdapterFileError, ConfigError, PeftWarning
+from trimtab.core.fields import check as check_fields
+from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
+from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
+from trimtab.core.report import warn
+from trimtab.core.targets import COMPILED
+from trimtab.errors import AdapterFileError, ConfigError
 
-CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
 
 Config = TypeVar("Config", bound="PeftConfig")
@@ -127,9 +129,28 @@ class PeftConfig:
     runtime: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
+
+    def _check_expressions(self) -> None:
+        """Raise for regular expressions that are none, as they stand where they are used."""
+        found = [
+            (n, v, v) for n in ("target_modules", "exclude_modules") if isinstance(v := getattr(self, n, None), str)
+        ]
+        layers = getattr(self, "layers_pattern", None) or ()
+        found += [("layers_pattern", p, rf"{p}\.(\d+)\.") for p in ([layers] if isinstance(layers, str) else layers)]
+        found += [(name, key, rf"(.*\.)?({key})$") for name in self.patterns for key in getattr(self, name, None) or ()]
+        faults = []
+        for name, shown, expression in found:
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                faults.append(f"`{name}`: {shown!r} is no regular expression ({error})")
+        if faults:
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(faults)}.")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -151,7 +172,8 @@ class PeftConfig:
         return self
 
     def check(self) -> None:
-        """Raise for a field that does not act yet but was set: called when an adapter is built."""
+        """Raise for a field that has a wrong value or does not act yet: called when an adapter is built."""
+        check_fields(self)
         for f in dataclasses.fields(self):
             if f.name in self.pending and getattr(self, f.name) != default_of(f):
                 raise NotImplementedError(
@@ -186,10 +208,10 @@ class PeftConfig:
 
     def writer(self, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> Callable[[Path], None]:
         """A function that writes this config to a path."""
-        content = self.to_json() | {"peft_version": FORMAT_VERSION}
+        content = self.to_json()
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
-        text = json.dumps(content, indent=2, sort_keys=True)
+        text = json.dumps(content, indent=2, sort_keys=True).replace(COMPILED, "")
 
         def write(path: Path) -> None:
             path.write_text(text, encoding="utf-8")
@@ -197,43 +219,42 @@ class PeftConfig:
         return write
 
     @classmethod
-    def from_dict(cls, attributes: dict[str, Any], source: str = "the given dict") -> Any:
+    def from_dict(
+        cls, attributes: Mapping[str, Any], source: str = "the given dict", overrides: Mapping[str, Any] | None = None
+    ) -> Any:
         """A config from the content of an `adapter_config.json`; its `peft_type` decides the class.
 
-        Unknown keys are kept (`.unknown`), written back on save, and reported with a warning.
+        Unknown keys are kept (`.unknown`), written back on save, and reported with a warning. `overrides` win over
+        the content where they are fields: callers pass arguments for other loaders along.
         """
-        attributes = dict(attributes)
-        peft_type = attributes.get("peft_type")
-        target = cls
-        if peft_type is not None:
-            target = PeftConfig.class_of(str(getattr(peft_type, "value", peft_type)))
-        elif cls is PeftConfig:
-            raise ConfigError(f"{source} has no `peft_type`, so the method it belongs to is unknown.")
-        known = {f.name for f in dataclasses.fields(target) if f.init}
+        overrides = overrides or {}
+        kind = overrides.get("peft_type", attributes.get("peft_type"))
+        try:
+            target = cls if kind is None else PeftConfig.class_of(str(getattr(kind, "value", kind)))
+            if target is PeftConfig:
+                raise ConfigError("There is no `peft_type`, so the method it belongs to is unknown.")
+            known = {f.name for f in dataclasses.fields(target)} | set(attributes)
+            fields = {**attributes, **{k: v for k, v in overrides.items() if k in known}}
+            fields.pop("peft_type", None)
+            return target._from_fields(fields, source)
+        except ValueError as error:  # a ConfigError, or what PEFT's users know as one
+            raise ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def _from_fields(cls, attributes: dict[str, Any], source: str) -> Any:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in sorted(set(attributes) & cls.runtime):
+            warn(f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.")
+            del attributes[key]
         unknown = {k: v for k, v in attributes.items() if k not in known}
-        given = {k: v for k, v in attributes.items() if k in known}
-        dropped = sorted(set(given) & target.runtime | set(unknown) & target.runtime)
-        for key in dropped:
-            warnings.warn(
-                f"`{key}` in {source} is ignored: it is a setting of one run, not of an adapter.",
-                PeftWarning,
-                stacklevel=3,
-            )
-            given.pop(key, None)
-            unknown.pop(key, None)
         if unknown:
-            warnings.warn(
-                f"Unexpected keyword arguments {sorted(unknown)} for class {target.__name__}, these are ignored: "
-                f"{source} was probably written by a newer version (peft_version {attributes.get('peft_version')!r}, "
-                f"known here: {FORMAT_VERSION}). They are kept, and written back on save.",
-                PeftWarning,
-                stacklevel=3,
+            warn(
+                f"Unexpected keyword arguments {sorted(unknown, key=str)} for class {cls.__name__}, these are "
+                f"ignored: {source} was probably written by a newer version (peft_version "
+                f"{attributes.get('peft_version')!r}, known here: {FORMAT_VERSION}). They are kept, and written back "
+                "on save."
             )
-        given.pop("peft_type", None)
-        fields_init = {f.name for f in dataclasses.fields(target) if f.init}
-        config = target(**{k: v for k, v in given.items() if k in fields_init})
-        if peft_type is not None and config.peft_type is None:
-            config.peft_type = PeftType(peft_type)
+        config = cls(**{k: v for k, v in attributes.items() if k in known})
         config.__dict__["_unknown"] = unknown
         return config
 
@@ -247,7 +268,7 @@ class PeftConfig:
         """The content of a config file as a dict."""
         try:
             content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: {error}") from error
         if not isinstance(content, dict):
             raise AdapterFileError(f"'{path_json_file}' is not a readable adapter config: it holds no JSON object.")
@@ -263,15 +284,13 @@ class PeftConfig:
             AdapterFileError: there is no `adapter_config.json`, or it cannot be read.
         """
         hub, overrides = split_hub_arguments(kwargs)
-        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        if path is None:
-            raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        content = cls.from_json_file(path)
-        kind = overrides.get("peft_type", content.get("peft_type"))
-        target = cls if kind is None else PeftConfig.class_of(str(getattr(kind, "value", kind)))
-        known = {f.name for f in dataclasses.fields(target)} | set(content)
-        overrides = {k: v for k, v in overrides.items() if k in known}  # callers pass arguments for other loaders along
-        return cls.from_dict({**content, **overrides}, f"'{path}'")
+        with reading(pretrained_model_name_or_path, subfolder):
+            path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+            if path is None:
+                where = os.path.join(pretrained_model_name_or_path, subfolder or "")  # noqa: PTH118 - or a Hub id
+                raise AdapterFileError(f"Can't find '{CONFIG_NAME}' at '{where}'.{advice(where)}")
+            content = cls.from_json_file(path)
+        return cls.from_dict(content, f"'{path}'", overrides)
 
     @classmethod
     def _get_peft_type(cls, model_id: str, **kwargs: Any) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from trimtab.core.method import Method, require_rank
+from trimtab.core.combining import Recipe, split, split_product
+from trimtab.core.method import Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
 
@@ -28,24 +30,35 @@ def no_input(site: Site) -> None:
     warnings.warn(f"{message}: it is trained without.", PeftWarning, stacklevel=2)
 
 
+def names_at(site: Site) -> tuple[str, str]:
+    """What the pair is called at a site."""
+    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+
+
 class LowRank(Method):
     """dW = s·B·A with A (r, in), B (out, r), under LoRA's names (an embedding's pair has names of its own)."""
 
     views = ("r", "lora_alpha", "scaling", "dropout")
 
-    def pair(self, site: Site, r: int, alpha: float, scaling: float, dropout: float) -> dict[str, Tensor]:
-        """Note rank and scale, and make the empty pair in the shapes the kind of layer keeps them."""
+    @staticmethod
+    def pair(site: Site, r: int) -> Leaves:
+        """The pair, in the shapes the kind of layer keeps it."""
+        require_rank(r)
+        A, B = names_at(site)
+        suffix = "" if site.kind == "embedding" else ".weight"
+        return {
+            A + suffix: Leaf(site.down(r)),  # (r, in)
+            B + suffix: Leaf(site.up(r)),  # (out, r)
+        }
+
+    def scale(self, r: int, alpha: float, scaling: float, dropout: float) -> None:
+        """Note rank and scale."""
         require_rank(r)
         self.r, self.lora_alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
         self.unit = scaling  # what `set_scale` multiplies
-        if dropout and not site.fused and not self.options.inference_mode:
-            no_input(site)
-        self.names = ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
-        suffix = "" if site.kind == "embedding" else ".weight"
-        return {
-            self.names[0] + suffix: self.empty(*site.down(r)),  # (r, in)
-            self.names[1] + suffix: self.empty(*site.up(r)),  # (out, r)
-        }
+        if dropout and not self.site.fused and not self.options.inference_mode:
+            no_input(self.site)
+        self.names = names_at(self.site)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -70,11 +83,31 @@ class LowRank(Method):
         A, B = self.matrices
         return self.scaling * (wide(B) @ wide(A))
 
-    def drop(self, x: Tensor) -> Tensor:
-        """The input after dropout: indices have none."""
-        if self.dropout and self.training and x.is_floating_point():
-            return F.dropout(x, self.dropout)
-        return x
+    @staticmethod
+    def combined(methods: Sequence[Any], weights: Sequence[float], recipe: Recipe, rank: int) -> dict[str, Tensor]:
+        """The tensors, by alias, of one pair of `rank` and scale 1 for several at a layer; biases as deltas do."""
+        As, Bs = zip(*[[wide(M.detach()).flatten(1) for M in m.factors] for m in methods], strict=True)
+        scaled = [w * m.scaling for w, m in zip(weights, methods, strict=True)]
+        site, (name_A, name_B) = methods[0].site, methods[0].names
+        if recipe.form == "factors":
+            roots = [abs(s) ** 0.5 for s in scaled]
+            A = recipe.merge(As, [-d if s < 0 else d for d, s in zip(roots, scaled, strict=True)])
+            B = recipe.merge(Bs, roots)
+        else:
+            A, B = torch.cat([s * A for s, A in zip(scaled, As, strict=True)]), torch.cat(Bs, 1)
+        if recipe.form == "delta":
+            # The clamp depends on the singular vectors' signs: only a dense SVD picks them as PEFT does.
+            if recipe.type == "svd" and recipe.clamp is None and len(A) < min(site.fan_out, site.fan_in):
+                A, B = split_product(A, B, rank, recipe.driver)
+            else:
+                D = recipe.merge([wide(m.delta().detach()) for m in methods], weights)
+                A, B = split(D, rank, recipe.clamp, recipe.driver)
+            A, B = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - B.shape[1]))
+        tensors = {name_A: A.reshape(site.down(rank)), name_B: B.reshape(site.up(rank))}
+        if biased := [(m, w) for m, w in zip(methods, weights, strict=True) if m.biased]:
+            tasks = [m.scaling * wide(m.lora_B_bias.detach()) for m, _ in biased]
+            tensors["lora_B_bias"] = recipe.merge(tasks, [w for _, w in biased])
+        return tensors
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The update of an output up to its last product: (h, B) with s·B·A·x = B·h.
@@ -110,6 +143,7 @@ class _Recomputed(torch.autograd.Function):
         return F.linear(x, form(*tensors).to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]

@@ -1,14 +1,19 @@
-"""Where a file is (a folder or the Hub) and how one is written: whole or not at all."""
+"""Where a file of an adapter is: in a folder or on the Hub."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.saving import present, reading, write_whole
 from trimtab.errors import AdapterFileError
+
+__all__ = ["CONFIG_NAME", "advice", "locate", "reading", "split_hub_arguments", "write_whole"]
+
+CONFIG_NAME = "adapter_config.json"
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "repo_type", "token")
 
@@ -29,8 +34,9 @@ def locate(folder_or_id: str | os.PathLike[str], name: str, **hub: Any) -> Path 
     subfolder = hub.pop("subfolder", None) or ""
     folder = Path(folder_or_id)
     if folder.is_dir():
-        path = folder / subfolder / name
-        return path if path.is_file() else None
+        return present(folder / subfolder, name)
+    if folder.is_file():
+        raise AdapterFileError(f"Can't find '{name}' at '{folder_or_id}': that is a file. Name the folder it lies in.")
     if folder.is_absolute() or str(folder_or_id).count("/") > 1 or str(folder_or_id).startswith("."):
         raise AdapterFileError(f"Can't find '{name}' at '{folder_or_id}': there is no such folder.")
     from huggingface_hub import hf_hub_download
@@ -49,32 +55,23 @@ def locate(folder_or_id: str | os.PathLike[str], name: str, **hub: Any) -> Path 
         raise AdapterFileError(f"Can't find '{name}' at '{folder_or_id}': {error}") from error
 
 
-def write_whole(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write several files: each writer gets a temporary path; only when all have succeeded do they take their names.
-
-    A failure or a kill at any point leaves the old files whole.
-    """
-    staged: list[tuple[str, Path]] = []
-    try:
-        for path, writer in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-            os.close(handle)
-            staged.append((temporary, path))
-            writer(Path(temporary))
-            with Path(temporary).open("rb+") as file:
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())
-        while staged:
-            temporary, path = staged[0]
-            Path(temporary).replace(path)
-            staged.pop(0)
-    finally:
-        for temporary, _ in staged:
-            Path(temporary).unlink(missing_ok=True)
+def advice(folder_or_id: str | os.PathLike[str]) -> str:
+    """A sentence on what a folder holds that holds no adapter, or ''."""
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        return ""
+    found = sorted({p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CONFIG_NAME}")}, key=_natural)
+    if names := [str(p.relative_to(folder)) for p in found if not p.name.startswith(".")]:
+        shown = ", ".join(map(repr, names[-5:]))
+        return f" There are adapters below it, in {shown}: name one of these folders."
+    if (folder / "config.json").is_file():
+        return (
+            " It holds a whole model, not an adapter: load it with from_pretrained of its class in transformers "
+            "(AutoModelForCausalLM ...)."
+        )
+    return f" It holds {sorted(p.name for p in folder.iterdir())[:8] or 'nothing'}."
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _natural(path: Path) -> list[Any]:
+    """A key that sorts checkpoint-9 before checkpoint-10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trimtab.core import dropout
 from trimtab.core.config import PeftConfig
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -30,46 +34,124 @@ def leaf_alias(leaf: str) -> str:
     return (container.rpartition(".")[2] + rest.removesuffix(".weight")).replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that an adapter has at a site, declared: it can be checked, counted and laid out before it is made.
+
+    Attributes:
+        shape: its shape; a comment beside it names the axes.
+        train: it is trained.
+        file: it goes into the adapter's file; what does not is made anew on load.
+        state: it is part of the state of training: kept in checkpoints, not in what is shared.
+        buffer: what is not trained is a buffer, not a frozen parameter.
+        dtype: its number format; None: the one that adapters of the layer have. Whole numbers are buffers.
+    """
+
+    shape: tuple[int, ...]
+    train: bool = True
+    file: bool = True
+    state: bool = False
+    buffer: bool = False
+    dtype: torch.dtype | None = None
+
+
+Leaves = dict[str, Leaf]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one forward hands to the formulas of one adapter, cut to its rows once a forward.
+
+    Attributes:
+        extras: arguments of the forward that formulas read, by name (task ids, offsets); tensors have the rows cut.
+        seed: what random numbers are drawn from; None: from torch's own generator, once a layer.
+        keys: the rows' names for the generator, one a row; None: 0, 1, 2 ...
+        lengths: the tokens of each row, where an input (1, tokens, d) holds several rows; None: a row is an entry of
+            the first axis.
+    """
+
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    keys: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def drop(self, method: Method, x: Tensor, p: float) -> Tensor:
+        """`x` after dropout with probability `p`, in training; indices have none.
+
+        A row's mask depends on the seed, the adapter, the site and the row, never on the rows beside it.
+        """
+        if not p or not method.training or not x.is_floating_point():
+            return x
+        if torch.compiler.is_compiling():  # a generator would break the graph
+            return torch.nn.functional.dropout(x, p)
+        return x * self.mask(method, x, p).to(x.dtype) / (1 - p) if p < 1 else x * 0
+
+    def mask(self, method: Method, x: Tensor, p: float, salt: str = "") -> Tensor:
+        """Which entries of `x` dropout keeps, as bools of its shape."""
+        return dropout.keep_mask(self.key(method, salt), x, p, self.keys, self.lengths)
+
+    def key(self, method: Method, salt: str = "") -> int:
+        """A number for a generator: a function of the seed, the adapter, the site and `salt`."""
+        seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
+        return dropout.mixed(seed, zlib.crc32(f"{method.adapter}/{method.site.name}/{salt}".encode()))
+
+    def generator(self, method: Method, salt: str = "", device: Any = "cpu") -> torch.Generator:
+        """A generator of random numbers that belong to no row."""
+        return torch.Generator(device).manual_seed(self.key(method, salt))
+
+
 class Method:
     """The formula of one adapter at one site.
 
-    `weight` and `bias` define the method: how it changes the layer's parameters. A `fused` method says the same thing
-    as an edit of the layer's input (`before`) and output (`after`), which costs no full-size weight. Its tensors live
-    in the layer; the formula reads them through it at each use, by name (`self.lora_A`), since engines swap parameters.
+    `weight` and `bias` define the method: how it changes the layer's parameters. At the kinds of sites in `fused` it
+    says the same thing as an edit of the layer's input (`before`) and output (`after`), which costs no full-size
+    weight. Its tensors live in the layer; the formula reads them at each use, by name (`self.lora_A`), since engines
+    swap parameters.
 
     Subclasses override hooks at most once and never call super().
     """
 
     config: ClassVar[type[PeftConfig]] = PeftConfig
+    prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    fused: bool = False
-    mergeable: bool = True
+    fused: ClassVar[frozenset[str]] = frozenset()
+    mergeable: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
-    frozen: ClassVar[frozenset[str]] = frozenset()  # leaves that are kept but never trained
-    defaults: ClassVar[
-        Mapping[str, Mapping[str, Any]]
-    ] = {}  # other fields that follow from the model_type, the same way
+    # other fields that follow from the model_type, the same way
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
-    tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
 
-    def __init__(
-        self, layer: Any, site: Site, adapter: str, config: Any, commons: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, layer: Any, site: Site, adapter: str, config: Any) -> None:
         self.layer, self.site, self.adapter = layer, site, adapter
         self.home = layer  # the layer that keeps the tensors: another one's where two tied layers share them
         self.options = config  # the config as it holds for this site
-        self.commons = {} if commons is None else commons  # name -> {adapter: shared tensor}
-        self._leaves: dict[str, str] = {}  # alias -> template
+        self.places: dict[str, tuple[dict[str, Any], str]] = {}  # alias -> (where the tensor is registered, its name)
+        self.declared: Leaves = {}  # the tensors it has
+        self.templates: dict[str, str] = {}  # leaf -> where it lives below `home`
+        self.trained: tuple[str, ...] = ()  # the leaves that are trained
+        self.commons: Mapping[str, Any] = {}  # name -> {adapter: shared tensor}
+        self.setup(config)
 
     # ------------------------------------------------------------------ to override
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        """The adapter's tensors by leaf name, empty, each with its shape in a comment; `self.empty` makes them.
+    @classmethod
+    def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
+        """Tensors an adapter keeps once for all its sites; a formula reads them by `self.shared`."""
+        return {}
 
-        Floating-point tensors become trainable parameters, except the leaves in `frozen`; others become buffers.
-        """
+    @classmethod
+    def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
+        """Give the shared tensors their starting values."""
+
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        """The adapter's tensors at a site by leaf name, each shape with a comment that names its axes."""
         raise NotImplementedError
+
+    def setup(self, config: Any) -> None:
+        """Note what the formula needs beside its tensors (rank, scale)."""
 
     def reset(self, config: Any) -> Tensor | None:
         """Give the tensors their starting values. An initialisation that changes the base returns the new W."""
@@ -83,13 +165,20 @@ class Method:
         """b (out,) -> the adapted b."""
         return b
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor, call: Call) -> Tensor:
         """The layer's input -> what the layer is given instead."""
         return x
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        """The layer's output y and this method's own input x -> the adapted output; `call` holds per-row extras."""
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        """The layer's output y and this method's own input x -> the adapted output."""
         return y
+
+    # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
+    through: ClassVar[Callable[..., Tensor | None] | None] = None
+    # All adapters of a mixed batch at once, (methods, y, x, cut, calls) -> y, or None: then they are taken in turn.
+    rows: ClassVar[Callable[..., Tensor | None] | None] = None
+    # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.
+    combine: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
 
     def pack(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor `name` -> what of it goes into the file."""
@@ -104,42 +193,46 @@ class Method:
         """Raise where a model whose other adapters of this method have the configs `others` cannot take one more."""
 
     @classmethod
-    def share(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
-        """Tensors an adapter keeps once for all its sites, with their values; a formula reads them by `self.shared`."""
-        return {}
-
-    @classmethod
-    def stored(cls, config: Any, name: str) -> bool:
-        """Whether a tensor goes into the adapter's file; one that does not is made anew on load."""
-        return True
-
-    @classmethod
-    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
-        """A term of the loss in training, from all the methods of one adapter."""
+    def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
+        """A term of one adapter's loss in training, from all its methods."""
         return None
 
     @classmethod
-    def step(cls, methods: list[Any], config: Any, t: int) -> None:
-        """What an adapter does after optimiser step `t` (rank schedules); it may change `config`."""
+    def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        """What an adapter does before optimiser step `t` (1, 2 ...), its gradients there."""
+
+    @classmethod
+    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        """What an adapter does after optimiser step `t`, its gradients still there; it may change `config`."""
 
     @classmethod
     def mutates(cls, config: Any) -> bool:
         """Whether this config's initialisation changes the base's weights (PiSSA ...)."""
         return False
 
+    # ------------------------------------------------------------------ where its tensors are
+    def register(self, leaf: str, place: tuple[dict[str, Any], str]) -> None:
+        """Note where a leaf's tensor is registered."""
+        self.places[leaf_alias(leaf)] = place
+
+    def place_of(self, leaf: str) -> tuple[dict[str, Any], str]:
+        """Where a leaf's tensor is registered: (parameters or buffers of a module, its key there)."""
+        return self.places[leaf_alias(leaf)]
+
+    def tensor(self, leaf: str) -> Any:
+        """A leaf's tensor as it is registered now."""
+        holder, key = self.places[leaf_alias(leaf)]
+        return holder[key]
+
+    def twin(self, adapter: str, options: Any) -> Any:
+        """The same formula at the same site for another adapter of the same config, still without tensors."""
+        method = copy.copy(self)
+        method.adapter, method.options, method.places = adapter, options, {}
+        return method
+
     # ------------------------------------------------------------------ for formulas
-    def leaf(self, name: str) -> str:
-        """Note a leaf and return its template."""
-        template = leaf_template(name)
-        self._leaves[leaf_alias(name)] = template
-        return template
-
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised tensor on the device and in the number format that adapters of this layer have."""
-        return torch.empty(*shape, **self.layer.factory)
-
     def shared(self, name: str) -> Tensor:
-        """A tensor that `share` made for this adapter."""
+        """A tensor that the adapter keeps once."""
         tensor: Tensor = self.commons[name][self.adapter]
         return tensor
 
@@ -151,23 +244,31 @@ class Method:
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for names that are no attribute: the adapter's tensors.
-        leaves = self.__dict__.get("_leaves", {})
-        if name not in leaves:
-            raise AttributeError(f"{type(self).__name__} has neither an attribute nor a tensor named '{name}'")
-        return self.home.tensor(leaves[name], self.adapter)
+        try:
+            holder, key = self.__dict__["places"][name]
+        except KeyError:
+            raise AttributeError(
+                f"{type(self).__name__} has neither an attribute nor a tensor named '{name}'"
+            ) from None
+        return holder[key]
 
 
-class PromptMethod(torch.nn.Module):
-    """A prompt in front of the model: the site is the model itself.
+def overrides(cls: type, hook: str) -> bool:
+    """Whether a method says something of its own by a hook."""
+    return getattr(cls, hook) is not getattr(Method, hook)
 
-    A plain prompt (n, dim) goes before the input's embeddings; a `cached` one (n, layers · 2 · dim) stands in every
-    layer's cache of keys and values. The tensors are the module's own parameters.
+
+class ModelMethod(nn.Module):
+    """The formula of one adapter whose site is the model itself: a prompt before it, a mixture around it.
+
+    The tensors are the module's own parameters.
     """
 
     config: ClassVar[type[PeftConfig]] = PeftConfig
+    prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"model"})
-    cached: ClassVar[bool] = False
-    fused, mergeable = False, False
+    fused: ClassVar[frozenset[str]] = frozenset()
+    mergeable: ClassVar[bool] = False
 
     def build(self, config: Any) -> None:
         """Make the parameters, empty, each with its shape in a comment; `config` is complete."""
@@ -177,6 +278,46 @@ class PromptMethod(torch.nn.Module):
         """Give them their starting values; `base` is the model (its embeddings may be looked at)."""
         raise NotImplementedError
 
+    def before(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
+        """A forward's arguments -> what the model is given instead."""
+        return inputs
+
+    def around(self, forward: Callable[..., Any], inputs: dict[str, Any], call: Call) -> Any:
+        """The forward itself, once or several times."""
+        return forward(**inputs)
+
+    @classmethod
+    def admit(cls, config: Any, others: list[Any]) -> None:
+        """Methods of the model stand beside one another."""
+
+    @classmethod
+    def mutates(cls, config: Any) -> bool:
+        """They leave the base alone."""
+        return False
+
+    @classmethod
+    def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
+        """A term of the loss in training."""
+        return None
+
+    @classmethod
+    def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        """What an adapter does before optimiser step `t`."""
+
+    @classmethod
+    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        """What an adapter does after optimiser step `t`."""
+
+
+class PromptMethod(ModelMethod):
+    """A prompt in front of the model.
+
+    A plain prompt (n, dim) goes before the input's embeddings; a `cached` one (n, layers · 2 · dim) stands in every
+    layer's cache of keys and values.
+    """
+
+    cached: ClassVar[bool] = False
+
     def prompt(self) -> Tensor:
         """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`."""
         raise NotImplementedError
@@ -185,26 +326,23 @@ class PromptMethod(torch.nn.Module):
         """Take a saved prompt as the parameters."""
         raise NotImplementedError
 
-    @classmethod
-    def admit(cls, config: Any, others: list[Any]) -> None:
-        """Prompts stand beside one another."""
-
-    @classmethod
-    def mutates(cls, config: Any) -> bool:
-        """Prompts leave the base alone."""
-        return False
-
-    @classmethod
-    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
-        """A term of the loss in training."""
-        return None
-
-    @classmethod
-    def step(cls, methods: list[Any], config: Any, t: int) -> None:
-        """What an adapter does after optimiser step `t`."""
-
 
 def require_rank(r: Any, name: str = "r") -> None:
     """Raise `ConfigError` unless `r` is a positive whole number."""
     if not isinstance(r, int) or r <= 0:
         raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {r}")
+
+
+__all__ = [
+    "INPUT_EMBEDDING",
+    "Call",
+    "Leaf",
+    "Leaves",
+    "Method",
+    "ModelMethod",
+    "PromptMethod",
+    "leaf_alias",
+    "leaf_template",
+    "overrides",
+    "require_rank",
+]

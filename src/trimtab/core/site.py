@@ -5,7 +5,6 @@ A kind of layer is one class: how its weight lies in memory, and how the layer m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from trimtab.core import kernels
 from trimtab.formats import offload, weights
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer's call
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a layer's call
 
 
 class Site:
@@ -34,6 +33,7 @@ class Site:
     weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named
     bias_param: ClassVar[str] = "bias"  # the parameter that is added to its products ("": none)
     fused: ClassVar[bool] = True  # its input and output may be edited instead of its weight
+    whole: ClassVar[bool] = False  # its rows lie in all of its arguments: it says how to cut a call, and join outputs
     reads: ClassVar[frozenset[str]] = frozenset()  # parameters that the model reads off the layer without calling it
     parts: ClassVar[tuple[str, ...]] = ()  # layers inside that are adapted whenever this one is
     batch: tuple[int, ...] = ()
@@ -63,10 +63,8 @@ class Site:
 
     def stored(self, param: str) -> Tensor | None:
         """The layer's own parameter, as it was before any merge."""
-        held, layer = self.owner.held, self.layer
-        if param in held:
-            return offload.value(layer, param, held[param], original=True)
-        return offload.value(layer, param, getattr(layer, param, None))
+        layer, originals = self.layer, self.owner.originals
+        return offload.value(layer, param, originals.now(param), original=param in originals.held)
 
     def shape(self) -> tuple[int, int]:
         """(out, in) of the matrix."""
@@ -166,25 +164,17 @@ class Site:
         """An M of the shape `up(r)` as the matrix (..., out, r) it is; a view where one can be."""
         return B
 
-    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, torch.device]:
-        """How many rows a call of the layer has, and where they are.
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """The layer's own weight (as it lies) and bias, where nothing stands between them and its product.
 
-        Raises:
-            RouteError: it cannot be known which rows of its arguments belong together.
+        That is the ticket of a fused step (`Method.through`): None where the layer is hooked, kept elsewhere,
+        quantised, of a class with a forward of its own, or under autocast.
         """
-        x = args[0] if args else next(iter(kwargs.values()))
-        return len(x), x.device
+        return None
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
-        """The call with these of its rows only."""
-        if args:
-            return (args[0][rows], *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: kwargs[first][rows]}
-
-    def join(self, parts: Sequence[Any], order: Tensor) -> Any:
-        """The outputs of groups of rows as one, its rows put in `order`."""
-        return torch.cat(list(parts))[order]
+    def lead(self, x: Tensor) -> tuple[int, ...]:
+        """The leading axes of an input: those of rows and tokens, without the features."""
+        return tuple(x.shape[:-1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,6 +196,19 @@ class LinearSite(Site):
     def fits(cls, layer: nn.Module) -> bool:
         """Any nn.Linear, and the packed linear layers of quantisation libraries."""
         return isinstance(layer, nn.Linear) or weights.packed_linear(layer)
+
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """W and b of an nn.Linear itself."""
+        layer = self.owner._modules["base_layer"]
+        if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return None
+        parameters = layer._parameters
+        W = parameters["weight"]
+        if type(W) is not nn.Parameter or torch.is_autocast_enabled(W.device.type):
+            return None
+        return W, parameters["bias"]
 
     def widens(self, x: Tensor) -> bool:
         """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""
@@ -230,6 +233,9 @@ class Conv1DSite(LinearSite):
 
     flipped = True
 
+    def plain(self) -> None:
+        """It multiplies by a weight that lies the other way round."""
+
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         """transformers' Conv1D, known by its name: this floor does not know transformers."""
@@ -246,6 +252,10 @@ class EmbeddingSite(Site):
     def fits(cls, layer: nn.Module) -> bool:
         """Any nn.Embedding."""
         return isinstance(layer, nn.Embedding)
+
+    def lead(self, x: Tensor) -> tuple[int, ...]:
+        """All axes of the indices."""
+        return tuple(x.shape)
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """Look up columns `x` of M (k, vocabulary), scaled as the layer scales its own (Gemma's embed_scale)."""

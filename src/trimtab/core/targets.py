@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
 
+COMPILED = "_orig_mod."  # what compiling a module puts into the paths below it: names need not have it
 CONDENSE_FROM = 20  # with as many names or more, the file lists the shortest endings that say the same
 
 
@@ -40,13 +41,13 @@ def matches(wanted: Any, name: str) -> str | None:
     if wanted is None:
         return None
     if isinstance(wanted, str):
-        return wanted if re.fullmatch(wanted, name) else None
+        return wanted if re.fullmatch(wanted, name) or re.fullmatch(wanted, name.replace(COMPILED, "")) else None
     segments = name.split(".")
     for start in range(len(segments)):
         ending = ".".join(segments[start:])
         if ending in wanted:
             return ending
-    return None
+    return matches(wanted, name.replace(COMPILED, "")) if COMPILED in name else None
 
 
 def inside(names: Collection[str] | None, name: str) -> bool:
@@ -140,7 +141,8 @@ def _report(
     strict: bool,
 ) -> None:
     """Speak up about entries that did nothing."""
-    if wanted and not found:
+    others = getattr(config, "target_parameters", None)  # something else that the config adapts
+    if wanted and not found and not others:
         if excluded:
             raise NoMatchingPeftModuleError(
                 "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
@@ -155,11 +157,12 @@ def _report(
                 f" Note: You specified 'layers_to_transform': {config.layers_to_transform}. You should also specify "
                 "'layers_pattern' if the index is not the first number of the module names."
             )
-        raise NoMatchingPeftModuleError(message + nearest(wanted, kinds))
-    missed = set() if isinstance(wanted, str) else set(wanted or ()) - used
+        raise NoMatchingPeftModuleError(message + (meant(wanted, kinds) or nearest(wanted, kinds)))
+    missed = {wanted} - used if isinstance(wanted, str) else set(wanted or ()) - used
     if missed:
+        how = meant(wanted if isinstance(wanted, str) else missed, kinds) or nearest(missed, kinds)
         message = (
-            f"`target_modules` {sorted(missed)} fit no module of the model; the others do.{nearest(missed, kinds)}"
+            f"`target_modules` {sorted(missed)} fit no module of the model{'; the others do' if found else ''}.{how}"
         )
         if strict:
             raise NoMatchingPeftModuleError(message)
@@ -167,10 +170,45 @@ def _report(
     if config.exclude_modules and not used_exclusions:
         warnings.warn(
             f"You have passed exclude_modules={_show(config.exclude_modules)} but no modules were excluded. "
-            "Please check that exclude_modules was set correctly.",
+            "Please check that exclude_modules was set correctly."
+            + meant(config.exclude_modules, kinds, "exclude_modules"),
             PeftWarning,
             stacklevel=5,
         )
+
+
+def meant(wanted: Any, names: Iterable[str], field: str = "target_modules") -> str:
+    """A sentence on what entries that fit nothing were probably meant to be: spellings that fit; or ''."""
+    paths = list(names)
+    fit = lambda entries: bool(entries) and all(any(matches({e}, path) for path in paths) for e in entries)
+    texts = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    said = []
+    for text in texts:
+        parts = [part for part in re.split(r"[,;|\s]+", text.strip("()[]'\" ")) if part]
+        stem = text.removesuffix(".weight").removesuffix(".bias")
+        if re.sub(r"[^a-z]", "", text.lower()) in ("alllinear", "linear", "alllinears", "all"):
+            said.append(f'For every linear layer but the head write {field}="all-linear", which stands alone.')
+        elif isinstance(wanted, str):
+            example = next((path for path in paths if fit(parts) and matches(set(parts), path)), max(paths, key=len))
+            said.append(
+                f"A string is a regular expression over a module's whole path, such as '{example}'; for names write a "
+                f"list, {field}={parts if fit(parts) else '[...]'}.{'' if fit(parts) else nearest(wanted, names)}"
+            )
+        elif len(parts) > 1 and fit(parts):
+            said.append(f"'{text}' is one name here: write {parts}.")
+        elif stem != text and fit([stem]):
+            said.append(f"'{text}' is a parameter: name its module, '{stem}'.")
+        elif _expression(text, paths):
+            said.append(f"In a list '{text}' is a name, not a regular expression: that is given as a string alone.")
+    return "".join(f" {sentence}" for sentence in dict.fromkeys(said))
+
+
+def _expression(text: str, paths: list[str]) -> bool:
+    """Whether a text fits whole paths as a regular expression."""
+    try:
+        return any(re.fullmatch(text, path) for path in paths)
+    except re.error:
+        return False
 
 
 def condense(targets: Iterable[str], others: Iterable[str]) -> set[str]:

@@ -26,24 +26,28 @@ model = {auto}.from_pretrained("path/to/this/folder")
 """
 
 
-def writers(folder: Path, config: Any) -> dict[Path, Callable[[Path], None]]:
-    """Path -> function that writes the card: a new one, or the one that is there with its data brought up to date."""
+def writers(folder: Path, config: Any, described: bool = True) -> dict[Path, Callable[[Path], None]]:
+    """Path -> function that writes the card: a new one, or the one that is there with its data brought up to date.
+
+    Args:
+        described: whether the base model has a config of its own: the card of one without names no base, as PEFT's.
+    """
     path = folder / NAME
 
     def write(target: Path) -> None:
-        target.write_text(render(path, config), encoding="utf-8")
+        target.write_text(render(path, config, described), encoding="utf-8")
 
     return {path: write}
 
 
-def render(path: Path, config: Any) -> str:
+def render(path: Path, config: Any, described: bool = True) -> str:
     """The card's text; the body of one that exists is kept."""
     import yaml
 
     data: dict[str, Any] = {}
     method = str(getattr(getattr(config, "peft_type", None), "value", "?"))
     task = str(getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None)))
-    base = getattr(config, "base_model_name_or_path", None)
+    base = getattr(config, "base_model_name_or_path", None) if described else None
     auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModel"
     body = BODY.format(
         title="Adapter", method=method, base=f" for {base}" if base else "", auto=auto, version=FORMAT_VERSION
@@ -56,7 +60,7 @@ def render(path: Path, config: Any) -> str:
         else:
             body = text
     data["library_name"] = "peft"
-    tags = set(data.get("tags") or ()) | {method.lower(), "transformers"}
+    tags = set(data.get("tags") or ()) | {method.lower(), *(["transformers"] if described else ())}
     if base:
         data["base_model"] = base
         tags.add(f"base_model:adapter:{base}")

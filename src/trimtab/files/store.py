@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.config import CONFIG_NAME, PeftConfig
-from trimtab.core.io import locate, split_hub_arguments, write_whole
+from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
 from trimtab.errors import AdapterFileError, AdapterNameError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,12 +64,9 @@ def writers(
 
 
 def save(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write an adapter's files, all of them or none; the other weights format of an earlier save goes away."""
-    write_whole(files)
-    for path in files:
-        other = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}.get(path.name)
-        if other is not None:
-            (path.parent / other).unlink(missing_ok=True)
+    """Write adapters' files, all of them or none; the other weights format of an earlier save goes away."""
+    others = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}
+    write_whole(files, CONFIG_NAME, [path.with_name(others[path.name]) for path in files if path.name in others])
 
 
 def load_peft_weights(
@@ -84,15 +80,31 @@ def load_peft_weights(
     hub, rest = split_hub_arguments(kwargs)
     key_mapping = rest.pop("key_mapping", None)
     place = str(device) if device is not None else "cpu"
-    path = locate(model_id, WEIGHTS, **hub)
-    if path is not None:
-        tensors = _read_safetensors(path, place)
-    else:
-        path = locate(model_id, PICKLED, **hub)
-        if path is None:
-            raise AdapterFileError(f"Can't find weights for {model_id}: it holds neither {WEIGHTS} nor {PICKLED}.")
-        tensors = _read_pickle(path, place)
+    with reading(model_id, hub.get("subfolder")):
+        if (path := locate(model_id, WEIGHTS, **hub)) is not None:
+            tensors = _read_safetensors(path, place)
+        elif (path := locate(model_id, PICKLED, **hub)) is not None:
+            tensors = _read_pickle(path, place)
+        else:
+            raise AdapterFileError(
+                f"Can't find weights for {model_id}: it holds neither {WEIGHTS} nor {PICKLED}.{advice(model_id)}"
+            )
     return rename(tensors, key_mapping)
+
+
+def load_shapes(model_id: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by their keys on disk; of safetensors only the head is read."""
+    with reading(model_id, hub.get("subfolder")):
+        path = locate(model_id, WEIGHTS, **hub)
+        if path is None:
+            return {key: tuple(tensor.shape) for key, tensor in load_peft_weights(model_id, **hub).items()}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterFileError(_unreadable(path, error)) from error
 
 
 def rename(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
@@ -119,13 +131,17 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
     try:
         return load_file(path, device=device)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"'{path}' cannot be read; it is truncated or no safetensors file: {error}") from error
+        raise AdapterFileError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"'{path}' cannot be read; it is truncated or no safetensors file: {error}"
 
 
 def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of bytes that are no pickle anything can come
         raise AdapterFileError(f"'{path}' cannot be read as a file of tensors and nothing else: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise AdapterFileError(f"'{path}' holds something else than a dict of tensors.")
@@ -134,6 +150,7 @@ def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
 
 def saved_adapters(root: str | os.PathLike[str]) -> list[str]:
     """The names of the adapters saved below a folder."""
-    base = Path(root)
-    names = ["default"] if (base / CONFIG_NAME).is_file() else []
-    return names + sorted(p.parent.name for p in base.glob(f"*/{CONFIG_NAME}"))
+    with reading(root):
+        below = sorted(p.name for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
+        places = {"default": Path(root)} | {name: Path(root) / name for name in below}
+        return [name for name, place in places.items() if locate(place, CONFIG_NAME) is not None]

@@ -1,30 +1,148 @@
-"""What a model knows of one adapter."""
+"""What a model knows of one adapter: its config, what it has where, and its numbers while it is not in use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.core.method import Method, PromptMethod
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.method import Leaf, Method, ModelMethod
 from trimtab.core.targets import Target
 from trimtab.layer.adapted import AdaptedLayer
-from trimtab.layer.copies import SavedBiases, SavedModule
+from trimtab.layer.biases import TrainedBiases
+from trimtab.layer.copies import SavedModule
+from trimtab.layer.leaves import Leaves
+
+Kind = tuple[torch.dtype, torch.device]
+Numbers = dict[Kind, Tensor | list[Tensor]]  # in one piece; a list where some were moved elsewhere than others
 
 
-@dataclass
+@dataclass(eq=False)
+class Place:
+    """One method of an adapter at one layer.
+
+    Attributes:
+        method: the formula at its site, without an adapter's tensors: adapters get twins of it.
+        leaves: the tensors it has there; none where another layer keeps them.
+        home: the place that keeps them.
+        follows: its config is the adapter's own object, not one resolved for the site.
+    """
+
+    layer: AdaptedLayer
+    method: Method
+    leaves: dict[str, Leaf]
+    kind: Kind
+    home: int
+    follows: bool
+
+
+@dataclass(eq=False)
+class Layout:
+    """Where adapters of one config have which tensors: shared by all of them.
+
+    Attributes:
+        config: complete, as it is saved.
+        shared: the tensors that an adapter keeps once, and their format.
+    """
+
+    config: Any
+    targets: list[Target]
+    places: list[Place] = field(default_factory=list)
+    shared: dict[str, Leaf] = field(default_factory=dict)
+    shared_kind: Kind = (torch.float32, torch.device("cpu"))
+
+    @property
+    def layers(self) -> list[AdaptedLayer]:
+        """The layers it is at, each once."""
+        return list(dict.fromkeys(place.layer for place in self.places))
+
+    def spans(self) -> Iterator[tuple[int, str, Leaf, Kind]]:
+        """Every tensor: (its place, or -1 for what an adapter keeps once; leaf; declaration; format)."""
+        for i, place in enumerate(self.places):
+            for name, leaf in place.leaves.items():
+                yield i, name, leaf, (leaf.dtype or place.kind[0], place.kind[1])
+        for name, leaf in self.shared.items():
+            yield -1, name, leaf, (leaf.dtype or self.shared_kind[0], self.shared_kind[1])
+
+    def buffers(self, device: torch.device | None = None) -> list[Tensor]:
+        """New tensors for all spans. Each has memory of its own: what shares some is saved once by other libraries."""
+        return [torch.empty(leaf.shape, dtype=k[0], device=device or k[1]) for _, _, leaf, k in self.spans()]
+
+    def cut(self, numbers: Numbers) -> list[Tensor]:
+        """The tensors of all spans out of an adapter's numbers, each in memory of its own."""
+        at: dict[Kind, int] = dict.fromkeys(numbers, 0)
+        tensors = []
+        for _, _, leaf, kind in self.spans():
+            flat, size = numbers[kind], _numel(leaf.shape)
+            if isinstance(flat, list):
+                tensors.append(flat[at[kind]])
+                at[kind] += 1
+                continue
+            tensors.append(flat[at[kind] : at[kind] + size].view(leaf.shape).clone())
+            at[kind] += size
+        return tensors
+
+    def packed(self, tensors: Sequence[Tensor]) -> Numbers:
+        """The tensors of all spans in one piece for each format."""
+        groups: dict[Kind, list[Tensor]] = {}
+        for (_, _, _, kind), tensor in zip(self.spans(), tensors, strict=True):
+            groups.setdefault(kind, []).append(tensor.detach())
+        return {kind: _piece(group) for kind, group in groups.items()}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _piece(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
+        return tensors
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+@dataclass(eq=False)
 class Adapter:
-    """What the model knows of one adapter."""
+    """What the model knows of one adapter.
+
+    Attributes:
+        flat: its numbers, while it is parked.
+        settings: what was set on its methods by hand, while it is parked: (place, attribute) -> value.
+        t: optimiser steps that its method was told of.
+    """
 
     name: str
     config: Any
     method: type[Method]
-    targets: list[Target] = field(default_factory=list)
-    layers: list[AdaptedLayer] = field(default_factory=list)
-    prompt: PromptMethod | None = None
+    layout: Layout
+    prompt: ModelMethod | None = None
     saved: list[SavedModule] = field(default_factory=list)
-    biases: SavedBiases | None = None
+    biases: TrainedBiases | None = None
     trainable: bool = False
-    parked: bool = False
+    flat: Numbers | None = None
+    settings: dict[tuple[int, str], Any] = field(default_factory=dict)
+    t: int = 0
+
+    @property
+    def parked(self) -> bool:
+        """Whether its tensors are out of the module tree."""
+        return self.flat is not None
+
+    @property
+    def layers(self) -> list[AdaptedLayer]:
+        """The layers it adapts."""
+        return self.layout.layers
+
+    @property
+    def targets(self) -> list[Target]:
+        """What its config selected."""
+        return self.layout.targets
 
     @property
     def parts(self) -> list[AdaptedLayer | SavedModule]:
@@ -33,5 +151,50 @@ class Adapter:
 
     @property
     def methods(self) -> list[Method]:
-        """The adapter's own method at each of its sites."""
+        """The adapter's own method at each of its sites; it must not be parked."""
         return [m for layer in self.layers for m in layer.methods[self.name] if isinstance(m, self.method)]
+
+
+@torch.no_grad()
+def install(adapter: Adapter, tensors: Sequence[Tensor], commons: Mapping[str, Leaves]) -> None:
+    """Put an adapter's tensors and methods into the module tree."""
+    layout, made = adapter.layout, []
+    for place in layout.places:
+        options = adapter.config if place.follows else place.method.options
+        made.append(place.method.twin(adapter.name, options))
+    held: list[dict[str, Tensor]] = [{} for _ in made]
+    for (i, name, leaf, _), tensor in zip(layout.spans(), tensors, strict=True):
+        value = stored(tensor, leaf)
+        if i < 0:
+            commons[name].put(adapter.name, "", value)
+        else:
+            held[i][name] = value
+    for place, method, own in zip(layout.places, made, held, strict=True):
+        place.layer.attach(adapter.name, method, own)
+        home = layout.places[place.home]
+        method.home, method.commons = home.layer, commons
+        if home is not place:
+            method.places = made[place.home].places
+    for (i, attribute), value in adapter.settings.items():
+        setattr(made[i], attribute, value)
+
+
+def stored(tensor: Tensor, leaf: Leaf) -> Tensor:
+    """A tensor as it is registered: what is trained, and frozen factors, are parameters; the rest are buffers."""
+    if leaf.buffer or not tensor.is_floating_point():
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
+    """An adapter's tensors in the module tree, in the order of its layout."""
+    methods: dict[int, Method] = {}
+    seen: dict[AdaptedLayer, int] = {}
+    for i, place in enumerate(adapter.layout.places):
+        at = seen.get(place.layer, 0)
+        methods[i] = place.layer.methods[adapter.name][at]
+        seen[place.layer] = at + 1
+    return [
+        commons[name].find(adapter.name) if i < 0 else methods[i].tensor(name)
+        for i, name, _, _ in adapter.layout.spans()
+    ]

@@ -1,30 +1,32 @@
-"""Putting adapters into a model and taking them out: match, build, check, swap in; nothing changes before."""
+"""Putting adapters into a model and taking them out: check, stage, fill, commit; nothing changes before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import ModelMethod, PromptMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
-from trimtab.graft import merging, slots
-from trimtab.graft.adapters import Adapter
+from trimtab.formats import weights
+from trimtab.graft import merging, prompts, slots
+from trimtab.graft.adapters import Adapter, Layout, install
+from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, chains, place
-from trimtab.graft.reconcile import reconcile
-from trimtab.graft.selection import choose
-from trimtab.graft.staging import Staged
+from trimtab.graft.residents import Residents
+from trimtab.graft.staging import Stage, start
 from trimtab.layer.adapted import AdaptedLayer
-from trimtab.layer.copies import SavedModule
 from trimtab.layer.leaves import Leaves
-from trimtab.layer.plan import BASE, Board, unwatch_checkpointing, watch_checkpointing
+from trimtab.layer.plan import BASE, Board
 from trimtab.methods import method_class
 
-RESIDENTS = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
+Fill = Callable[[list[Slot]], Mapping[str, Tensor]]
 
 
 class Graft:
@@ -33,148 +35,212 @@ class Graft:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.board = Board()
-        self.adapters: dict[str, Adapter] = {}
-        self.biased: list[str] = []  # those that train biases of the base
-        self.layers: dict[str, AdaptedLayer] = {}
-        self.saved: dict[str, SavedModule] = {}
+        self.residents = self.board.residents = Residents()
+        self.configs: dict[str, Any] = {}  # adapter -> its config: what users read as `peft_config`
         self.prompts = nn.ModuleDict()
-        self.commons: dict[str, Leaves] = {}  # name -> {adapter: tensor} of what adapters keep once for all sites
-        self.modules: dict[str, nn.Module] = {}
-        self.users: dict[
-            str, list[tuple[nn.Module, str]]
-        ] = {}  # path -> every (parent, attribute) that holds the module
-        self.ties: list[list[str]] = []  # the modules that hold one parameter between them
-        paths = {id(module): name for name, module in model.named_modules()}
-        owners: dict[int, list[str]] = {}
-        for name, module in model.named_modules():
-            if name:
-                self.modules[name] = module
-            for attribute, child in module._modules.items():
-                if child is not None:
-                    self.users.setdefault(paths[id(child)], []).append((module, attribute))
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append(name)
-        self.ties = [names for names in owners.values() if len(names) > 1]
+        self.layouts: dict[str, Layout] = {}
         self.detours = Detours()
         self.untied = False  # a merge gave tied layers weights of their own
-        watch_checkpointing(model, self.board)
+        self.base = Base(model)
+        weights.pin(model)
 
     @staticmethod
     def of(model: nn.Module) -> Graft:
         """The model's graft, made at first."""
-        graft = model.__dict__.get("_trimtab")
-        if graft is not None and not reconcile(graft):
-            unwatch_checkpointing(model)
+        graft: Graft | None = model.__dict__.get("_trimtab")
+        if graft is not None and not graft.look():
+            weights.unpin(model)
             graft = None
         if graft is None:
             graft = model.__dict__["_trimtab"] = Graft(model)
         return graft
+
+    # ------------------------------------------------------------------ what is there
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name."""
+        return self.residents.adapters
+
+    @property
+    def commons(self) -> dict[str, Leaves]:
+        """Name -> {adapter: tensor} of what adapters keep once for all their sites."""
+        return self.residents.commons
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """The adapted layers by path, or path of a parameter."""
+        return self.base.layers
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The modules that adapters train whole, by path."""
+        return self.base.saved
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's own modules by path."""
+        return self.base.modules
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name, or an error that lists the ones there are."""
+        if name not in self.adapters:
+            raise AdapterNameError(f"Adapter {name} not found. Known: {list(self.adapters)}.")
+        return self.adapters[name]
+
+    def look(self) -> bool:
+        """Read the model anew, and forget adapters that others have deleted layer by layer.
+
+        Returns:
+            Whether anything of ours is still in the model.
+        """
+        before = self.base
+        self.base = Base(self.model)
+        live = set(map(id, [*self.base.layers.values(), *self.base.saved.values()]))
+        lost = any(id(x) not in live for x in (*before.layers.values(), *before.saved.values()))
+        for name, adapter in list(self.adapters.items()):
+            parts: list[Any] = [x for x in adapter.parts if id(x) in live]
+            here = parts and (adapter.parked or any(name in x.adapters for x in parts))
+            if not here and adapter.prompt is None:
+                self._forget(adapter)
+        return not lost or bool(live or self.adapters)
 
     # ------------------------------------------------------------------ adding
     def add(
         self,
         name: str,
         config: Any,
-        tensors: Callable[[list[Slot]], Mapping[str, Tensor]] | None = None,
+        tensors: Fill | None = None,
         autocast: bool = True,
         trainable: bool | None = None,
         strict: bool = False,
+        meta: bool = False,
     ) -> Adapter:
         """Add an adapter.
 
         Args:
             name: its name.
             config: its config; a copy of it is kept, completed from the model.
-            tensors: given the adapter's slots (built without storage), check and return {key on disk: value} to start
-                from; None: start as the config says.
+            tensors: given the adapter's slots, check and return {key on disk: value} to start from; None: start as the
+                config says.
             autocast: adapters of half-precision layers are kept in fp32.
             trainable: whether it starts trainable; by default unless the config says `inference_mode`.
             strict: targets that fit nothing are errors even when others fit.
+            meta: build the tensors without storage; a state dict is loaded into them later.
         """
+        self._check_name(name)
+        config = config.copy()
+        config.check()
+        method: Any = method_class(config)
+        method.admit(config, [a.config for a in self.adapters.values() if a.method is method])
+        self.look()
+        stage = Stage(self.base, self.board)
+        free = [] if self.adapters else [p for p in self.model.parameters() if p.requires_grad]
+        trainable = not config.inference_mode if trainable is None else trainable
+        prompt: Any = None
+        try:
+            for parameter in free:
+                parameter.requires_grad_(False)
+            if issubclass(method, ModelMethod):
+                layout, prompt = Layout(config, []), self._prompt(method, config)
+            else:
+                layout = stage.layout(config, method, autocast, strict, self.layouts)
+            adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
+            self.residents.adapters[name] = adapter
+            self._build(stage, adapter, tensors, meta)
+        except BaseException:
+            if name in self.adapters:
+                self._forget(self.adapters[name])
+            for parameter in free:
+                parameter.requires_grad_(True)
+            self._rename({})
+            raise
+        self._commit(stage, adapter)
+        return adapter
+
+    def _check_name(self, name: str) -> None:
         check_name(name)
         if name in self.adapters:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
         if name == BASE:
             raise AdapterNameError(f"'{BASE}' stands for no adapter in a mixed batch: it cannot name one.")
-        config = config.copy()
-        config.check()
-        method = method_class(config)
-        method.admit(config, [a.config for a in self.adapters.values() if a.method is method])
-        adapter = Adapter(name, config, method, trainable=not config.inference_mode if trainable is None else trainable)
-        staged = Staged(self, adapter, autocast, meta=tensors is not None)
+        if hasattr(Leaves, name) or name in Leaves().__dict__:
+            raise AdapterNameError(
+                f"An adapter cannot be called '{name}': its tensors are attributes of modules, which have one of that "
+                "name already."
+            )
+
+    def _prompt(self, method: type[ModelMethod], config: Any) -> ModelMethod:
+        """A method of the model, started as the config says."""
         if issubclass(method, PromptMethod):
-            staged.prompt()
-        else:
-            adapter.targets = choose(self, config, method, strict)
-        free = [] if self.adapters else [p for p in self.model.parameters() if p.requires_grad]
-        try:
-            for parameter in free:
-                parameter.requires_grad_(False)
-            if adapter.prompt is None:
-                staged.layers()
-                self._rename(staged.new)
-            staged.copies()
-            staged.biases()
-            if not adapter.layers and not adapter.saved and adapter.prompt is None:
-                raise NoMatchingPeftModuleError(
-                    "The config selects nothing to train: name `target_modules` or `modules_to_save`."
-                )
-            if tensors is not None:
-                own = self.slots(adapter)
-                wanted = [*own, *self.embeddings(adapter, reading=True)]
-                values = tensors(wanted)
-                lacking = any(s.on_disk() not in values for s in own)
-                if lacking or method.mutates(adapter.config):  # what the file does not say starts as it would anew
-                    staged.materialise()
-                    staged.start()
-                for slot in wanted:
-                    if slot.on_disk() in values:
-                        slot.put(values[slot.on_disk()])
-            else:
-                staged.start()
-        except BaseException:
-            staged.undo()
-            for parameter in free:
-                parameter.requires_grad_(True)
-            self._rename({})
-            raise
-        for key, layer in staged.new.items():
-            self._swap(layer.path, layer)
-            self.layers[key] = layer
-            self.detours.take(layer.path, self.modules, self.model)
-        for path, wrapper in staged.saved.items():
-            self._swap(path, wrapper)
-            self.saved[path] = wrapper
+            prompts.complete(config, self.model, method.cached)
+        prompt = method()
+        prompt.build(config)
+        with torch.no_grad():
+            prompt.reset(config, self.model)
+        return prompt.to(self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+    def _build(self, stage: Stage, adapter: Adapter, tensors: Fill | None, meta: bool) -> None:
+        """Put the adapter's tensors where they belong, and give them their values."""
+        for name in adapter.layout.shared:
+            self.commons.setdefault(name, Leaves())
+        install(adapter, adapter.layout.buffers(torch.device("meta") if meta else None), self.commons)
+        self.residents.used([adapter.name])
+        self._rename(stage.new)
+        stage.copies(adapter)
+        stage.biases(adapter, self.adapters)
+        if not adapter.layers and not adapter.saved and adapter.prompt is None:
+            raise NoMatchingPeftModuleError(
+                "The config selects nothing to train: name `target_modules` or `modules_to_save`."
+            )
+        if tensors is None:
+            if not meta:
+                start(adapter, self.commons)
+            return
+        own = slots.slots(self.base, self.commons, adapter)
+        wanted = [*own, *slots.embeddings(self.base, adapter, reading=True)]
+        values = tensors(wanted)
+        lacking = any(s.on_disk() not in values for s in own)
+        if not meta and (lacking or adapter.method.mutates(adapter.config)):
+            start(adapter, self.commons)  # what the file does not say starts as it would anew
+        for slot in wanted:
+            if slot.on_disk() in values:
+                slot.put(values[slot.on_disk()])
+
+    def _commit(self, stage: Stage, adapter: Adapter) -> None:
+        """Swap in what was staged."""
+        for layer in stage.new.values():
+            self.base.swap(layer.path, layer)
+            self.detours.take(layer.path, self.base.modules, self.model)
+        for path, wrapper in stage.saved.items():
+            self.base.swap(path, wrapper)
+        self.base.layers |= stage.new
+        self.base.saved |= stage.saved
+        name = adapter.name
         if adapter.prompt is not None:
             self.prompts[name] = adapter.prompt
-        self.adapters[name] = adapter
         if adapter.biases is not None:
-            self.biased.append(name)
+            self.model._modules["trimtab_biases"] = adapter.biases
+        self.configs[name] = adapter.config
         self.set_trainable(name, adapter.trainable)
         self.settle()
-        return adapter
 
     def _rename(self, new: Mapping[str, AdaptedLayer]) -> None:
         """Tell the layers their paths, which change when others come to stand around them."""
-        layers = [*self.layers.values(), *new.values()]
+        layers = [*self.base.layers.values(), *new.values()]
         around = chains(layers)
         for layer in layers:
             layer.name = place(layer, around)
 
-    def _swap(self, path: str, new: nn.Module) -> None:
-        """Put a module where the one of that path stands, at every place that holds it."""
-        for parent, attribute in self.users[path]:
-            parent._modules[attribute] = new
-
     # ------------------------------------------------------------------ tensors by name
     def slots(self, adapter: Adapter) -> list[Slot]:
         """Every tensor of an adapter; see `slots.slots`."""
-        return slots.slots(self, adapter)
+        self.residents.bring([adapter.name])
+        return slots.slots(self.base, self.commons, adapter)
 
     def embeddings(self, adapter: Adapter, reading: bool = False) -> list[Slot]:
         """The base weights of the model's embeddings; see `slots.embeddings`."""
-        return slots.embeddings(self, adapter, reading)
+        self.residents.bring([adapter.name])
+        return slots.embeddings(self.base, adapter, reading)
 
     # ------------------------------------------------------------------ states
     def set_active(self, names: Sequence[str], trainable: bool | None = True) -> None:
@@ -182,12 +248,14 @@ class Graft:
         for name in names:
             self.require(name)
         before = self.board.route.active
+        self.residents.bring(names)
         self.board.set(active=tuple(names))
         if trainable is not None:
             for name in (
                 [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
             ):
-                self.set_trainable(name, False)
+                if name in self.adapters:
+                    self.set_trainable(name, False)
             for name in names:
                 self.set_trainable(name, trainable)
         self._place_biases()
@@ -198,86 +266,93 @@ class Graft:
         self.board.set(enabled=enabled)
         self._place_biases()
 
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside the block the model is the plain base model, in this thread."""
+        with self.board.off():
+            self._place_biases()
+            try:
+                yield
+            finally:
+                pass
+        self._place_biases()
+
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Make an adapter trainable or frozen, active or not."""
         adapter = self.require(name)
+        if adapter.parked and not trainable:
+            adapter.trainable = False
+            return
+        self.residents.bring([name])
         adapter.trainable = trainable
         for part in adapter.parts:
             part.set_requires_grad(name, trainable)
-        for parameter in adapter.biases.parameters() if adapter.biases else ():
+        for parameter in adapter.biases.trained() if adapter.biases else ():
             parameter.requires_grad_(trainable)
         if adapter.prompt is not None:
             adapter.prompt.requires_grad_(trainable)
-        for leaves in self.commons.values():
-            if name in leaves and isinstance(leaves[name], nn.Parameter):
-                leaves[name].requires_grad_(trainable)
+        for key, leaf in adapter.layout.shared.items():
+            tensor = self.commons[key].find(name)
+            if leaf.train and isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(trainable)
 
     def _place_biases(self) -> None:
-        route = self.board.route
-        for name in self.biased:
-            biases = self.adapters[name].biases
-            assert biases is not None
-            biases.switch(route.enabled and name in route.active)
+        route = self.board.route_here(quiet=True)
+        for adapter in self.biased():
+            assert adapter.biases is not None
+            adapter.biases.switch(route.enabled and adapter.name in route.active)
+
+    def biased(self) -> list[Adapter]:
+        """The adapters that train biases of the base."""
+        found = self.model._modules.get("trimtab_biases")
+        return [self.adapters[found.adapter]] if found is not None else []  # type: ignore[index,list-item]
 
     def settle(self) -> None:
         """Keep in the module tree the adapters that are in use and the few last used; park the others."""
         route = self.board.route
-        free = []
-        for name, adapter in self.adapters.items():
-            needed = (
-                name in route.active or adapter.trainable or any(name in x.merged_adapters for x in adapter.layers[:1])
-            )
-            if needed and adapter.parked:
-                self._move(adapter, "unpark")
-            elif not needed and not adapter.parked and not adapter.saved:
-                free.append(adapter)
-        for adapter in free[: max(0, len(free) - RESIDENTS)]:
-            self._move(adapter, "park")
-
-    @staticmethod
-    def _move(adapter: Adapter, how: str) -> None:
-        for layer in adapter.layers:
-            for leaves in layer.leaves():
-                getattr(leaves, how)(adapter.name)
-        adapter.parked = how == "park"
-
-    def require(self, name: str) -> Adapter:
-        """The adapter of that name, or an error that lists the ones there are."""
-        if name not in self.adapters:
-            raise AdapterNameError(f"Adapter {name} not found. Known: {list(self.adapters)}.")
-        return self.adapters[name]
+        trained = [name for name, a in self.adapters.items() if a.trainable]
+        biased = [a.name for a in self.biased()]
+        takers = [t for x in self.base.layers.values() for t in x.originals.takers.values() if x.originals.takers]
+        needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *route.active])
+        self.residents.settle(n for n in needed if n in self.adapters)
 
     # ------------------------------------------------------------------ merging and taking out
     def merge(
-        self, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: Callable[[Any], Any] = iter
+        self, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: merging.Progress = iter
     ) -> None:
         """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
-        merging.merge(self, names, safe, keep, progress)
+        self.look()
+        chosen = list(self.board.route.active if names is None else names)
+        for name in chosen:
+            self.require(name)
+        self.residents.bring(chosen)
+        self.untied = merging.merge(self.base, chosen, safe, keep, progress) or self.untied
 
     def unmerge(self) -> None:
         """Put the base's original weights back."""
-        merging.unmerge(self)
+        if not self.merged:
+            warn("Already unmerged. Nothing to do.")
+        for layer in self.base.layers.values():
+            layer.unmerge()
+        if self.untied:
+            self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+            self.untied = False
 
     @property
     def merged(self) -> list[str]:
         """The adapters that are merged into the base."""
-        return merging.merged_adapters(self)
+        return merging.merged_adapters(self.base)
 
     def delete(self, name: str) -> None:
         """Forget an adapter; layers that have none left become the plain modules they were."""
         adapter = self.require(name)
         if name in self.merged:
-            raise ValueError(f"Adapter '{name}' is merged into the base: call unmerge_adapter() first.")
-        if adapter.biases is not None:
-            adapter.biases.switch(False)
-            self.biased.remove(name)
-        for part in adapter.parts:
-            part.detach(name)
-        for leaves in self.commons.values():
-            leaves.remove(name)
-        if adapter.prompt is not None:
-            del self.prompts[name]
-        del self.adapters[name]
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first: "
+                "call unmerge_adapter()."
+            )
+        self._forget(adapter)
+        self._bare()
         active = [n for n in self.board.route.active if n != name]
         if len(active) != len(self.board.route.active):
             if not active and self.adapters:
@@ -285,20 +360,59 @@ class Graft:
                 warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {active[0]}.")
             self.set_active(active, trainable=adapter.trainable)
 
-    def unload(self, merge: bool = False) -> nn.Module:
-        """Take every adapter out: the model has its own module objects back; with `merge`, the merged weights too."""
+    def _forget(self, adapter: Adapter) -> None:
+        """Take all that an adapter has out of the model."""
+        name = adapter.name
+        if adapter.biases is not None:
+            adapter.biases.take_out()
+            if self.model._modules.get("trimtab_biases") is adapter.biases:
+                del self.model._modules["trimtab_biases"]
+        for layer in adapter.layers:
+            layer.originals.give_back(name)
+        if name in self.prompts:
+            del self.prompts[name]
+        self.residents.forget(name)
+        self.configs.pop(name, None)
+
+    def _bare(self) -> None:
+        """Layers and modules that have nothing of any adapter left give way to the base's own."""
+        used = {id(x) for a in self.adapters.values() for x in a.parts}
+        for path in [p for p, w in self.base.saved.items() if id(w) not in used]:
+            self.base.swap(path, self.base.saved.pop(path).original_module)
+        empty = [key for key, layer in self.base.layers.items() if id(layer) not in used and not layer.originals.takers]
+        for path in dict.fromkeys(self.base.layers[key].path for key in empty):
+            around = self.base.layers_at(path)
+            if all(id(x) not in used for x in around):
+                self.base.swap(path, around[0].frozen)
+                for key in [k for k, x in self.base.layers.items() if x.path == path]:
+                    del self.base.layers[key]
+        if not self.base.layers:
+            self.detours.restore()
+        self._rename({})
+
+    def unload(self, merge: bool = False, pristine: bool = False) -> nn.Module:
+        """Take every adapter out: the model has its own module objects back; with `merge`, the merged weights too.
+
+        Args:
+            pristine: undo what adapters' starts (PiSSA ...) did to the base's weights; else it stays, as in PEFT.
+        """
+        self.look()
         for adapter in self.adapters.values():
             if adapter.biases is not None:
-                adapter.biases.switch(merge and adapter.name in self.board.route.active)
-        for layer in self.layers.values():
-            if not merge:
-                layer.restore()
-            self._swap(layer.path, layer.frozen)
+                adapter.biases.take_out(keep=merge and adapter.name in self.board.route.active)
+        self.model._modules.pop("trimtab_biases", None)
+        for layer in self.base.layers.values():
+            if not merge and layer.originals.held:
+                layer.unmerge()
+            for taker in set(layer.originals.takers.values()) if pristine and not merge else ():
+                layer.originals.give_back(taker)
+        for layer in self.base.layers.values():
+            self.base.swap(layer.path, layer.frozen)
         self.detours.restore()
-        for path, wrapper in self.saved.items():
-            self._swap(path, wrapper.chosen() if merge else wrapper.original_module)
-        unwatch_checkpointing(self.model)
-        for attribute in ("_trimtab", "peft_config"):
+        for path, wrapper in self.base.saved.items():
+            self.base.swap(path, wrapper.chosen() if merge else wrapper.original_module)
+        weights.unpin(self.model)
+        for attribute in ("_trimtab", "peft_config", "_hf_peft_config_loaded"):
             self.model.__dict__.pop(attribute, None)
         return self.model
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from trimtab.core.report import warn
+from trimtab.graft.base import Base
 from trimtab.layer.adapted import AdaptedLayer
 
-if TYPE_CHECKING:
-    from trimtab.graft.graft import Graft
+Progress = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 
 
-def merge(
-    graft: Graft, names: Sequence[str] | None, safe: bool, keep: bool = True, progress: Callable[[Any], Any] = iter
-) -> None:
-    """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
-    chosen = list(graft.board.route.active if names is None else names)
-    for name in chosen:
-        graft.require(name)
-    done: list[AdaptedLayer] = []
-    merged = list(merged_adapters(graft))
+def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, progress: Progress = iter) -> bool:
+    """Fold adapters into the base: all layers or, on an error, none.
+
+    Returns:
+        Whether layers that shared a weight have different ones now.
+    """
+    merged = merged_adapters(base)
     if merged and not set(chosen) - set(merged):
-        warn(f"Adapters {chosen} are merged already; nothing was done.")
-        return
+        warn(
+            f"All adapters are already merged, nothing to do. {list(chosen)} are merged already: unmerge_adapter() "
+            "undoes it."
+        )
+        return False
+    done: list[AdaptedLayer] = []
+    shared = {id(layer.frozen) for names in base.ties for n in names for layer in base.layers_at(n)}
     try:
-        for layer in progress(list(graft.layers.values())):
+        for layer in progress(list(base.layers.values())):
             layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
             done.append(layer)
     except BaseException:
@@ -35,45 +38,53 @@ def merge(
             layer.unmerge()
             layer.merge(adapter_names=merged)
         raise
+    untied = _untie(base, chosen)
     if not keep:
         for layer in done:
-            layer.held = {}
-    _untie(graft, chosen)
+            if id(layer.frozen) in shared:
+                layer.originals.settle()
+            else:
+                layer.settle()
+    return untied
 
 
-def merged_adapters(graft: Graft) -> list[str]:
+def merged_adapters(base: Base) -> list[str]:
     """The adapters that are merged into the base."""
-    return list(dict.fromkeys(n for layer in graft.layers.values() for n in layer.merged_adapters))
+    return list(dict.fromkeys(n for layer in base.layers.values() for n in layer.merged_adapters))
 
 
-def _untie(graft: Graft, names: Sequence[str]) -> None:
-    """After a merge: layers that shared a weight may hold different ones now. Say so, and correct the config."""
-    for owners in graft.ties:
-        changed = {p for p in owners if p in graft.layers and graft.layers[p].merged_adapters}
+def _untie(base: Base, names: Sequence[str]) -> bool:
+    """After a merge: layers that shared a parameter may hold different ones now. Say so, and correct the config."""
+    untied = False
+    for owners, param in _shared(base):
+        changed = {p for p in owners if any(layer.merged_adapters for layer in base.layers_at(p))}
         if not changed:
             continue
-        weights: dict[str, Any] = {p: graft.modules[p]._parameters["weight"] for p in owners}
-        first = next(iter(weights.values()))
-        if all(torch.equal(first, w) for w in weights.values()):  # one delta for both: they stay tied
+        now: dict[str, Any] = {p: base.modules[p]._parameters[param] for p in owners}
+        first = next(iter(now.values()))
+        if all(torch.equal(first, w) for w in now.values()):  # one delta for all: they stay tied
             for path in owners:
-                graft.modules[path]._parameters["weight"] = first
+                base.modules[path]._parameters[param] = first
             continue
-        config = getattr(graft.model, "config", None)
-        if config is not None and getattr(config, "tie_word_embeddings", False):
+        config = getattr(base.model, "config", None)
+        if param == "weight" and config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-            graft.untied = True
+            untied = True
         warn(
-            f"{owners} share one weight, and adapters {list(names)} change it differently at each: after the merge "
-            "each has its own copy, and `tie_word_embeddings` of the model's config is False."
+            f"{owners} share one {param}, and adapters {list(names)} change it differently at each: after the merge "
+            "each has its own copy" + (", and `tie_word_embeddings` of the model's config is False." if untied else ".")
         )
+    return untied
 
 
-def unmerge(graft: Graft) -> None:
-    """Put the base's original weights back."""
-    if not merged_adapters(graft):
-        warn("Already unmerged, nothing to do.")
-    for layer in graft.layers.values():
-        layer.unmerge()
-    if graft.untied:
-        graft.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-        graft.untied = False
+def _shared(base: Base) -> list[tuple[list[str], str]]:
+    """(modules, parameter) of what modules hold between them under one name; it was one object before the merge."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path in dict.fromkeys(n for names in base.ties for n in names):
+        held = {k: v for layer in base.layers_at(path) for k, v in layer.originals.untouched().items()}
+        module = base.modules[path] if path else base.model
+        for name, parameter in {**module._parameters, **held}.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((path, name))
+    groups = [group for group in found.values() if len(group) > 1]
+    return [([p for p, _ in group], group[0][1]) for group in groups if len({n for _, n in group}) == 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -21,25 +21,23 @@ from trimtab.core.targets import (
     unused_patterns,
 )
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError
-from trimtab.files.experts import FORMER, rewrite
+from trimtab.files.experts import fused, rewrite
+from trimtab.graft.base import Base
 from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
-if TYPE_CHECKING:
-    from trimtab.graft.graft import Graft
 
-
-def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> list[Target]:
+def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[Target]:
     """The modules the config adapts; completes its `target_modules` as it will be saved."""
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
-    model_type = getattr(getattr(graft.model, "config", None), "model_type", None)
+    model_type = base.model_type
     named = bool(getattr(config, "target_parameters", None))
     default = default_targets(config, model_type)
-    if config.target_modules is None and named and (model_type in FORMER or default is None):
+    if config.target_modules is None and named and (default is None or fused(base.model, base.modules)):
         config.target_modules = set()
     if config.target_modules is None:
         if default == INPUT_EMBEDDING:
-            default = [path_of(graft, graft.model.get_input_embeddings())]  # type: ignore[operator]
+            default = [input_embedding(base)]
         if default is None and not config.modules_to_save:
             raise ConfigError(
                 "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
@@ -54,16 +52,16 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
                     f"there is no default for models of type {model_type!r}."
                 )
             setattr(config, field_name, set(table[model_type]))
-    kinds = {n: kind(m) for n, m in graft.modules.items()}
-    head = head_of(graft)
-    linear = [n for n, m in graft.modules.items() if kinds[n] == "linear" and m is not head and callable_linear(m)]
-    if done := rewrite(config, model_type, graft.modules, linear):
+    kinds = {n: kind(m) for n, m in base.modules.items()}
+    head = base.head
+    linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
+    if done := rewrite(config, base.model, base.modules, linear):
         warn(done)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
-    targets = without_parts(graft, select(kinds, config, strict=strict))
+    targets = without_parts(base, select(kinds, config, strict=strict))
     if getattr(config, "target_parameters", None):
-        names = [f"{n}.{p}" for n, m in graft.modules.items() for p, v in m._parameters.items() if v is not None]
+        names = [f"{n}.{p}" for n, m in base.modules.items() for p, v in m._parameters.items() if v is not None]
         targets += select_parameters(names, config.target_parameters, strict)
         if not targets:
             raise NoMatchingPeftModuleError(
@@ -72,17 +70,17 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
             )
     for target in targets:
         if target.kind not in method.kinds:
-            module = graft.modules[target.module]
+            module = base.modules[target.module]
             raise ConfigError(
                 f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
                 f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
             )
     if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
         wanted = config.target_modules
-        short = condense(wanted, (n for n in graft.modules if matches(wanted, n) is None))
+        short = condense(wanted, (n for n in base.modules if matches(wanted, n) is None))
         if len(short) < len(config.target_modules):
             config.target_modules = short
-    if flipped := [site_class(graft.modules[t.name]).flipped for t in targets if t.kind == "linear"]:  # type: ignore[union-attr]
+    if flipped := [site_class(base.modules[t.name]).flipped for t in targets if t.kind == "linear"]:  # type: ignore[union-attr]
         if getattr(config, "fan_in_fan_out", False) and not any(flipped):
             warn("`fan_in_fan_out` is True, but the weights of the layers adapted lie (out, in): it is False here.")
         if hasattr(config, "fan_in_fan_out"):
@@ -94,45 +92,40 @@ def choose(graft: Graft, config: Any, method: type[Method], strict: bool) -> lis
     return targets
 
 
-def without_parts(graft: Graft, targets: list[Target]) -> list[Target]:
+def without_parts(base: Base, targets: list[Target]) -> list[Target]:
     """Without the layers that are adapted along with the one they are part of."""
-    found = {t.name: site_class(graft.modules[t.name]) for t in targets}
+    found = {t.name: site_class(base.modules[t.name]) for t in targets}
     part = lambda path: (whole := found.get(path.rpartition(".")[0])) and path.rpartition(".")[2] in whole.parts
     return [t for t in targets if not part(t.name)]
 
 
-def companions(graft: Graft, config: Any) -> dict[str, tuple[type[Method], Any, str]]:
+def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, str]]:
     """Module path -> (method, its config, prefix of its leaves) of what the adapter trains beside its own change."""
     found: dict[str, tuple[type[Method], Any, str]] = {}
     for field_name, (peft_type, argument, prefix) in COMPANIONS.items():
         wanted = getattr(config, field_name, None) or {}
         if not isinstance(wanted, dict):
-            wanted = {path_of(graft, graft.model.get_input_embeddings()): wanted}  # type: ignore[operator]
+            wanted = {input_embedding(base): wanted}
         for key, value in wanted.items():
-            paths = [n for n in graft.modules if matches({key}, n)]
+            paths = [n for n in base.modules if matches({key}, n)]
             if not paths:
                 raise NoMatchingPeftModuleError(
-                    f"`{field_name}` names '{key}', which is no module.{nearest([key], graft.modules)}"
+                    f"`{field_name}` names '{key}', which is no module.{nearest([key], base.modules)}"
                 )
             own = config_class(peft_type)(**{argument: list(value)})  # type: ignore[arg-type]
             for path in paths:
-                found |= dict.fromkeys([path, *tied(graft, path)], (method_class(own), own, prefix))
+                found |= dict.fromkeys([path, *base.tied(path)], (method_class(own), own, prefix))
     return found
 
 
-def tied(graft: Graft, path: str) -> list[str]:
-    """The other modules that hold the same weight."""
-    return [n for names in graft.ties if path in names for n in names if n != path]
-
-
-def path_of(graft: Graft, module: nn.Module) -> str:
-    module = getattr(module, "base_layer", module)
-    return next(n for n, m in graft.modules.items() if m is module)
-
-
-def head_of(graft: Graft) -> nn.Module | None:
-    head = getattr(graft.model, "get_output_embeddings", None)
-    return head() if head is not None else None
+def input_embedding(base: Base) -> str:
+    """The path of the module that looks up the model's tokens."""
+    if base.input_embedding is None:
+        raise ConfigError(
+            f"{type(base.model).__name__} has no get_input_embeddings(), which would tell its embedding: name it "
+            "(`target_modules`, or {module: indices} for `trainable_token_indices`)."
+        )
+    return base.input_embedding
 
 
 def kind(module: nn.Module) -> str | None:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from trimtab.core.method import PromptMethod
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
+from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
+from trimtab.graft.base import Base
 from trimtab.graft.nesting import chains, place
-from trimtab.graft.selection import path_of
-from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
-
-if TYPE_CHECKING:
-    from trimtab.graft.graft import Graft
+from trimtab.layer.leaves import Leaves
 
 
-def slots(graft: Graft, adapter: Adapter) -> list[Slot]:
-    """Every tensor of an adapter: its key in memory and on disk (without prefix), and where it lives."""
+def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[Slot]:
+    """Every tensor of an adapter that is in the module tree: its keys (without prefix), and where it lives."""
     found: list[Slot] = []
-    alone = chains(adapter.layers, adapter.name)
-    for layer in adapter.layers:
+    layers = adapter.layers
+    alone = chains(layers, adapter.name)
+    for layer in layers:
         own = place(layer, alone)
         for method in layer.methods[adapter.name]:
             if method.home is not layer:
                 continue
-            for leaf, template in method._leaves.items():
+            for leaf, template in method.templates.items():
                 memory, disk = leaf_keys(layer.name, template, adapter.name)
                 disk = disk if own == layer.name else leaf_keys(own, template, adapter.name)[1]
-                where, name = holder(layer, template, adapter.name)
-                stored = method.stored(adapter.config, template)
-                found.append(Slot(memory, disk, where, name, optional=not stored, method=method, leaf=leaf))
-    for name, leaves in graft.commons.items():
-        if adapter.name in leaves:
-            stored = adapter.method.stored(adapter.config, name)
-            found.append(Slot(f"{name}.{adapter.name}", name, leaves, adapter.name, optional=not stored, shared=True))
+                where, name = method.place_of(leaf)
+                declared = method.declared[leaf]
+                slot = Slot(memory, disk, where, name, optional=not declared.file, method=method, leaf=leaf)
+                slot.state = declared.state
+                found.append(slot)
+    for name, shared in adapter.layout.shared.items():
+        leaves: Any = commons[name]
+        store = leaves._parameters if adapter.name in leaves._parameters else leaves._buffers
+        found.append(Slot(f"{name}.{adapter.name}", name, store, adapter.name, optional=not shared.file, shared=True))
     for wrapper in adapter.saved:
         module = wrapper.modules_to_save[adapter.name]
         for key in module.state_dict():
@@ -42,39 +45,40 @@ def slots(graft: Graft, adapter: Adapter) -> list[Slot]:
             slot = Slot(memory, disk, module.get_submodule(path), name, shared=adapter.prompt is not None)
             found.append(slot)
     if adapter.biases is not None:
-        names = {x.path: x.name for x in (*graft.layers.values(), *adapter.layers)}
+        names = {x.path: x.name for x in (*base.layers.values(), *layers)}
         for path in adapter.biases.own:
             key = f"{names[path]}.base_layer.bias" if path in names else f"{path}.bias"
             found.append(Slot(key, key, adapter.biases.own, path))
-    if adapter.prompt is not None:
+    if isinstance(adapter.prompt, PromptMethod):
         found.append(Slot(f"prompt_encoder.{adapter.name}", "prompt_embeddings", Prompt(adapter.prompt), "", bare=True))
     return found
 
 
-def embeddings(graft: Graft, adapter: Adapter, reading: bool = False) -> list[Slot]:
+def embeddings(base: Base, adapter: Adapter, reading: bool = False) -> list[Slot]:
     """The base weights of the model's embeddings, which are saved along when they are adapted or resized.
 
     With `reading`, under every key that a file may have them by: PEFT's depends on what other adapters were there.
     """
     forms = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
     found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(graft.model, getter, lambda: None)()
-        if module is None or isinstance(module, SavedModule):
+    for path, module in base.embeddings():
+        if isinstance(module, SavedModule) or path in {wrapper.name for wrapper in adapter.saved}:
+            continue  # the key is the copy's, not the base's
+        frozen = base.modules[path]
+        if frozen._parameters.get("weight") is None:
             continue
-        base = getattr(module, "base_layer", module)
-        path = path_of(graft, base)
-        if path in {wrapper.name for wrapper in adapter.saved}:  # the key is the copy's, not the base's
-            continue
-        if base._parameters.get("weight") is None:
-            continue
-        memory = f"{path}.{forms[base is not module]}"
+        memory = f"{path}.{forms[frozen is not module]}"
         leaves = [
-            t for x in adapter.layers if x.path == path for m in x.methods[adapter.name] for t in m._leaves.values()
+            t for x in adapter.layers if x.path == path for m in x.methods[adapter.name] for t in m.templates.values()
         ]
         own = forms[0 if not leaves else 2 if all(t.startswith("token_adapter.") for t in leaves) else 1]
         disks = [f"{path}.{form}" for form in (forms if reading else (own,))]
-        found += [Slot(memory, disk, base, "weight", optional=True) for disk in disks]
+        around = base.layers.get(path)
+        # What is saved is the base's own weight, never one that something is merged into.
+        holder: Any = frozen
+        if around is not None and "weight" in around.originals.held:
+            holder = {"weight": offload.value(frozen, "weight", around.originals.held["weight"], original=True)}
+        found += [Slot(memory, disk, holder, "weight", optional=True) for disk in disks]
     return found
 
 
@@ -82,12 +86,3 @@ def targets_embeddings(adapter: Adapter) -> bool:
     """Whether the adapter adapts one of the embeddings that PEFT then saves along."""
     wanted = getattr(adapter.config, "target_modules", None) or ()  # in a regular expression as text
     return any(name in wanted for name in EMBEDDINGS)
-
-
-def holder(layer: AdaptedLayer, template: str, adapter: str) -> tuple[Any, str]:
-    """Where a leaf's tensor is registered: (module, name)."""
-    container, _, rest = template.partition(".{}")
-    leaves: Any = layer.containers[container]
-    if rest:
-        return leaves[adapter], rest.removeprefix(".")
-    return (leaves.parked if adapter in leaves.parked else leaves), adapter

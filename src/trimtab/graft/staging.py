@@ -1,216 +1,225 @@
-"""An adapter being added: everything is built and checked here before the model changes."""
+"""An adapter on its way into a model: everything is built and checked here before the model changes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab.core.method import Method, leaf_template
+from trimtab.core.method import Leaf, Method, leaf_template
 from trimtab.core.report import warn
 from trimtab.core.site import Site, site_class
-from trimtab.core.targets import matches, nearest
+from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
-from trimtab.graft.adapters import Adapter
-from trimtab.graft.prompts import complete
-from trimtab.graft.selection import companions, tied
-from trimtab.graft.slots import holder
+from trimtab.graft.adapters import Adapter, Kind, Layout, Place
+from trimtab.graft.base import Base
+from trimtab.graft.selection import choose, companions
 from trimtab.layer.adapted import AdaptedLayer
-from trimtab.layer.copies import SavedBiases, SavedModule
+from trimtab.layer.biases import TrainedBiases
+from trimtab.layer.copies import SavedModule
 from trimtab.layer.leaves import Leaves
+from trimtab.layer.plan import Board
 
-if TYPE_CHECKING:
-    from trimtab.graft.graft import Graft
-
+OWN_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping")
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+Wanted = tuple[type[Method], Any, str]  # a method, its config at the site, the prefix of its leaves
 
 
-class Staged:
-    """One adapter on its way into a model.
+class Stage:
+    """What an adapter brings, before it is swapped in.
 
-    Args:
-        graft: the model's adapters.
-        adapter: the new one, its targets chosen.
-        autocast: adapters of half-precision layers are kept in fp32.
-        meta: build tensors without storage, to be filled from a file.
+    Attributes:
+        new: layers that are adapted for the first time.
+        saved: modules that are trained whole for the first time.
     """
 
-    def __init__(self, graft: Graft, adapter: Adapter, autocast: bool, meta: bool) -> None:
-        self.graft, self.adapter, self.autocast, self.meta = graft, adapter, autocast, meta
-        self.new: dict[str, AdaptedLayer] = {}  # layers that are adapted for the first time
-        self.saved: dict[str, SavedModule] = {}  # modules that are trained whole for the first time
+    def __init__(self, base: Base, board: Board) -> None:
+        self.base, self.board = base, board
+        self.new: dict[str, AdaptedLayer] = {}
+        self.saved: dict[str, SavedModule] = {}
 
-    def undo(self) -> None:
-        """Leave no trace."""
-        name = self.adapter.name
-        for part in self.adapter.parts:
-            part.detach(name)
-        for leaves in self.graft.commons.values():
-            leaves.remove(name)
+    # ------------------------------------------------------------------ layers
+    def layout(
+        self, config: Any, method: type[Method], autocast: bool, strict: bool, known: dict[str, Layout]
+    ) -> Layout:
+        """The adapter's methods at its targets' layers, and the tensors they have there; completes the config.
+
+        Args:
+            known: by config, of adapters that were added before; a new one is put in.
+        """
+        key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
+        found = known.get(key)
+        if found is not None and self._stands(found, autocast):
+            complete = found.config.copy()
+            for field in config.to_dict().keys() - set(OWN_FIELDS):
+                setattr(config, field, getattr(complete, field))
+            return found
+        layout = self._laid_out(config, method, choose(self.base, config, method, strict), autocast)
+        layout.config = config.copy()
+        known[key] = layout
+        return layout
+
+    def _stands(self, layout: Layout, autocast: bool) -> bool:
+        """Whether a layout's layers are still in the model, and in the number formats they had."""
+        live = set(map(id, self.base.layers.values()))
+        return bool(layout.places) and all(
+            id(p.layer) in live and kind_of(p.method.site, autocast) == p.kind for p in layout.places
+        )
+
+    def _laid_out(self, config: Any, method: type[Method], targets: list[Target], autocast: bool) -> Layout:
+        layout = Layout(config, targets)
+        plans = self._plans(config, method, targets)
+        params = {t.name: t.param for t in targets if t.param}
+        sites = {path: self._site(path, params.get(path, "")) for path in plans}
+        own = [sites[path] for path, wanted in plans.items() if any(cls is method for cls, _, _ in wanted)]
+        layout.shared = method.share(config, own)
+        homes: dict[int, int] = {}
+        for path, wanted in plans.items():
+            site = sites[path]
+            layer: AdaptedLayer = site.owner
+            kind = kind_of(site, autocast)
+            for cls, options, prefix in wanted:
+                leaves = cls.leaves(site, options, layout.shared)
+                formula = cls(layer, site, "", options)
+                home = len(layout.places)
+                if cls.tied:
+                    home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)
+                formula.declared = leaves
+                formula.templates = {name: leaf_template(prefix + leaf_template(name)) for name in leaves}
+                formula.trained = tuple(name for name, leaf in leaves.items() if trains(leaf))
+                own_leaves = leaves if home == len(layout.places) else {}
+                layout.places.append(Place(layer, formula, own_leaves, kind, home, options is config))
+        if own:
+            layout.shared_kind = kind_of(own[0], autocast)
+        return layout
+
+    def _plans(self, config: Any, method: type[Method], targets: list[Target]) -> dict[str, list[Wanted]]:
+        """Path -> the methods there."""
+        plans: dict[str, list[Wanted]] = {t.name: [(method, config.resolve(t.name), "")] for t in targets}
+        for target in targets if method.tied else ():
+            for path in self.base.tied(target.name):
+                plans.setdefault(path, plans[target.name])
+        for path, companion in companions(self.base, config).items():
+            plans.setdefault(path, []).append(companion)
+        for target in targets:
+            cls = site_class(self.base.modules[target.module], target.param or None)
+            for part in getattr(cls, "parts", ()):
+                plans[f"{target.name}.{part}"] = plans[target.name]
+        return plans
 
     def _layer(self, key: str, param: str) -> AdaptedLayer:
         """The adapted layer of a module, or of a parameter of it (whose path is then `key`)."""
         path = key.removesuffix(f".{param}") if param else key
-        if path in self.graft.saved:
+        if path in self.base.saved:
             raise ConfigError(
                 f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well."
             )
-        layer = self.graft.layers.get(key) or self.new.get(key)
+        layer = self.base.layers.get(key) or self.new.get(key)
         if layer is not None:
             return layer
-        base = self.graft.modules[path]
-        keys = [path, *(f"{path}.{name}" for name in base._parameters)]
-        others = [x for k in keys if (x := self.graft.layers.get(k) or self.new.get(k))]
-        if others:
-            base = max(others, key=lambda x: len(x.prefix))
-        layer = self.new[key] = AdaptedLayer(base, path, self.graft.board)
+        around = [*self.base.layers_at(path), *(x for x in self.new.values() if x.path == path)]
+        below = max(around, key=lambda x: len(x.prefix), default=self.base.modules[path])
+        layer = self.new[key] = AdaptedLayer(below, path, self.board)
         layer.param = param
         return layer
 
-    def layers(self) -> None:
-        """Give each target's layer the adapter's method and its tensors, empty."""
-        plans: dict[str, list[tuple[type[Method], Any, str]]] = {
-            t.name: [(self.adapter.method, self.adapter.config.resolve(t.name), "")] for t in self.adapter.targets
-        }
-        for target in self.adapter.targets if self.adapter.method.tied else ():
-            for path in tied(self.graft, target.name):
-                plans.setdefault(path, plans[target.name])
-        for path, companion in companions(self.graft, self.adapter.config).items():
-            plans.setdefault(path, []).append(companion)
-        params = {t.name: t.param for t in self.adapter.targets if t.param}
-        for target in self.adapter.targets:
-            for part in getattr(site_class(self.graft.modules[target.module], target.param or None), "parts", ()):
-                plans[f"{target.name}.{part}"] = plans[target.name]
-        homes: dict[int, AdaptedLayer] = {}
-        for path, wanted in plans.items():
-            layer = self._layer(path, params.get(path, ""))
-            site = next(iter(layer.sites.values()), None) or self._site(layer, path)
-            methods, leaves = [], []
-            for cls, config, prefix in wanted:
-                layer.factory = self._factory(site)
-                one = cls(layer, site, self.adapter.name, config, self.graft.commons)
-                tensors = one.build(site, config)
-                templates = {
-                    one.leaf(prefix + leaf_template(n)): _parameter(t, site, n in one.frozen)
-                    for n, t in tensors.items()
-                }
-                if cls.tied:
-                    one.home = homes.setdefault(id(layer.frozen._parameters["weight"]), layer)
-                methods.append(one)
-                leaves.append(templates if one.home is layer else {})
-            layer.attach(self.adapter.name, methods, leaves)
-            self.adapter.layers.append(layer)
-        for name, tensor in self.adapter.method.share(
-            self.adapter.config, [m.site for m in self.adapter.methods]
-        ).items():
-            first = self.adapter.methods[0]
-            tensor = tensor.to(device=first.site.device, dtype=first.layer.factory["dtype"])
-            self.graft.commons.setdefault(name, Leaves()).put(self.adapter.name, "", tensor)
-
-    def _site(self, layer: AdaptedLayer, name: str) -> Site:
-        """The site of a new layer, whose parameter no other layer may adapt."""
+    def _site(self, key: str, param: str) -> Site:
+        """The site of a layer, whose parameter no other layer may adapt."""
+        layer = self._layer(key, param)
+        if layer.sites:
+            return next(iter(layer.sites.values()))
         cls = site_class(layer.frozen, layer.param or None)
         assert cls is not None
-        site = cls(layer, name, layer.param)
-        for other in (*self.graft.layers.values(), *self.new.values()):
+        site = cls(layer, key, layer.param)
+        for other in (*self.base.layers.values(), *self.new.values()):
             if other.path == layer.path and site.param in other.sites:
                 raise ConfigError(
                     f"'{layer.path}.{site.param}' is adapted as a layer (`target_modules`) and by name "
                     "(`target_parameters`): name it in one of them only."
                 )
+        layer.sites[site.param] = site
         return site
 
-    def _factory(self, site: Site) -> dict[str, Any]:
-        stored = site.stored(site.param)  # a quantised layer's adapters are fp32: whole numbers cannot be trained
-        dtype = torch.float32 if stored is None else stored.dtype
-        return {
-            "dtype": torch.float32 if (self.autocast and dtype in HALF) or not dtype.is_floating_point else dtype,
-            "device": torch.device("meta") if self.meta else site.device,
-        }
-
-    def copies(self) -> None:
+    # ------------------------------------------------------------------ what is trained whole
+    def copies(self, adapter: Adapter) -> None:
         """Copy the modules the adapter trains whole."""
-        wanted = set(self.adapter.config.modules_to_save or ())
+        wanted = set(adapter.config.modules_to_save or ())
         found: set[str] = set()
-        for path, module in self.graft.modules.items():
+        for path, module in self.base.modules.items() if wanted else ():
             why = matches(wanted, path)
-            if why is None or isinstance(module, SavedModule | nn.ModuleList | nn.ModuleDict):
+            if why is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
                 continue
             found.add(why)
-            if any(layer.path == path for layer in (*self.graft.layers.values(), *self.adapter.layers)):
+            if self.base.layers_at(path) or any(layer.path == path for layer in adapter.layers):
                 raise ConfigError(
                     f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
                 )
-            wrapper = self.graft.saved.get(path)
+            wrapper = self.base.saved.get(path)
             if wrapper is None:
-                wrapper = self.saved[path] = SavedModule(module, path, self.graft.board)
-            wrapper.attach(self.adapter.name)
-            self.adapter.saved.append(wrapper)
-        missed = wanted - found - set(getattr(self.adapter.config, "heads", ()))
+                wrapper = self.saved[path] = SavedModule(module, path, self.board)
+            wrapper.attach(adapter.name)
+            adapter.saved.append(wrapper)
+        missed = wanted - found - set(getattr(adapter.config, "heads", ()))
         if missed:
             warn(
                 f"`modules_to_save` {sorted(missed)} fit no module of the model."
-                f"{nearest(missed, dict.fromkeys(self.graft.modules, ''))}"
+                f"{nearest(missed, dict.fromkeys(self.base.modules, ''))}"
             )
 
-    def biases(self) -> None:
+    def biases(self, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
         """Take over the biases the adapter trains."""
-        kind = getattr(self.adapter.config, "bias", "none")
-        if kind == "none" or not isinstance(kind, str) or not hasattr(self.adapter.config, "bias"):
+        kind = getattr(adapter.config, "bias", "none")
+        if kind == "none" or not isinstance(kind, str) or not hasattr(adapter.config, "bias"):
             return
-        if any(a.biases for a in self.graft.adapters.values()):
+        if any(a.biases for a in others.values()):
             raise ConfigError(
                 "Only 1 adapter with bias is supported. "
                 "When using multiple adapters, set bias to 'none' for all adapters."
             )
-        adapted = {layer.path for layer in self.adapter.layers}
-        names = self.graft.modules if kind == "all" else adapted
-        bases = {n: self.graft.modules[n] for n in names}
-        whole = {*self.graft.saved, *(s.name for s in self.adapter.saved)}
-        biased = {n: m for n, m in bases.items() if m._parameters.get("bias") is not None and not _under(n, whole)}
-        self.adapter.biases = SavedBiases(biased)
+        whole = {*self.base.saved, *self.saved}
+        biased = {
+            path: module
+            for path, module in self.base.modules.items()
+            if module._parameters.get("bias") is not None and not _under(path, whole)
+        }
+        around = {path: layer for layer in (*self.base.layers.values(), *adapter.layers) if (path := layer.path)}
+        targeted = {layer.path for layer in adapter.layers}
+        layers = {p: around[p] for p in biased if p in around and (kind == "all" or p in targeted)}
+        modules = {p: m for p, m in biased.items() if p not in around and kind == "all"}
+        adapter.biases = TrainedBiases(adapter.name, layers, modules)
 
-    def start(self) -> None:
-        """Give the tensors their starting values."""
-        with torch.no_grad():
-            for layer in self.adapter.layers:
-                for method in layer.methods[self.adapter.name]:
-                    if method.home is layer and (W := method.reset(method.options)) is not None:
-                        layer.mutate(self.adapter.name, method.site, W)
 
-    def materialise(self) -> None:
-        """Give tensors that were built without storage theirs."""
-        for layer in self.adapter.layers:
-            for method in layer.methods[self.adapter.name]:
-                for template in method._leaves.values() if method.home is layer else ():
-                    where, name = holder(layer, template, self.adapter.name)
-                    old = where._parameters.get(name)
-                    if old is not None and old.device.type == "meta":
-                        where._parameters[name] = nn.Parameter(torch.empty_like(old, device=method.site.device))
+@torch.no_grad()
+def start(adapter: Adapter, commons: Mapping[str, Leaves]) -> None:
+    """Give an adapter's tensors their starting values."""
+    if adapter.layout.shared:
+        shared = {name: commons[name].find(adapter.name) for name in adapter.layout.shared}
+        adapter.method.start_shared(adapter.config, [m.site for m in adapter.methods], shared)
+    for layer in adapter.layers:
+        for method in layer.methods[adapter.name]:
+            if method.home is layer and (W := method.reset(method.options)) is not None:
+                layer.originals.take(adapter.name, method.site.param)
+                method.site.write(W, None)
+                layer.changed()
 
-    def prompt(self) -> None:
-        """Make the prompt, started as the config says."""
-        config, model = self.adapter.config, self.graft.model
-        complete(config, model, self.adapter.method.cached)  # type: ignore[attr-defined]
-        prompt: Any = self.adapter.method()  # type: ignore[call-arg]
-        prompt.build(config)
-        with torch.no_grad():
-            prompt.reset(config, model)
-        self.adapter.prompt = prompt.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+def kind_of(site: Site, autocast: bool) -> Kind:
+    """Number format and device of adapters at a site: fp32 where whole numbers or half precision cannot be trained."""
+    stored = site.stored(site.param)
+    dtype = torch.float32 if stored is None else stored.dtype
+    wide = (autocast and dtype in HALF) or not dtype.is_floating_point
+    return torch.float32 if wide else dtype, site.device
+
+
+def trains(leaf: Leaf) -> bool:
+    """Whether a leaf is trained."""
+    return leaf.train and not leaf.buffer and (leaf.dtype is None or leaf.dtype.is_floating_point)
 
 
 def _under(name: str, paths: set[str]) -> bool:
     """Whether the module `name` is one of `paths` or lies below one."""
     segments = name.split(".")
     return any(".".join(segments[: i + 1]) in paths for i in range(len(segments)))
-
-
-def _parameter(tensor: Tensor, site: Site, frozen: bool) -> Tensor:
-    """A built tensor as what is stored: floating-point tensors are trained."""
-    if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-        return tensor
-    parameter = nn.Parameter(tensor, requires_grad=not frozen)
-    if tensor.device.type == "meta":
-        parameter.target_device = site.device  # type: ignore[attr-defined]
-    return parameter

@@ -1,10 +1,9 @@
-"""AdaptedLayer: a frozen layer and its adapters. The only forward, merge, unmerge and mixed batch of the library."""
+"""AdaptedLayer: a frozen layer and its adapters. The only forward, merge and unmerge of the library."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +11,22 @@ from torch import Tensor, nn
 
 from trimtab.core.method import Method
 from trimtab.core.site import Site
-from trimtab.errors import AdapterNameError, ReadOnlyWeight, RouteError
+from trimtab.errors import ReadOnlyWeight, RouteError
 from trimtab.formats import offload, weights
+from trimtab.layer import groups
+from trimtab.layer.face import Face
 from trimtab.layer.leaves import Leaves
-from trimtab.layer.plan import BASE, Board
-from trimtab.layer.switch import Switched
-from trimtab.layer.views import View
+from trimtab.layer.originals import Originals
+from trimtab.layer.plan import BASE, Board, Route
+from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled
 
-Stack = list[Method]
-NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
+Step = Callable[..., Any]
 
 
-class AdaptedLayer(Switched):
+class AdaptedLayer(Face):
     """A frozen layer (`base_layer`) with any number of adapters of any methods.
 
-    What it computes follows the board's current route: nothing, one or several adapters stacked (the first of `active`
+    What it computes follows the current route: nothing, one or several adapters stacked (the first of `active`
     innermost), or a batch whose rows go to different adapters.
     """
 
@@ -36,21 +36,19 @@ class AdaptedLayer(Switched):
         self.path, self.param = name, ""  # of the layer in the base model, and of the parameter if a config names one
         self.name, self.board = name, board  # `name`: the path of this module, which others around it change
         self.sites: dict[str, Site] = {}
-        self.methods: dict[str, tuple[Method, ...]] = {}
+        self.methods: dict[str, tuple[Method, ...]] = {}  # of the adapters that are in the module tree
         self.containers: dict[str, Leaves] = {}  # by path below this layer
         self.merged_adapters: list[str] = []
-        self.held: dict[str, Any] = {}  # the original parameters, while merged
-        self.pristine: dict[str, Any] = {}  # the parameters before an initialisation changed them ...
-        self.mutator: str | None = None  # ... for this adapter
-        self.factory: dict[str, Any] = {}  # device and dtype of tensors being built
+        self.originals = Originals(self)
+        self.kept: tuple[Route, Step] | None = None  # how the last route was computed
 
     @property
     def frozen(self) -> nn.Module:
         """The layer itself, below every other AdaptedLayer that adapts another parameter of it."""
-        layer = self.base_layer
+        layer = self._modules["base_layer"]
         while isinstance(layer, AdaptedLayer):
-            layer = layer.base_layer
-        return layer
+            layer = layer._modules["base_layer"]
+        return layer  # type: ignore[return-value]
 
     @property
     def prefix(self) -> str:
@@ -60,154 +58,116 @@ class AdaptedLayer(Switched):
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output under the current route."""
-        board = self.board
-        route = board.now()
-        active, enabled = route.at(id(self))
-        if not enabled:
-            return self._original(*args, **kwargs)
-        if route.rows is not None:
-            return self._mixed(route, *args, **kwargs)
-        stack = self._stack(active)
-        if self.mutator is None or self.mutator in active or self.held:
-            return self._run(stack, route.extras, *args, **kwargs)
-        return self._apart(stack, *args, **kwargs)
+        route = self.board.now()
+        kept = self.kept
+        if kept is not None and kept[0] is route:
+            return kept[1](*args, **kwargs)
+        step = self._step(route)
+        if not torch.compiler.is_compiling():
+            self.kept = (route, step)
+        return step(*args, **kwargs)
 
-    def _stack(self, names: Sequence[str]) -> Stack:
+    def changed(self) -> None:
+        """Adapters, merges or the base are others: how to compute is to be chosen anew."""
+        self.kept = None
+
+    def _step(self, route: Route) -> Step:
+        """How to compute under a route: the choice that is kept until the route, the adapters or the base change."""
+        active, enabled = route.at(self.own)
+        if enabled and route.plan is not None:
+            return self._mixed(route)
+        instead = self.originals.others(active, enabled)
+        step = self._plain(self.stack(active) if enabled else [], route)
+        return partial(self._with, step, tuple(active), enabled) if instead else step
+
+    def _with(self, step: Step, active: tuple[str, ...], enabled: bool, *args: Any, **kwargs: Any) -> Any:
+        """A step on other parameters than those at rest."""
+        with self.originals.instead(self.originals.others(active, enabled)):
+            return step(*args, **kwargs)
+
+    def stack(self, names: Sequence[str]) -> list[Method]:
         """The methods of some adapters here, innermost first; merged ones are part of the base already."""
         methods, merged = self.methods, self.merged_adapters
         return [m for n in names if n in methods and n not in merged for m in methods[n]]
 
-    def _run(self, stack: Stack, extras: Any, *args: Any, **kwargs: Any) -> Any:
-        if not stack:
-            return self.base_layer(*args, **kwargs)
-        for method in stack:
-            if not (method.fused and method.site.fused):
-                return self._reparametrised(stack, *args, **kwargs)
-        x, args, kwargs = first_input(args, kwargs)
-        inputs = self._befores(stack, x)
-        y = self.base_layer(inputs[0], *args, **kwargs)
-        return self._afters(stack, y, inputs, extras)
+    def below(self) -> list[Method]:
+        """The methods that are merged into the layer, innermost first."""
+        return [m for n in self.merged_adapters for m in self.methods[n]]
 
-    def _befores(self, stack: Stack, x: Tensor) -> list[Tensor]:
-        """What the base layer is given, then what each method of the stack sees as its input, innermost first."""
-        inputs = [x]
-        for method in reversed(stack):
-            inputs.append(method.before(inputs[-1]))
-        inputs.reverse()
-        if inputs[0].dtype != x.dtype:
-            inputs[0] = inputs[0].to(x.dtype)
-        return inputs
+    def _plain(self, stack: Stack, route: Route) -> Step:
+        """One stack for all rows."""
+        how, call, base = pick(stack), route.call, self._base
+        if how == "base":
+            return base
+        if how == "weight":
+            return lambda *args, **kwargs: spelled(stack, self.below(), base, call, args, kwargs)
+        edits = Edits(stack)
 
-    @staticmethod
-    def _afters(stack: Stack, y: Tensor, inputs: list[Tensor], extras: Any) -> Tensor:
-        dtype = y.dtype
-        for method, x in zip(stack, inputs[1:], strict=True):
-            y = method.after(y, x, extras)
-        return y if y.dtype == dtype else y.to(dtype)
+        def fused(*args: Any, **kwargs: Any) -> Any:
+            if not args:  # the input was passed by name
+                return spelled(stack, (), base, call, args, kwargs)
+            inputs = edits.before(args[0], call)
+            return edits.after(base(inputs[0], *args[1:], **kwargs), inputs, call)
 
-    def _reparametrised(self, stack: Stack, *args: Any, **kwargs: Any) -> Any:
-        """The layer run with the stack's weights: the spelling that every method has."""
-        ((site, (W, b)),) = self._fold(self._below(stack)).items()
-        return site.run(W, b, *args, **kwargs)
+        if how == "fused" or self.merged_adapters:
+            return fused
+        through = stack[0].through
 
-    def _below(self, stack: Stack) -> Stack:
-        """The stack with those that are merged into what is to be changed, innermost first."""
-        return [m for n in self.merged_adapters for m in self.methods[n]] + stack if self.held else stack
+        def at_once(*args: Any, **kwargs: Any) -> Any:
+            y = through(*args, call) if len(args) == 1 and not kwargs else None  # type: ignore[misc]
+            return fused(*args, **kwargs) if y is None else y
 
-    def read(self, name: str) -> Any:
-        """A parameter as the model must see it where it reads the layer's without calling it."""
-        route = self.board.now()
-        active, enabled = route.at(id(self))
-        stack = self._stack(active) if enabled else []
-        if enabled and route.rows is not None and not self.methods.keys().isdisjoint(route.rows.names):
-            raise RouteError(f"'{self.name}' is read, not called: it cannot know which rows belong to which adapter.")
-        alone = self.mutator is not None and self.mutator not in active and not self.held
-        originals = {**self.held, **self.pristine} if not enabled else self.pristine if alone else {}
-        own = {**offload.parameters(self.frozen), **originals}
-        with self._parameters_of(self.pristine) if enabled and alone else contextlib.nullcontext():
-            for site, (W, b) in self._fold(self._below(stack) if stack else []).items():
-                own.update(site.named(W, b))
-        return own[name]
+        return at_once
 
-    def _fold(self, stack: Stack) -> dict[Site, tuple[Tensor, Tensor | None]]:
-        """The weights (in fp32 at least) and biases that a stack makes of the originals."""
-        folded: dict[Site, tuple[Tensor, Tensor | None]] = {}
-        for method in stack:
-            site = method.site
-            if site not in folded:
-                W = site.matrix()
-                folded[site] = (W if W.dtype == torch.float64 else W.float(), site.bias())
-            W, b = folded[site]
-            folded[site] = (method.weight(W), method.bias(b))
-        return folded
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        """The frozen layer, as it is at rest."""
+        return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
 
-    def _mixed(self, route: Any, *args: Any, **kwargs: Any) -> Any:
-        """Rows go to adapters by the plan: one base product for all rows whose methods are fused."""
+    def _mixed(self, route: Route) -> Step:
+        """Rows go to adapters by the plan."""
+        plan = route.plan
+        assert plan is not None
         if self.merged_adapters:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        site = next(iter(self.sites.values()))
-        groups, order = route.rows.split(*site.rows(args, kwargs))
-        stacks = [self._stack((name,)) for name, _ in groups]
-        if not any(stacks) and self.mutator is None:
-            return self.base_layer(*args, **kwargs)
-        if not site.fused:
-            return site.join([self._alone(n, *site.cut(args, kwargs, rows)) for n, rows in groups], order)
-        x, args, kwargs = first_input(args, kwargs)
-        fused = [
-            all(m.fused for m in s) and self.mutator in (None, name)
-            for s, (name, _) in zip(stacks, groups, strict=True)
-        ]
-        xs = [x[rows] for _, rows in groups]
-        inputs = [self._befores(s, part) if f else [part] for s, part, f in zip(stacks, xs, fused, strict=True)]
-        base: dict[int, Tensor] = {}
-        shared = [i for i, f in enumerate(fused) if f]
-        if shared:
-            y = self.base_layer(torch.cat([inputs[i][0] for i in shared]), *args, **kwargs)
-            base = dict(zip(shared, y.split([len(xs[i]) for i in shared]), strict=True))
-        parts = []
-        for i, (name, rows) in enumerate(groups):
-            extras = {k: v[rows.to(v.device)] if isinstance(v, Tensor) else v for k, v in route.extras.items()}
-            if i in base:
-                parts.append(self._afters(stacks[i], base[i], inputs[i], extras))
-            elif self.mutator not in (None, name):
-                parts.append(self._apart(stacks[i], xs[i], *args, **kwargs))
-            else:
-                parts.append(self._run(stacks[i], extras, xs[i], *args, **kwargs))
-        return torch.cat(parts)[order]
+        chosen = [() if name == BASE else (name,) for name in plan.names]
+        stacks = [self.stack(names) for names in chosen]
+        own = [not self.originals.others(names) for names in chosen]
+        if not any(stacks) and all(own):
+            return self._base
+        site: Any = next(iter(self.sites.values()))
 
-    def _alone(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output for rows of one adapter, here and in every layer inside."""
-        board = self.board
-        route = replace(board.route, active=() if name == BASE else (name,), rows=None, overrides={})
-        with board.using(route, restored=board.restored):
-            return self(*args, **kwargs)
+        def alone(group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.originals.instead(self.originals.others(chosen[group])):
+                return spelled(stacks[group], (), self._base, plan.calls[group], args, kwargs)
 
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
-        """The untouched base, bit by bit, even while adapters are merged into it."""
-        if not self.held and not self.pristine:
-            return self.base_layer(*args, **kwargs)
-        with self._parameters_of({**self.held, **self.pristine}):
-            return self.base_layer(*args, **kwargs)
+        def nested(group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.board.using(active=chosen[group], plan=None, call=plan.calls[group], epoch=None):
+                return self(*args, **kwargs)  # here and in every layer inside
 
-    def _apart(self, stack: Stack, *args: Any, **kwargs: Any) -> Any:
-        """A stack on the pristine base, where another adapter's initialisation has changed it."""
-        with self._parameters_of(self.pristine):
-            return self._run(stack, {}, *args, **kwargs)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not site.whole:
+                return groups.mixed(plan, stacks, own, site, self._base, alone, args, kwargs)
+            count, device = site.rows(args, kwargs)
+            cut = plan.cut((count,), device, self.name)
+            parts = [nested(i, *site.cut(args, kwargs, rows)) for i, rows in enumerate(cut.index)]
+            return site.join(parts, cut.order)
 
-    @contextlib.contextmanager
-    def _parameters_of(self, parameters: dict[str, Any]) -> Iterator[None]:
-        """The base layer with other parameter objects, inside the block."""
-        layer = self.frozen
-        own, held = {k: v for k, v in offload.parameters(layer).items() if k in parameters}, self.held
-        weights.install(layer, parameters)
-        self.held = {}
-        try:
-            yield
-        finally:
-            weights.install(layer, own)
-            self.held = held
+        return step
+
+    def read(self, name: str) -> Any:
+        """A parameter as the model must see it where it reads the layer's without calling it."""
+        route = self.board.now()
+        active, enabled = route.at(self.own)
+        if enabled and route.plan is not None and not self.methods.keys().isdisjoint(route.plan.names):
+            raise RouteError(f"'{self.name}' is read, not called: it cannot know which rows belong to which adapter.")
+        stack = self.stack(active) if enabled else []
+        with self.originals.instead(self.originals.others(active, enabled)):
+            own = offload.parameters(self.frozen)
+            for site, (W, b) in fold([*self.below(), *stack] if stack else []).items():
+                own = {**own, **site.named(W, b)}
+        return own[name]
 
     # ------------------------------------------------------------------ merging
     @property
@@ -222,7 +182,7 @@ class AdaptedLayer(Switched):
         Args:
             safe_merge: raise, with nothing changed, when the result is not finite.
             adapter_names: which (the active ones by default); those that are not here or merged already are skipped.
-            keep: hold the originals; False frees them (for export).
+            keep: hold the originals; False writes into their storage (for export).
 
         Raises:
             ValueError: a method that has no single weight, or with `safe_merge` a result that is not finite.
@@ -234,174 +194,95 @@ class AdaptedLayer(Switched):
         for method in (m for n in new for m in self.methods[n]):
             if not method.mergeable:
                 raise ReadOnlyWeight(f"{type(method).__name__} cannot be merged: it has no single weight.")
-        wanted = [*self.merged_adapters, *new]
-        alone = bool(self.pristine) and self.mutator not in wanted
-        with self._parameters_of(self.pristine) if alone else contextlib.nullcontext():
-            folded = self._fold([m for n in wanted for m in self.methods[n]])
+        wanted, originals = [*self.merged_adapters, *new], self.originals
+        with originals.instead({**originals.held, **originals.strangers(wanted)}):
+            folded = fold([m for n in wanted for m in self.methods[n]])
         if safe_merge:
             for W, b in folded.values():
                 if not torch.isfinite(W).all() or (b is not None and not torch.isfinite(b).all()):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {new} seems to be broken")
-        own = offload.parameters(self.frozen)
-        held = self.held or {k: own.get(k) for site in folded for k in site.params if k in own}
-        for site, (W, b) in folded.items():
-            site.write(W, b)
-        self.held = held if keep else {}
+        first = not originals.held
+        originals.hold({p for site in folded for p in site.params}, wanted)
+        try:
+            for site, (W, b) in folded.items():
+                site.write(W, b)
+        except BaseException:
+            if first:
+                originals.restore()
+            raise
         self.merged_adapters = wanted
+        if not keep:
+            self.settle()
+        self.changed()
+
+    def settle(self) -> None:
+        """Make a merge final: where the format allows it the numbers go into the storage that was there before."""
+        layer, originals = self.frozen, self.originals
+        for param, own in list(originals.held.items()):
+            new = layer._parameters.get(param)
+            if own is None or new is None or not (type(own) is type(new) is nn.Parameter):
+                continue
+            if own.shape == new.shape and own.dtype == new.dtype and own.device == new.device:
+                with torch.no_grad():
+                    own.data.copy_(new.data)
+                weights.install(layer, {param: own})
+        originals.settle()
 
     def unmerge(self) -> None:
         """Put the original parameter objects back."""
-        if self.merged_adapters and not self.held:
+        if self.merged_adapters and self.originals.final:
             raise ReadOnlyWeight(f"Layer '{self.name}' was merged with keep=False: its original weight is gone.")
-        weights.install(self.frozen, self.held)
-        self.held, self.merged_adapters = {}, []
-
-    def restore(self) -> nn.Module:
-        """The base layer as it was before any adapter came."""
-        if self.held:
-            self.unmerge()
-        weights.install(self.frozen, self.pristine)
-        return self.frozen
-
-    def mutate(self, adapter: str, site: Site, W: Tensor) -> None:
-        """Give the base layer the weight that an adapter's initialisation leaves of it, and keep the pristine one."""
-        if self.mutator is not None:
-            raise ValueError(
-                f"Layer '{self.name}': adapter '{self.mutator}' has changed the base's weights at its start; a second "
-                f"such adapter ('{adapter}') needs a base of its own."
-            )
-        self.pristine = {site.param: offload.parameters(self.frozen)[site.param]}
-        site.write(W, None)
-        self.mutator = adapter
+        self.originals.restore()
+        self.merged_adapters = []
+        self.changed()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the layer's weight, in the layer's own layout."""
-        ((site, (W, _)),) = self._fold(list(self.methods[adapter])).items()
-        return site.store(W - site.matrix().to(W.dtype))
+        self.bring(adapter)
+        with self.originals.instead(self.originals.others((adapter,))):
+            ((site, (W, _)),) = fold(list(self.methods[adapter])).items()
+            return site.store(W - site.matrix().to(W.dtype))
 
     # ------------------------------------------------------------------ adapters
-    def attach(self, adapter: str, methods: Sequence[Method], tensors: Sequence[dict[str, Tensor]]) -> None:
-        """Take the adapter's methods and their tensors by leaf template."""
-        self.methods[adapter] = tuple(methods)
-        for method, leaves in zip(methods, tensors, strict=True):
-            for template, tensor in leaves.items():
-                container, _, rest = template.partition(".{}")
-                if container not in self.containers:
-                    self.containers[container] = Leaves.at(self, container)
-                self.containers[container].put(adapter, rest.removeprefix("."), tensor)
-            self.sites.setdefault(method.site.param, method.site)
+    def attach(self, adapter: str, method: Method, tensors: dict[str, Tensor]) -> None:
+        """Take a method of an adapter, and its tensors by leaf (none where another layer keeps them)."""
+        for leaf, tensor in tensors.items():
+            container, _, rest = method.templates[leaf].partition(".{}")
+            if container not in self.containers:
+                self.containers[container] = Leaves.at(self, container)
+            method.register(leaf, self.containers[container].put(adapter, rest.removeprefix("."), tensor))
+        self.methods[adapter] = (*self.methods.get(adapter, ()), method)
+        self.sites.setdefault(method.site.param, method.site)
+        self.changed()
 
     def detach(self, adapter: str) -> None:
-        """Forget an adapter."""
-        if adapter in self.merged_adapters:
-            raise ValueError(f"Adapter '{adapter}' is merged into the base: call unmerge_adapter() first.")
-        if self.mutator == adapter:
-            weights.install(self.frozen, self.pristine)
-            self.pristine, self.mutator = {}, None
+        """Take an adapter's methods and tensors out of the module tree."""
         self.methods.pop(adapter, None)
-        for leaves in self.leaves():
+        for leaves in self.containers.values():
             leaves.remove(adapter)
+        self.changed()
 
-    def leaves(self) -> list[Leaves]:
-        """The containers of this layer's tensors."""
-        return list(self.containers.values())
-
-    def tensor(self, template: str, adapter: str) -> Tensor:
-        """An adapter's tensor by its leaf template."""
-        container, _, rest = template.partition(".{}")
-        return self.containers[container].get(adapter, rest.removeprefix("."))
-
-    @property
-    def adapters(self) -> list[str]:
-        """The adapters that are here."""
-        return list(self.methods)
-
-    def adapter_parameters(self, adapter: str) -> Iterator[tuple[Any, nn.Parameter]]:
-        """(method, parameter) for each trainable tensor of an adapter here."""
-        for method in self.methods.get(adapter, ()):
-            if method.home is not self:
-                continue
-            for alias, template in method._leaves.items():
-                tensor = self.tensor(template, adapter)
-                if isinstance(tensor, nn.Parameter) and alias not in method.frozen:
-                    yield method, tensor
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable or frozen."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad)
-
-    # ------------------------------------------------------------------ this layer by itself
-    def unpark(self, adapter: str) -> None:
-        """Bring an adapter that was parked back into the module tree."""
-        for leaves in self.leaves():
-            leaves.unpark(adapter)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter of this layer; if it was in use, the first remaining one takes its place."""
-        self.detach(adapter_name)
-        active = [n for n in self.active_adapters if n != adapter_name]
-        if len(active) != len(self.active_adapters):
-            self.set_adapter(active or list(self.methods)[:1])
-
-    def get_base_layer(self) -> nn.Module:
-        """The frozen layer."""
-        return self.frozen
-
-    def _scaled(self, change: Callable[[Any], float], names: Sequence[str]) -> None:
-        for method in (m for n in names for m in self.methods.get(n, ()) if "scaling" in m.views):
-            method.scaling = change(method)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to `scale` times its own."""
-        self._scaled(lambda m: float(scale * m.unit), (adapter,))
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        self._scaled(lambda m: float(m.scaling * scale), self.active_adapters)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters, or without an argument set it back to their own."""
-        self._scaled(lambda m: float(m.unit if scale is None else m.scaling / scale), self.active_adapters)
+    def parked(self, leaves: Leaves) -> list[str]:
+        """The adapters that have a leaf in this container, and are not in the module tree."""
+        residents = self.board.residents
+        return residents.parked_at(self, leaves) if residents is not None else []
 
     # ------------------------------------------------------------------ as a module
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or name in NOT_OURS or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-        if any(name in site.reads for site in self.__dict__.get("sites", {}).values()):
-            return self.read(name)
-        for methods in self.__dict__.get("methods", {}).values():
-            if any(name in m.views for m in methods):
-                return View(self, name)
-        return getattr(self.base_layer, name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer":
+            self.__dict__["kept"] = None
+        elif isinstance(value, nn.Parameter) and name in self.frozen._parameters:  # weights are tied this way
+            setattr(self.frozen, name, value)
+            return
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
-        for kept in (self.held, self.pristine):
-            for parameter in kept.values():
-                if parameter is not None:
-                    weights.moved(parameter, fn)
+        self.originals.apply(fn)
+        if self.board.residents is not None:
+            self.board.residents.convert(self, fn)
         super()._apply(fn, recurse)
+        self.changed()
         return self
-
-    def extra_repr(self) -> str:
-        """The adapters and their methods."""
-        return ", ".join(f"{n}: {' + '.join(type(m).__name__ for m in ms)}" for n, ms in self.methods.items())
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Split a layer's arguments into (its input, the rest), however the input was passed."""
-    if args:
-        return args[0], args[1:], kwargs
-    name = next(iter(kwargs))
-    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
-
-
-def require_known(names: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
-    """Raise `AdapterNameError` for names that no adapter has."""
-    unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
-    if unknown:
-        raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} not found. Known: {list(known)}.")

@@ -1,14 +1,14 @@
-"""What an adapter trains whole: copies of modules (`modules_to_save`) and of biases."""
+"""What an adapter trains whole: copies of modules (`modules_to_save`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.formats import offload, weights
+from trimtab.layer import groups
 from trimtab.layer.plan import Board
 from trimtab.layer.switch import Switched
 
@@ -35,7 +35,7 @@ class SavedModule(Switched):
 
     def chosen(self) -> nn.Module:
         """The module that runs outside mixed batches: the copy of the last active adapter that has one."""
-        active, enabled = self.board.route.at(id(self))
+        active, enabled = self.standing().at(self.own)
         for name in reversed(active if enabled else ()):
             if name in self.modules_to_save:
                 return self.modules_to_save[name]
@@ -43,16 +43,11 @@ class SavedModule(Switched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the copy (or original) that the current route chooses, row by row in a mixed batch."""
-        rows = self.board.now().rows
-        if rows is None:
-            return self.chosen()(*args, **kwargs)
-        x, *rest = args
-        groups, order = rows.split(len(x), x.device)
-        parts: list[Tensor] = []
-        for name, index in groups:
-            module = self.modules_to_save._modules.get(name) or self.original_module
-            parts.append(module(x[index], *rest, **kwargs))
-        return torch.cat(parts)[order]
+        plan = self.board.now().plan
+        if plan is None or not any(name in self.modules_to_save for name in plan.names):
+            return (self.chosen() if plan is None else self.original_module)(*args, **kwargs)
+        copies = self.modules_to_save._modules
+        return groups.dealt(plan, [copies.get(n) or self.original_module for n in plan.names], args, kwargs, self.name)
 
     @property
     def adapters(self) -> list[str]:
@@ -71,7 +66,7 @@ class SavedModule(Switched):
     @property
     def active_adapters(self) -> list[str]:
         """The adapters in use that have a copy here."""
-        return [n for n in self.board.route.at(id(self))[0] if n in self.modules_to_save]
+        return [n for n in self.standing().at(self.own)[0] if n in self.modules_to_save]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """{key of a tensor on disk: its key in memory}, both below this module."""
@@ -90,23 +85,3 @@ class SavedModule(Switched):
             if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.chosen(), name)
-
-
-class SavedBiases:
-    """The base's biases as one adapter trains them: its own parameters stand in for them while it is in use."""
-
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.modules = modules
-        self.originals = {name: module._parameters["bias"] for name, module in modules.items()}
-        self.own = {
-            name: nn.Parameter(bias.detach().clone()) for name, bias in self.originals.items() if bias is not None
-        }
-
-    def switch(self, on: bool) -> None:
-        """Put the adapter's biases in place, or the originals."""
-        for name, module in self.modules.items():
-            module._parameters["bias"] = self.own[name] if on else self.originals[name]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's biases."""
-        return iter(self.own.values())

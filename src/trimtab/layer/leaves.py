@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -26,75 +25,72 @@ class LinearLeaf(nn.Linear):
 class Leaves(nn.Module):
     """{adapter: leaf} of one name, like a ModuleDict or ParameterDict.
 
-    Parked adapters are found here like the others, but `parameters()`, `state_dict()` and `train()` do not visit them.
+    Adapters that are parked (not in the module tree) are found here like the others: asking for one brings it back.
+
+    Args:
+        layer: the layer that the container belongs to, or None; it knows the adapters that are parked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any = None) -> None:
         super().__init__()
-        self.parked: dict[str, Any] = {}
+        self.__dict__["layer"] = layer  # past nn.Module's setattr: a parent is no child
 
     @staticmethod
     def at(layer: nn.Module, path: str) -> Leaves:
         """The container at a path below a layer, made where it is missing."""
         *holders, name = path.split(".")
+        within = layer
         for holder in holders:
-            if holder not in layer._modules:
-                layer._modules[holder] = nn.Module()
-            layer = layer._modules[holder]  # type: ignore[assignment]
-        leaves = layer._modules.get(name)
+            if holder not in within._modules:
+                within._modules[holder] = nn.Module()
+            within = within._modules[holder]  # type: ignore[assignment]
+        leaves = within._modules.get(name)
         if leaves is None:
-            leaves = layer._modules[name] = Leaves()
+            leaves = within._modules[name] = Leaves(layer)
         return leaves  # type: ignore[return-value]
 
-    def put(self, adapter: str, name: str, tensor: Tensor) -> None:
-        """Store a tensor under `adapter`, or under its `name` there; what is no Parameter becomes a buffer."""
+    def put(self, adapter: str, name: str, tensor: Tensor) -> tuple[dict[str, Any], str]:
+        """Store a tensor under `adapter`, or under its `name` there; what is no Parameter becomes a buffer.
+
+        Returns:
+            Where it is registered, and its key there.
+        """
+        trained = isinstance(tensor, nn.Parameter)
         if not name:
-            (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[adapter] = tensor  # type: ignore[index,assignment]
-            return
-        leaf = self.find(adapter)
+            store: dict[str, Any] = self._parameters if trained else self._buffers
+            store[adapter] = tensor
+            return store, adapter
+        leaf = self._modules.get(adapter)
         if leaf is None:
             leaf = LinearLeaf(tensor) if name == "weight" and tensor.ndim == 2 else Leaf()
             self._modules[adapter] = leaf
-        if isinstance(tensor, nn.Parameter):
-            leaf._parameters[name] = tensor
-        else:
-            leaf.register_buffer(name, tensor)
-
-    def get(self, adapter: str, name: str) -> Tensor:
-        """The tensor stored under `adapter` (and `name`)."""
-        leaf = self[adapter]
-        tensor: Tensor = getattr(leaf, name) if name else leaf
-        return tensor
+        if trained:
+            leaf._parameters[name] = tensor  # type: ignore[assignment]
+            return leaf._parameters, name
+        leaf.register_buffer(name, tensor)
+        return leaf._buffers, name
 
     def find(self, adapter: str) -> Any:
-        """What is stored under `adapter`, or None."""
-        for store in (self._modules, self._parameters, self._buffers, self.parked):
+        """What is stored under `adapter` in the module tree, or None."""
+        for store in (self._modules, self._parameters, self._buffers):
             if adapter in store:
                 return store[adapter]
         return None
 
-    def park(self, adapter: str) -> None:
-        """Take an adapter out of the module tree, its objects unchanged."""
-        for store in (self._modules, self._parameters, self._buffers):
-            if adapter in store:
-                self.parked[adapter] = store.pop(adapter)  # type: ignore[attr-defined]
-
-    def unpark(self, adapter: str) -> None:
-        """Put an adapter back into the module tree."""
-        if adapter in self.parked:
-            leaf = self.parked.pop(adapter)
-            if isinstance(leaf, nn.Module):
-                self._modules[adapter] = leaf
-            else:
-                self.put(adapter, "", leaf)
-
     def remove(self, adapter: str) -> None:
         """Forget an adapter."""
-        for store in (self._modules, self._parameters, self._buffers, self.parked):
-            store.pop(adapter, None)  # type: ignore[attr-defined]
+        for store in (self._modules, self._parameters, self._buffers):
+            store.pop(adapter, None)
+
+    def parked(self) -> list[str]:
+        """The adapters that have something here and are not in the module tree."""
+        return self.layer.parked(self) if self.layer is not None else []
 
     def __getitem__(self, adapter: str) -> Any:
         leaf = self.find(adapter)
+        if leaf is None and adapter in self.parked():
+            self.layer.bring(adapter)
+            leaf = self.find(adapter)
         if leaf is None:
             raise KeyError(adapter)
         return leaf
@@ -103,16 +99,15 @@ class Leaves(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            parked = self.__dict__.get("parked", {})
-            if name in parked:
-                return parked[name]
-            raise
+            if name.startswith("__") or name not in self.parked():
+                raise
+        return self[name]
 
     def __contains__(self, adapter: str) -> bool:
-        return self.find(adapter) is not None
+        return self.find(adapter) is not None or adapter in self.parked()
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._modules, *self._parameters, *self._buffers, *self.parked])
+        return iter([*self._modules, *self._parameters, *self._buffers, *self.parked()])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -128,13 +123,3 @@ class Leaves(nn.Module):
     def values(self) -> list[Any]:
         """The leaves."""
         return [self[name] for name in self]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Leaves:
-        super()._apply(fn, recurse)
-        for leaf in self.parked.values():
-            if isinstance(leaf, nn.Module):
-                leaf._apply(fn)
-            else:
-                with torch.no_grad():
-                    leaf.data = fn(leaf.data)
-        return self

@@ -1,168 +1,301 @@
-"""Who is active, on or off, and which rows go to which adapter: one immutable snapshot a forward."""
+"""Who is active, on or off, and which rows go to which adapter: one immutable route a forward."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import RouteError
+from trimtab.core.method import Call
+from trimtab.errors import AdapterNameError, RouteError
+from trimtab.layer import checkpointing
 
 BASE = "__base__"  # the row that wants no adapter
+PLAIN = Call()
 
 
-class Rows:
-    """The plan of a mixed batch: which rows belong to which adapter, made once a forward.
+class Cut:
+    """How the rows of one input go to the groups of a plan.
 
-    Where a module sees n rows for each one planned (beams, or (batch · tokens, d) inputs), the plan repeats by n.
+    Attributes:
+        index: for each group, which entries of the axis are its.
+        order: the permutation that puts the groups' entries, one after another, back in order.
+        slot: for each entry of the axis, its group.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._splits: dict[tuple[int, torch.device], tuple[list[tuple[str, Tensor]], Tensor]] = {}
+    def __init__(self, owners: Sequence[int], groups: int, axis: int, flat: bool, device: torch.device) -> None:
+        self.axis, self.flat = axis, flat
+        places: list[list[int]] = [[] for _ in range(groups)]
+        for i, group in enumerate(owners):
+            places[group].append(i)
+        order = [i for rows in places for i in rows]
+        self.sorted = order == list(range(len(order)))
+        self.sizes = [len(rows) for rows in places]
+        self.index = [torch.tensor(rows, dtype=torch.long, device=device) for rows in places]
+        self.slot = torch.tensor(list(owners), dtype=torch.long, device=device)
+        self.order = torch.tensor(order, dtype=torch.long, device=device).argsort()
+        self.banks: dict[Any, Any] = {}  # what methods stack of their tensors for all groups, while the plan stands
 
-    def split(self, size: int, device: torch.device) -> tuple[list[tuple[str, Tensor]], Tensor]:
-        """For `size` rows: ([(adapter, its rows)], the permutation that puts the concatenated groups back in order)."""
-        key = (size, device)
-        if key not in self._splits:
-            if not self.names or size % len(self.names):
-                raise RouteError(
-                    f"A layer sees {size} rows, which is no multiple of the {len(self.names)} `adapter_names` given: "
-                    "it cannot be known which row belongs to which adapter."
-                )
-            each = size // len(self.names)
-            groups: dict[str, list[int]] = {}
-            for i, name in enumerate(self.names):
-                groups.setdefault(name, []).extend(range(i * each, (i + 1) * each))
-            order = torch.tensor([i for rows in groups.values() for i in rows], device=device)
-            parts = [(name, torch.tensor(rows, device=device)) for name, rows in groups.items()]
-            self._splits[key] = (parts, order.argsort())
-        return self._splits[key]
+    def take(self, x: Tensor, group: int) -> Tensor:
+        """The group's part of `x`."""
+        return (x.flatten(0, -2) if self.flat else x).index_select(self.axis, self.index[group])
+
+    def deal(self, x: Tensor) -> list[Tensor]:
+        """The parts of all groups."""
+        if self.sorted:
+            return list((x.flatten(0, -2) if self.flat else x).split(self.sizes, self.axis))
+        return [self.take(x, group) for group in range(len(self.index))]
+
+    def join(self, parts: Sequence[Tensor], lead: Sequence[int]) -> Tensor:
+        """The groups' outputs as one, in order; `lead` are the leading axes of what was cut."""
+        whole = torch.cat(list(parts), self.axis)
+        whole = whole if self.sorted else whole.index_select(self.axis, self.order)
+        return whole.unflatten(0, tuple(lead)) if self.flat else whole
 
 
-@dataclass(frozen=True)
+class Plan:
+    """Which rows of a batch, or which tokens of a packed sequence, go to which adapters; made once a forward.
+
+    Args:
+        names: the adapter of each row ("__base__": none).
+        lengths: how many tokens each row has, where the rows lie one after another in one sequence (1, tokens).
+        rows: other numbers of rows that layers may see for the same batch: a multiple for beams.
+        tokens: lengths of the sequences, so that layers that see (rows · tokens, d) can be told apart.
+        calls: what each row's group is handed, by name; a call without rows by default.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        lengths: Sequence[int] | None = None,
+        rows: Sequence[int] = (),
+        tokens: Sequence[int] = (),
+        calls: Mapping[str, Call] | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        if lengths is not None and len(lengths) != len(names):
+            raise ValueError(f"Every row needs a length, but there are {len(names)} and {len(lengths)}.")
+        self.names = tuple(dict.fromkeys(names))  # of the groups
+        self.owners = [self.names.index(name) for name in names]
+        self.lengths = None if lengths is None else [int(n) for n in lengths]
+        self.rows, self.tokens = {len(names), *rows}, {1, *tokens}
+        extras = extras or {}
+        self.calls = [self._call(group, name, (calls or {}).get(name), extras) for group, name in enumerate(self.names)]
+        self._cuts: dict[Any, Cut] = {}
+
+    def _call(self, group: int, name: str, given: Call | None, extras: Mapping[str, Any]) -> Call:
+        mine = [i for i, owner in enumerate(self.owners) if owner == group]
+        own = {
+            k: v[torch.tensor(mine, device=v.device)] if isinstance(v, Tensor) and v.ndim else v
+            for k, v in extras.items()
+        }
+        lengths = None if self.lengths is None else tuple(self.lengths[i] for i in mine)
+        call = given or PLAIN
+        return replace(call, extras={**call.extras, **own}, lengths=lengths)
+
+    def tell(self, shape: Sequence[int]) -> None:
+        """Note a shape (rows, tokens ...) that the model is really called with."""
+        if self.lengths is None and len(shape) and shape[0] % len(self.owners) == 0:
+            self.rows.add(int(shape[0]))
+            self.tokens.update(int(n) for n in shape[1:2])
+
+    def cut(self, lead: Sequence[int], device: torch.device, name: str = "") -> Cut:
+        """How an input whose leading axes are `lead` is cut.
+
+        Raises:
+            RouteError: it cannot be known which of its rows belong to which adapter.
+        """
+        key = (tuple(lead), device)
+        if key not in self._cuts:
+            self._cuts[key] = self._made(tuple(int(n) for n in lead), device, name)
+        return self._cuts[key]
+
+    def _made(self, lead: tuple[int, ...], device: torch.device, name: str) -> Cut:
+        groups, count = len(self.names), len(self.owners)
+        if self.lengths is not None:
+            total = 1
+            for n in lead:
+                total *= n
+            if total == sum(self.lengths):
+                tokens = [g for g, n in zip(self.owners, self.lengths, strict=True) for _ in range(n)]
+                return Cut(tokens, groups, 0, True, device)
+        elif lead and (lead[0] in self.rows or (len(lead) == 1 and lead[0] in self._flattened())):
+            return self._each(lead[0] // count, 0, device)
+        elif len(lead) > 1 and lead[0] in self.tokens and lead[1] in self.rows:  # time first
+            return self._each(lead[1] // count, 1, device)
+        wanted = f"{sum(self.lengths)} tokens" if self.lengths is not None else f"{sorted(self.rows)} rows"
+        raise RouteError(
+            f"'{name}' sees an input whose leading axes are {list(lead)}, but the batch of `adapter_names` has "
+            f"{wanted}{'' if self.lengths else f' of {sorted(self.tokens)} tokens'}: it cannot be known which part "
+            "belongs to which adapter."
+        )
+
+    def _flattened(self) -> set[int]:
+        return {r * t for r in self.rows for t in self.tokens}
+
+    def _each(self, times: int, axis: int, device: torch.device) -> Cut:
+        return Cut([g for g in self.owners for _ in range(times)], len(self.names), axis, False, device)
+
+
+@dataclass(frozen=True, eq=False)
 class Route:
     """One forward's answer to "which adapters?".
 
     Attributes:
         active: the adapters in use, innermost first.
-        enabled: False inside `disable_adapter()`.
-        rows: the plan of a mixed batch, or None.
-        extras: per-row extras of a call that methods read (task ids, offsets).
-        overrides: layer id -> (active, enabled), for layers that were switched by themselves.
+        enabled: False where the model is the plain base.
+        plan: which rows go to which adapters, or None: all go to the active ones.
+        call: what the formulas are handed outside mixed batches.
+        epoch: when the model as a whole was last switched: a layer that was switched by itself since then differs.
+            None inside blocks that switch everything off.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
-    rows: Rows | None = None
-    extras: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    overrides: Mapping[int, tuple[tuple[str, ...], bool]] = field(default_factory=dict)
+    plan: Plan | None = None
+    call: Call = field(default=PLAIN)
+    epoch: int | None = 0
 
-    def __reduce__(self) -> Any:  # a mapping proxy cannot be pickled, and a plan is of one forward
-        return (Route, (self.active, self.enabled))
+    def __reduce__(self) -> Any:  # a plan and a call are of one forward
+        return (Route, (self.active, self.enabled, None, PLAIN, self.epoch))
 
-    def at(self, layer: int) -> tuple[tuple[str, ...], bool]:
-        """(active, enabled) for one layer."""
-        if self.overrides and layer in self.overrides:
-            return self.overrides[layer]
+    def at(self, own: tuple[int, tuple[str, ...], bool] | None) -> tuple[tuple[str, ...], bool]:
+        """(active, enabled) for a layer whose own switch is `own` (epoch, active, enabled), or None."""
+        if own is not None and own[0] == self.epoch:
+            return own[1], own[2]
         return self.active, self.enabled
 
 
+@dataclass
+class Block:
+    """A `with` block that routes one thread.
+
+    Attributes:
+        changes: the fields of the standing route that it changes; "route" fixes all of them.
+        open: the caller's own code runs inside, which may start threads of its own.
+        route: the route inside.
+    """
+
+    changes: dict[str, Any]
+    open: bool
+    route: Route
+    repeats: bool = False
+
+
 class Board:
-    """Holds the current route for all layers of one model. A plain object: a forward may be compiled in one graph."""
+    """The current route of one model: a standing one, and in front of it that of the block a thread is in."""
 
     def __init__(self) -> None:
         self.route = Route()
+        self.current = self.route  # as last changed by any thread: what a compiled graph follows
+        self.blocks: dict[int, list[Block]] = {}  # thread -> the blocks it is in, innermost last
         self.last: Route | None = None  # the route of the last forward outside a backward pass
-        self.restored = False  # a checkpoint's recomputation runs, with its own route put back
+        self.residents: Any = None  # what brings back adapters that were parked
+        checkpointing.watch()
+        checkpointing.boards.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"route": self.route_here(quiet=True), "residents": self.residents}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.route = self.current = replace(state["route"], plan=None, call=PLAIN, epoch=state["route"].epoch or 0)
+        self.residents = state["residents"]
+
+    # ------------------------------------------------------------------ changes
     def set(self, **changes: Any) -> None:
         """Change the standing route; layers that were switched by themselves follow again."""
-        self.route = replace(self.route, overrides={}, **changes)
+        self.route = replace(self.route, epoch=(self.route.epoch or 0) + 1, **changes)
+        for blocks in self.blocks.values():
+            self._compose(blocks)
+        mine = self.blocks.get(threading.get_ident())
+        self.current = mine[-1].route if mine else self.route
 
-    def override(self, layer: int, active: tuple[str, ...], enabled: bool) -> None:
-        """Switch one layer by itself."""
-        self.route = replace(self.route, overrides={**self.route.overrides, layer: (active, enabled)})
+    def _compose(self, blocks: list[Block]) -> None:
+        route = self.route
+        for block in blocks:
+            block.route = route = block.changes.get("route") or replace(route, **block.changes)
 
     @contextlib.contextmanager
-    def using(self, route: Route, restored: bool = False) -> Iterator[None]:
-        """Use another route inside the block."""
-        before = self.route, self.restored
-        self.route, self.restored = route, restored
+    def using(self, open: bool = False, repeats: bool = False, **changes: Any) -> Iterator[None]:
+        """Change the route of this thread inside the block."""
+        thread = threading.get_ident()
+        blocks = self.blocks.setdefault(thread, [])
+        block = Block(changes, open, self.route, repeats)
+        blocks.append(block)
+        self._compose(blocks)
+        self.current = block.route
         try:
             yield
         finally:
-            self.route, self.restored = before
+            blocks.remove(block)
+            if not blocks:
+                self.blocks.pop(thread, None)
+            self.current = blocks[-1].route if blocks else self.route
+
+    def repeating(self, route: Route) -> contextlib.AbstractContextManager[None]:
+        """A block in which a forward is repeated under its own route."""
+        return self.using(route=route, repeats=True)
+
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model is the plain base."""
+        return self.using(open=True, enabled=False, plan=None, epoch=None)
+
+    # ------------------------------------------------------------------ questions
+    def route_here(self, quiet: bool = False) -> Route:
+        """This thread's route.
+
+        Raises:
+            RouteError: another thread is inside a block of its caller's, and this one in none.
+        """
+        if torch.compiler.is_compiling():
+            return self.current
+        if not self.blocks:
+            return self.route
+        mine = self.blocks.get(threading.get_ident())
+        if mine:
+            return mine[-1].route
+        if not quiet and any(block.open for blocks in list(self.blocks.values()) for block in list(blocks)):
+            raise RouteError(
+                "Another thread is inside `disable_adapter()` or `route()` of this model: whether that is meant for "
+                "this thread, too, cannot be known. Open the block in the thread that calls the model, or pass "
+                "`adapter_names` to the call."
+            )
+        return self.route
 
     def now(self) -> Route:
         """The route a layer's forward follows.
 
         Raises:
-            RouteError: the forward is a recomputation inside a backward pass, by a checkpointing function that is not
-                transformers' own, and the route has changed since the forward it repeats.
+            RouteError: it cannot be known, or the forward is a recomputation inside a backward pass, by checkpointing
+                that is not torch's own, and the route has changed since the forward it repeats.
         """
         if torch.compiler.is_compiling():
-            return self.route
+            return self.current
+        route = self.route_here() if self.blocks else self.route
         if torch._C._current_graph_task_id() == -1:
-            self.last = self.route
-        elif not self.restored and self.last is not None and self.route is not self.last:
+            self.last = route
+        elif self.last is not None and route is not self.last:
+            self._check()
+        return route
+
+    def _check(self) -> None:
+        mine = self.blocks.get(threading.get_ident())
+        if not mine or not mine[-1].repeats:
             raise RouteError(
                 "A layer is recomputed in the backward pass, but the active adapters have changed since its forward. "
-                "Checkpointing other than transformers' `gradient_checkpointing_enable()` must run its backward pass "
-                "before `set_adapter`, `disable_adapter` or a mixed batch changes them."
+                "Checkpointing other than torch's own must run its backward pass before `set_adapter`, "
+                "`disable_adapter` or a mixed batch changes them."
             )
-        return self.route
 
 
-class Checkpointing:
-    """A checkpointing function whose recomputation sees the route of the forward it repeats."""
-
-    def __init__(self, function: Any, board: Board) -> None:
-        self.function, self.board = function, board
-
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        board, route = self.board, self.board.route
-
-        def rerun(*a: Any, **k: Any) -> Any:
-            with board.using(route, restored=True):
-                return run(*a, **k)
-
-        return self.function(rerun, *args, **kwargs)
-
-
-class CheckpointSwitch:
-    """Stands in for a model's `_set_gradient_checkpointing`, so that checkpointing switched on later is ours."""
-
-    def __init__(self, model: Any, board: Board) -> None:
-        self.model, self.board = model, board
-
-    def __call__(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
-        if gradient_checkpointing_func is None:
-            gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
-        function = Checkpointing(gradient_checkpointing_func, self.board)
-        type(self.model)._set_gradient_checkpointing(self.model, enable, function, **kwargs)
-
-
-def watch_checkpointing(model: Any, board: Board) -> None:
-    """Make transformers' gradient checkpointing of `model`, on now or switched on later, keep the route."""
-    if not hasattr(type(model), "_set_gradient_checkpointing"):
-        return
-    model.__dict__["_set_gradient_checkpointing"] = CheckpointSwitch(model, board)
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None:
-            module._gradient_checkpointing_func = Checkpointing(getattr(function, "function", function), board)
-
-
-def unwatch_checkpointing(model: Any) -> None:
-    """Undo `watch_checkpointing`."""
-    model.__dict__.pop("_set_gradient_checkpointing", None)
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, Checkpointing):
-            module._gradient_checkpointing_func = function.function
+def require_known(names: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
+    """Raise `AdapterNameError` for names that no adapter has."""
+    unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
+    if unknown:
+        raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} not found. Known: {list(known)}.")

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from trimtab.layer.plan import Board
+from trimtab.layer.plan import Board, Route
 
 
 class Switched(nn.Module):
-    """A module of the base with something of adapters in it; the board's current route says of which.
+    """A module of the base with something of adapters in it; the current route says of which.
 
     Subclasses are final; they say which `adapters` they hold and how those are made trainable.
     """
 
     board: Board
+    own: tuple[int, tuple[str, ...], bool] | None = None  # (epoch, active, enabled) where it was switched by itself
 
     @property
     def adapters(self) -> list[str]:
@@ -26,13 +27,22 @@ class Switched(nn.Module):
         """Make adapters trainable or frozen here."""
         raise NotImplementedError
 
-    def unpark(self, adapter: str) -> None:
+    def bring(self, adapter: str) -> None:
         """Bring an adapter that was parked back into the module tree."""
+        if self.board.residents is not None:
+            self.board.residents.bring([adapter])
+
+    def changed(self) -> None:
+        """What was noted for the current route holds no longer."""
+
+    def standing(self) -> Route:
+        """The model's route outside all blocks but this thread's."""
+        return self.board.route_here(quiet=True)
 
     @property
     def active_adapters(self) -> list[str]:
         """The adapters in use here, innermost first."""
-        return list(self.board.route.at(id(self))[0])
+        return list(self.standing().at(self.own)[0])
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -43,18 +53,23 @@ class Switched(nn.Module):
     @property
     def disable_adapters(self) -> bool:
         """Whether the adapters are switched off here."""
-        return not self.board.route.at(id(self))[1]
+        return not self.standing().at(self.own)[1]
+
+    def switch(self, active: Sequence[str], enabled: bool) -> None:
+        """Switch this module by itself; switching the model as a whole makes it follow again."""
+        self.own = (self.board.route.epoch or 0, tuple(active), enabled)
+        self.changed()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Switch this module by itself; the model's own `set_adapter` makes it follow again."""
+        """Use these adapters here; the model's own `set_adapter` makes the module follow again."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         for name in names:
-            self.unpark(name)
+            self.bring(name)
         for name in self.adapters:
             self.set_requires_grad(name, name in names and not inference_mode)
-        self.board.override(id(self), names, not self.disable_adapters)
+        self.switch(names, not self.disable_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters here on or off, and with them whether they train."""
         self.set_requires_grad(self.active_adapters, enabled)
-        self.board.override(id(self), tuple(self.active_adapters), enabled)
+        self.switch(self.active_adapters, enabled)

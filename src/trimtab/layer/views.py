@@ -15,6 +15,8 @@ class View(MutableMapping[str, Any]):
         self.layer, self.attribute = layer, attribute
 
     def _method(self, adapter: str) -> Method:
+        if adapter not in self.layer.methods and adapter in self.layer.adapters:
+            self.layer.bring(adapter)
         for method in self.layer.methods.get(adapter, ()):
             if self.attribute in method.views:
                 return method
@@ -30,7 +32,8 @@ class View(MutableMapping[str, Any]):
         raise TypeError("an adapter's settings go with the adapter: call delete_adapter()")
 
     def __iter__(self) -> Iterator[str]:
-        return (a for a, ms in self.layer.methods.items() if any(self.attribute in m.views for m in ms))
+        here = self.layer.methods
+        return (a for a in self.layer.adapters if a not in here or any(self.attribute in m.views for m in here[a]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -59,6 +59,12 @@ def default_targets(config: PeftConfig, model_type: str | None) -> Any:
     return table.get(model_type, table.get("*"))
 
 
+def prefix_of(peft_type: str) -> str:
+    """What the names of a method's tensors start with."""
+    file, method, _ = METHODS.get(peft_type, ("", "", ""))
+    return (load(file, method).prefix if file else "") or f"{peft_type.lower()}_"
+
+
 @dataclass(frozen=True)
 class Capability:
     """What one method can do, read off its class.

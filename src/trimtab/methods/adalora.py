@@ -7,6 +7,7 @@ budget is reached: call `update_and_allocate(step)` after every optimiser step, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import PeftType, default_of, help_field
 from trimtab.core.families import wide
-from trimtab.core.method import Method, require_rank
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -39,6 +40,7 @@ TARGETS = {
 IGNORED = ("r", "use_rslora", "alpha_pattern", "lora_bias")  # as PEFT ignores them
 
 
+AVERAGES = ("sensitivity", "uncertainty")
 LoraConfig: Any = config_class("LORA")  # as in PEFT, this method's config is a LoRA's and more
 
 
@@ -55,7 +57,9 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
     orth_reg_weight: float = help_field("The weight γ of the penalty.", 0.5)
     total_step: int | None = help_field("The number of steps of the whole training.", None)
-    rank_pattern: Any = help_field("{layer's lora_E: which of its triplets are left}; filled in training.", None)
+    rank_pattern: dict[str, list[bool]] | None = help_field(  # type: ignore[assignment]
+        "{layer's lora_E: which of its triplets are left}; filled in training.", None
+    )
 
     patterns: ClassVar[tuple[str, ...]] = ()
 
@@ -86,26 +90,37 @@ class AdaLoraConfig(LoraConfig):
 class AdaLora(Method):
     """A singular value decomposition whose values E are cut by importance."""
 
-    config, kinds, fused, targets = AdaLoraConfig, frozenset({"linear", "conv"}), True, TARGETS
+    config, prefix, targets = AdaLoraConfig, "lora_", TARGETS
+    kinds = fused = frozenset({"linear", "conv"})
     views = ("lora_alpha", "scaling")
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         require_rank(config.init_r, "init_r")
-        self.key = f"{site.name}.lora_E"
-        left = (config.rank_pattern or {}).get(self.key)
+        left = (config.rank_pattern or {}).get(f"{site.name}.lora_E")
         r = config.init_r if left is None else sum(left)
+        factors = {
+            "lora_A": Leaf((r, site.fan_in)),  # (r, in)
+            "lora_B": Leaf((site.fan_out, r)),  # (out, r)
+            "lora_E": Leaf((r, 1)),  # (r, 1)
+        }
+        averages = {  # the sensitivity I and the uncertainty U of each
+            f"{average}_{name[-1]}": Leaf(leaf.shape, train=False, file=False, state=True, buffer=True)  # (...)
+            for name, leaf in factors.items()
+            for average in AVERAGES
+        }
+        return factors | {"ranknum": Leaf((1,), train=False, file=False, dtype=torch.int64)} | averages  # (1,)
+
+    def setup(self, config: Any) -> None:
+        self.key = f"{self.site.name}.lora_E"
         self.lora_alpha = config.lora_alpha
         self.scaling = self.unit = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
-        self.sensitivity: dict[str, Tensor] = {}
-        self.uncertainty: dict[str, Tensor] = {}
-        return {
-            "lora_A": self.empty(r, site.fan_in),  # (r, in)
-            "lora_B": self.empty(site.fan_out, r),  # (out, r)
-            "lora_E": self.empty(r, 1),  # (r, 1)
-            "ranknum": torch.full((1,), config.init_r, device=site.device),  # (1,)
-        }
 
     def reset(self, config: Any) -> None:
+        self.ranknum.fill_(config.init_r)
+        for name in ("A", "B", "E"):
+            for average in AVERAGES:
+                self.tensor(f"{average}_{name}").zero_()
         A, E, B = self.lora_A, self.lora_E, self.lora_B
         for tensor in (A, E, B, torch.empty(1)):  # the fourth draw is as PEFT's
             tensor.normal_()
@@ -113,10 +128,6 @@ class AdaLora(Method):
             E.zero_()
             A.normal_(0, 0.02)
             B.normal_(0, 0.02)
-
-    @classmethod
-    def stored(cls, config: Any, name: str) -> bool:
-        return not name.startswith("ranknum")
 
     def s(self) -> Tensor:
         """alpha over the rank at the start (1,)."""
@@ -126,13 +137,13 @@ class AdaLora(Method):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.s() * (wide(self.lora_B) @ (wide(self.lora_A) * self.lora_E))
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        x = F.dropout(x, self.options.lora_dropout, self.training)
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        x = call.drop(self, x, self.options.lora_dropout)
         EA = (self.s() * self.lora_E * self.lora_A).to(x.dtype)
         return self.site.add(y, self.site.apply(x, EA), self.lora_B.to(x.dtype))
 
     @classmethod
-    def penalty(cls, methods: list[Any], config: Any) -> Tensor | None:
+    def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         products = [P for m in methods for P in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
         norms = [torch.linalg.norm(P - torch.eye(len(P), device=P.device, dtype=P.dtype)) for P in products]
         weight: float = config.orth_reg_weight
@@ -140,7 +151,7 @@ class AdaLora(Method):
 
     # ------------------------------------------------------------------ the budget
     @classmethod
-    def step(cls, methods: list[Any], config: Any, t: int) -> None:
+    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         end = config.total_step - config.tfinal
         if t <= end:
             for m in methods:
@@ -161,21 +172,20 @@ class AdaLora(Method):
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
         """Take the last gradient into the averages I (eq. 9) and U (eq. 10)."""
-        for name in ("lora_A", "lora_E", "lora_B"):
-            w = getattr(self, name)
+        for name in ("A", "E", "B"):
+            w, I, U = (self.tensor(leaf) for leaf in (f"lora_{name}", f"sensitivity_{name}", f"uncertainty_{name}"))
             now = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()
-            I, U = (d.get(name, torch.zeros_like(w)) for d in (self.sensitivity, self.uncertainty))
-            self.sensitivity[name] = I = beta1 * I + (1 - beta1) * now
-            self.uncertainty[name] = beta2 * U + (1 - beta2) * (now - I).abs()
+            I.mul_(beta1).add_(now, alpha=1 - beta1)
+            U.mul_(beta2).add_((now - I).abs(), alpha=1 - beta2)
 
     def importance(self) -> Tensor:
         """S (r,) of each triplet: that of E_i, and the means of those of row A_i and column B_i (eq. 8 and 11)."""
-        A, E, B = (self.sensitivity[n] * self.uncertainty[n] for n in ("lora_A", "lora_E", "lora_B"))
+        A, E, B = (self.tensor(f"sensitivity_{n}") * self.tensor(f"uncertainty_{n}") for n in "AEB")
         return E.flatten() + torch.stack([A.mean(1), B.mean(0)], 1).sum(1)
 
     @staticmethod
     @torch.no_grad()
-    def mask(methods: list[Any], config: Any) -> None:
+    def mask(methods: Sequence[Any], config: Any) -> None:
         """Set to zero what the pattern leaves out, where it has not been cut off already."""
         for m in methods:
             left = (config.rank_pattern or {}).get(m.key, [])

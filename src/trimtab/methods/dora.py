@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.families import LowRank, wide
+from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.init import mutates, start
 
@@ -18,12 +19,17 @@ from trimtab.init import mutates, start
 class Dora(LowRank):
     """A magnitude m (out,) and a direction of low rank."""
 
-    kinds, fused = frozenset({"linear", "embedding", "conv", "attention", "parameter"}), True
+    prefix = "lora_"
+    kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
+    fused = frozenset({"linear", "embedding", "conv"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
-        return tensors | {"lora_magnitude_vector.weight": self.empty(*site.vector())}  # (out,) or (1, out)
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        return cls.pair(site, config.r) | {"lora_magnitude_vector.weight": Leaf(site.vector())}  # (out,) or (1, out)
+
+    def setup(self, config: Any) -> None:
+        self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
 
     def reset(self, config: Any) -> Tensor | None:
         W = start(config.init_lora_weights, self)
@@ -53,9 +59,9 @@ class Dora(LowRank):
             return None if b is None else self.ratio() * b
         return own + self.ratio() * (b - own)  # what adapters below have added counts as part of the direction
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         site, g = self.site, self.ratio()
-        dropped = self.drop(x)
+        dropped = call.drop(self, x, self.dropout)
         h, B = self.update(dropped)
         B = (g[..., None] * B).to(B.dtype)
         if dropped is not x:  # the direction sees the dropped input, the base path the whole one

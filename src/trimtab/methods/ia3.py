@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimtab.core.config import LayerConfig, PeftType, as_set, help_field
-from trimtab.core.method import Method
+from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.site import Site
 from trimtab.core.targets import matches
 from trimtab.errors import ConfigError
@@ -63,21 +63,31 @@ def _covers(wanted: set[str], name: str) -> bool:
     return any(matches({name}, entry) for entry in wanted)
 
 
+def on_input_of(site: Site, config: Any) -> bool:
+    """Whether the scale acts on the layer's input."""
+    return matches(config.feedforward_modules, site.name) is not None
+
+
 class IA3(Method):
     """One scale l for each output, or for each input of a feed-forward layer."""
 
-    config, kinds, fused = IA3Config, frozenset({"linear", "conv"}), True
+    config, prefix = IA3Config, "ia3_"
+    kinds = fused = frozenset({"linear", "conv"})
     targets = {model: [*outputs, *inputs] for model, (outputs, inputs) in DEFAULTS.items()}
     defaults = {"feedforward_modules": {model: inputs for model, (_, inputs) in DEFAULTS.items()}}
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        self.on_input = matches(config.feedforward_modules, site.name) is not None
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        on_input = on_input_of(site, config)
         if site.kind == "conv":
-            channels = site.fan_in // math.prod(site.kernel) if self.on_input else site.fan_out
-            return {"ia3_l": self.empty(1, channels, *(1 for _ in site.kernel))}  # (1, channels, 1, ...)
-        if self.on_input:
-            return {"ia3_l": self.empty(1, site.fan_in)}  # (1, in)
-        return {"ia3_l": self.empty(site.fan_out, 1)}  # (out, 1)
+            channels = site.fan_in // math.prod(site.kernel) if on_input else site.fan_out
+            return {"ia3_l": Leaf((1, channels, *(1 for _ in site.kernel)))}  # (1, channels, 1, ...)
+        if on_input:
+            return {"ia3_l": Leaf((1, site.fan_in))}  # (1, in)
+        return {"ia3_l": Leaf((site.fan_out, 1))}  # (out, 1)
+
+    def setup(self, config: Any) -> None:
+        self.on_input = on_input_of(self.site, config)
 
     def reset(self, config: Any) -> None:
         if config.init_ia3_weights:
@@ -98,8 +108,8 @@ class IA3(Method):
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if self.on_input or b is None else b * self.ia3_l.flatten()
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor, call: Call) -> Tensor:
         return self.scale(x) if self.on_input else x
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return y if self.on_input else self.scale(y)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimtab.core.config import LayerConfig, PeftType
-from trimtab.core.method import Method
+from trimtab.core.method import Leaf, Leaves, Method
 from trimtab.core.site import Site
 
 PRE_POST = ["input_layernorm", "post_attention_layernorm"]
@@ -43,14 +43,18 @@ class LNTuningConfig(LayerConfig):
 class LNTuning(Method):
     """The layer's weight and bias in its own layout; of several active copies the outermost counts."""
 
-    config, kinds, targets = LNTuningConfig, frozenset({"vector", "linear", "embedding"}), TARGETS
+    config, prefix, targets = LNTuningConfig, "ln_tuning_", TARGETS
+    kinds = frozenset({"vector", "linear", "embedding"})
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        tensors = {"ln_tuning_layers.weight": self.empty(*site.store(site.matrix()).shape)}  # (...)
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        leaves = {"ln_tuning_layers.weight": Leaf(tuple(site.store(site.matrix()).shape))}  # (...)
         if site.bias() is not None:
-            tensors["ln_tuning_layers.bias"] = self.empty(site.fan_out)  # (out,)
-        self.biased = len(tensors) > 1
-        return tensors
+            leaves["ln_tuning_layers.bias"] = Leaf((site.fan_out,))  # (out,)
+        return leaves
+
+    def setup(self, config: Any) -> None:
+        self.biased = self.site.bias() is not None
 
     def reset(self, config: Any) -> None:
         self.ln_tuning_layers.copy_(self.site.store(self.site.matrix()))

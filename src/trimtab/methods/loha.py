@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import Delta, wide
-from trimtab.core.method import require_rank
+from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 
 
@@ -24,13 +24,13 @@ class LoHaConfig(LayerConfig):
     """The configuration of a LoHa adapter."""
 
     r: int = help_field("The rank of each factor; of their product up to r².", 8)
-    alpha: int = help_field("The scale is alpha / r.", 8)
+    alpha: float = help_field("The scale is alpha / r.", 8)
     rank_dropout: float = help_field("The share of rows of dW that are left out, in training.", 0.0)
     module_dropout: float = help_field("The share of forwards in which a layer goes unadapted, in training.", 0.0)
     use_effective_conv2d: bool = help_field("Keep the factors of convolutions with a kernel as cores.", False)
     init_weights: bool = help_field("Start from dW = 0; else random.", True)
     rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
-    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+    alpha_pattern: dict[str, float] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,33 +47,40 @@ class LoHaConfig(LayerConfig):
 class LoHa(Delta):
     """A delta of full size as the elementwise product of two of low rank."""
 
-    config, kinds, fused, targets = LoHaConfig, frozenset({"linear", "conv"}), True, ATTENTION
+    config, prefix, targets = LoHaConfig, "hada_", ATTENTION
+    kinds = fused = frozenset({"linear", "conv"})
     views = ("r", "alpha", "scaling")
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         require_rank(config.r)
-        self.r, self.alpha, self.scaling = config.r, config.alpha, config.alpha / config.r
-        self.unit = self.scaling  # what `set_scale` multiplies
-        r, out, into, kernel = self.r, site.fan_out, site.fan_in // site.groups, [*site.kernel]
+        r, out, into, kernel = config.r, site.fan_out, site.fan_in // site.groups, [*site.kernel]
         if not config.use_effective_conv2d or math.prod(kernel) == 1:
-            self.names: tuple[str, ...] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
             return {
-                "hada_w1_a": self.empty(out, r),  # (out, r)
-                "hada_w1_b": self.empty(r, into),  # (r, in)
-                "hada_w2_a": self.empty(out, r),  # (out, r)
-                "hada_w2_b": self.empty(r, into),  # (r, in)
+                "hada_w1_a": Leaf((out, r)),  # (out, r)
+                "hada_w1_b": Leaf((r, into)),  # (r, in)
+                "hada_w2_a": Leaf((out, r)),  # (out, r)
+                "hada_w2_b": Leaf((r, into)),  # (r, in)
             }
         channels = into // math.prod(kernel)
         kernel += [1] * (len(kernel) == 1)  # as PEFT keeps it
-        self.names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
         return {
-            "hada_w1_a": self.empty(r, out),  # (r, out)
-            "hada_w1_b": self.empty(r, channels),  # (r, channels)
-            "hada_w2_a": self.empty(r, out),  # (r, out)
-            "hada_w2_b": self.empty(r, channels),  # (r, channels)
-            "hada_t1": self.empty(r, r, *kernel),  # (r, r, ...)
-            "hada_t2": self.empty(r, r, *kernel),  # (r, r, ...)
+            "hada_w1_a": Leaf((r, out)),  # (r, out)
+            "hada_w1_b": Leaf((r, channels)),  # (r, channels)
+            "hada_w2_a": Leaf((r, out)),  # (r, out)
+            "hada_w2_b": Leaf((r, channels)),  # (r, channels)
+            "hada_t1": Leaf((r, r, *kernel)),  # (r, r, ...)
+            "hada_t2": Leaf((r, r, *kernel)),  # (r, r, ...)
         }
+
+    def setup(self, config: Any) -> None:
+        self.r, self.alpha, self.scaling = config.r, config.alpha, config.alpha / config.r
+        self.unit = self.scaling  # what `set_scale` multiplies
+
+    @property
+    def names(self) -> list[str]:
+        """The factors, and the cores where there are any."""
+        return list(self.declared)
 
     def reset(self, config: Any) -> None:
         for name in self.names:
@@ -98,12 +105,12 @@ class LoHa(Delta):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(*(getattr(self, n) for n in self.names))
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         rows = None
-        if self.training:
-            if self.options.module_dropout and torch.rand(1) < self.options.module_dropout:
-                return y
-            if self.options.rank_dropout:
-                kept = (torch.rand(self.site.fan_out, device=y.device) > self.options.rank_dropout).float()
-                rows = kept / kept.mean().clamp_min(1 / len(kept))
+        skipped = self.options.module_dropout if self.training else 0
+        if skipped and torch.rand(1, generator=call.generator(self, "module")) < skipped:
+            return y
+        if self.training and self.options.rank_dropout:
+            kept = torch.rand(self.site.fan_out, generator=call.generator(self, "rank")) > self.options.rank_dropout
+            rows = (kept.float() / kept.float().mean().clamp_min(1 / len(kept))).to(y.device)
         return self.plus_delta(y, x, lambda *t: self.form(*t, rows=rows), *(getattr(self, n) for n in self.names))

@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
-from trimtab.core.method import require_rank
+from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import mutates, start
@@ -41,7 +43,7 @@ class LoraConfig(LayerConfig):
     """
 
     r: int = help_field("The rank.", 8)
-    lora_alpha: int = help_field("The scale is lora_alpha / r (it does not follow r by itself).", 8)
+    lora_alpha: float = help_field("The scale is lora_alpha / r (it does not follow r by itself).", 8)
     lora_dropout: float = help_field("Dropout on the adapter's input, in training.", 0.0)
     fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
     bias: Literal["none", "all", "lora_only"] = help_field("Which biases of the base are trained too.", "none")
@@ -50,7 +52,7 @@ class LoraConfig(LayerConfig):
         "How A and B start: True, False, gaussian, orthogonal, pissa, pissa_niter_[n], olora ...", True
     )
     rank_pattern: dict[str, int] = help_field("Module name or regular expression -> its own rank.", factory=dict)
-    alpha_pattern: dict[str, int] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
+    alpha_pattern: dict[str, float] = help_field("Module name or regular expression -> its own alpha.", factory=dict)
     megatron_config: dict[str, Any] | None = help_field("Arguments of Megatron's parallel layers.", None)
     megatron_core: str | None = help_field("The module that holds Megatron's parallel layers.", "megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = help_field(
@@ -133,22 +135,24 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
-    config, kinds, fused, targets = (
-        LoraConfig,
-        frozenset({"linear", "embedding", "conv", "attention", "parameter"}),
-        True,
-        ATTENTION,
-    )
+    config, prefix, targets = LoraConfig, "lora_", ATTENTION
+    kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
+    fused = frozenset({"linear", "embedding", "conv"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+    combine = LowRank.combined
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        tensors = self.pair(site, config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
-        self.biased = config.lora_bias
-        if self.biased:
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        leaves = cls.pair(site, config.r)
+        if config.lora_bias:
             if site.kind in ("embedding", "parameter"):
                 raise ConfigError(f"lora_bias=True is not supported for an {site.kind}: '{site.name}' has no bias.")
-            tensors["lora_B.bias"] = self.empty(site.fan_out)  # (out,)
-        return tensors
+            leaves["lora_B.bias"] = Leaf((site.fan_out,))  # (out,)
+        return leaves
+
+    def setup(self, config: Any) -> None:
+        self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
+        self.biased = config.lora_bias
 
     def reset(self, config: Any) -> Tensor | None:
         if self.biased:
@@ -165,6 +169,19 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        h, B = self.update(self.drop(x))
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        plain = self.site.plain()
+        if plain is None or self.biased or (self.dropout and self.training):
+            return None
+        (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
+        A, B = pa[ka], pb[kb]
+        if not (x.dtype == W.dtype == A.dtype == B.dtype):
+            return None
+        y, h = F.linear(x, W, b), F.linear(x, A)
+        if y.ndim == 2:
+            return torch.addmm(y, h, B.T, alpha=self.scaling)
+        return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, self.r), B.T, alpha=self.scaling).view_as(y)
+
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        h, B = self.update(call.drop(self, x, self.dropout))
         return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import wide
-from trimtab.core.method import Method
+from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.report import warn
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -55,31 +55,38 @@ class OFTConfig(LayerConfig):
 class OFT(Method):
     """The layer's input rotated block by block (an embedding's output, which is all it has)."""
 
-    config, kinds, fused, targets = OFTConfig, frozenset({"linear", "conv", "embedding"}), True, ATTENTION
+    config, prefix, targets = OFTConfig, "oft_", ATTENTION
+    kinds = frozenset({"linear", "conv", "embedding"})
+    fused = frozenset({"linear", "embedding"})  # patches overlap: convolutions rotate them by way of the weight
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        self.fused = site.kind != "conv"  # patches overlap: they are rotated by way of the weight
-        size = site.fan_out if site.kind == "embedding" else site.fan_in
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        n, b = blocks_of(site, config)
         given, name = (config.r, "r") if config.r else (config.oft_block_size, "oft_block_size")
-        fits = nearest_divisor(size, given)
-        if fits != given:
+        if (fits := n if config.r else b) != given:
             warn(f"Invalid `{name}` ({given})! Adjusted `{name}` to ({fits}).", UserWarning)
-        self.b = size // fits if config.r else fits
-        self.n = size // self.b
-        self.leaf_name = "oft_embedding_R" if site.kind == "embedding" else "oft_R"
-        blocks = 1 if config.block_share else self.n
-        return {f"{self.leaf_name}.weight": self.empty(blocks, self.b * (self.b - 1) // 2)}  # (blocks, b (b - 1) / 2)
+        blocks = 1 if config.block_share else n
+        return {leaf_at(site): Leaf((blocks, b * (b - 1) // 2))}  # (blocks, b (b - 1) / 2)
+
+    def setup(self, config: Any) -> None:
+        self.n, self.b = blocks_of(self.site, config)
+
+    @property
+    def v(self) -> Tensor:
+        """The upper triangles of all Q (blocks, b (b - 1) / 2)."""
+        tensor: Tensor = self.tensor(leaf_at(self.site))
+        return tensor
 
     def reset(self, config: Any) -> None:
-        v = getattr(self, self.leaf_name)
+        v = self.v
         if config.init_weights:
             v.zero_()
         else:
             v.normal_(0, 0.1)
 
-    def rotation(self, x: Tensor, drop: bool = False) -> Tensor:
+    def rotation(self, x: Tensor, call: Call | None = None) -> Tensor:
         """The blocks R (n, b, b), formed in fp32 at least, in the number format of `x`."""
-        v, b, config = getattr(self, self.leaf_name), self.b, self.options
+        v, b, config = self.v, self.b, self.options
         if config.coft:
             v = self.projected(v)
         v = wide(v)
@@ -95,10 +102,11 @@ class OFT(Method):
             R = (I + Q) @ R
         elif terms == 2:
             R = I + 2 * Q
-        if drop and config.module_dropout and self.training:
-            kept = torch.rand(len(R), 1, 1, device=R.device) >= config.module_dropout
-            R = torch.where(kept, R, I)
-        return R.to(x.dtype).expand(self.n, b, b)
+        R = R.expand(self.n, b, b)
+        if call is not None and config.module_dropout and self.training:
+            kept = torch.rand(self.n, 1, 1, generator=call.generator(self)) >= config.module_dropout
+            R = torch.where(kept.to(R.device), R, I)
+        return R.to(x.dtype)
 
     def projected(self, v: Tensor) -> Tensor:
         """`v` with every Q cut to the ball ||Q|| <= eps / sqrt(n); in training the tensor itself is."""
@@ -117,11 +125,24 @@ class OFT(Method):
         R = self.rotation(W)
         return self.turn(W.mT, R).mT if self.site.kind == "embedding" else self.turn(W, R.mT)
 
-    def before(self, x: Tensor) -> Tensor:
-        return x if self.site.kind == "embedding" else self.turn(x, self.rotation(x, drop=True))
+    def before(self, x: Tensor, call: Call) -> Tensor:
+        return x if self.site.kind == "embedding" else self.turn(x, self.rotation(x, call))
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
-        return self.turn(y, self.rotation(y, drop=True)) if self.site.kind == "embedding" else y
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        return self.turn(y, self.rotation(y, call)) if self.site.kind == "embedding" else y
+
+
+def leaf_at(site: Site) -> str:
+    """What the tensor is called at a site."""
+    return "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"
+
+
+def blocks_of(site: Site, config: Any) -> tuple[int, int]:
+    """(number of blocks, their size) at a site: the nearest that fit to what the config says."""
+    size = site.fan_out if site.kind == "embedding" else site.fan_in
+    fits = nearest_divisor(size, config.r or config.oft_block_size)
+    b = size // fits if config.r else fits
+    return size // b, b
 
 
 def nearest_divisor(size: int, given: int) -> int:

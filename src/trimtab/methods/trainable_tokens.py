@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.config import PeftConfig, PeftType, as_set, help_field
-from trimtab.core.method import INPUT_EMBEDDING, Method
+from trimtab.core.method import INPUT_EMBEDDING, Call, Leaf, Leaves, Method
 from trimtab.core.site import EmbeddingSite, Site
 
 
@@ -36,23 +36,26 @@ class TrainableTokensConfig(PeftConfig):
 class TrainableTokens(Method):
     """Rows (tokens, dim) that stand in for the embedding's own, and for the tied head's."""
 
-    config, kinds, fused = TrainableTokensConfig, frozenset({"embedding", "linear"}), True
+    config, prefix = TrainableTokensConfig, "trainable_tokens_"
+    kinds = fused = frozenset({"embedding", "linear"})
     tied, targets = True, {"*": INPUT_EMBEDDING}
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
-        self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
-        self.vocabulary = site.fan_in if site.kind == "embedding" else site.fan_out
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         dim = site.fan_out if site.kind == "embedding" else site.fan_in
-        rows = self.empty(len(self.tokens), dim)  # (tokens, dim)
-        return {"trainable_tokens_delta": rows}
+        return {"trainable_tokens_delta": Leaf((len(config.token_indices), dim))}  # (tokens, dim)
+
+    def setup(self, config: Any) -> None:
+        self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
+        self.vocabulary = self.site.fan_in if self.site.kind == "embedding" else self.site.fan_out
 
     def reset(self, config: Any) -> None:
         if config.init_weights:
-            self.trainable_tokens_delta.copy_(self.rows())
+            self.trainable_tokens_delta.copy_(self.present())
         else:
             self.trainable_tokens_delta.normal_()
 
-    def rows(self) -> Tensor:
+    def present(self) -> Tensor:
         """The tokens' own rows (tokens, dim)."""
         W = self.site.matrix()
         return (W.mT if self.site.kind == "embedding" else W)[self.tokens.to(W.device)]
@@ -68,7 +71,7 @@ class TrainableTokens(Method):
         tokens = self.tokens.to(b.device)  # their logits are the rows' alone, whatever adapters below have added
         return b.index_copy(0, tokens, (torch.zeros_like(b) if own is None else own.to(b.dtype))[tokens])
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         tokens, new, site = self.tokens.to(y.device), self.trainable_tokens_delta.to(y.dtype), self.site
         if isinstance(site, EmbeddingSite):
             count = torch.arange(len(tokens), device=y.device)

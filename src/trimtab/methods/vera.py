@@ -6,17 +6,17 @@ columns of A and the first rows of B.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import wide
-from trimtab.core.method import Method, require_rank
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -51,13 +51,15 @@ class VeraConfig(LayerConfig):
 class Vera(Method):
     """Two vectors a layer, d (r,) and b (out,), between two projections that an adapter keeps once."""
 
-    config, kinds, fused = VeraConfig, frozenset({"linear"}), True
+    config, prefix = VeraConfig, "vera_lambda_"
+    kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "phi": ["q_proj", "v_proj"]}
 
-    def build(self, site: Site, config: Any) -> dict[str, Tensor]:
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         return {
-            "vera_lambda_b": self.empty(site.fan_out),  # (out,)
-            "vera_lambda_d": self.empty(config.r),  # (r,)
+            "vera_lambda_b": Leaf((site.fan_out,)),  # (out,)
+            "vera_lambda_d": Leaf((config.r,)),  # (r,)
         }
 
     def reset(self, config: Any) -> None:
@@ -83,22 +85,22 @@ class Vera(Method):
                 )
 
     @classmethod
-    def share(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
+    def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
         require_rank(config.r)
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-
-        def draw(*shape: int) -> Tensor:
-            bound = (6 / shape[1]) ** 0.5  # Kaiming, for a variance of 2 / fan-in
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-        return {  # as exact as the base's own numbers, as PEFT draws them
-            "vera_A": draw(config.r, max(s.fan_in for s in sites)).to(sites[0].dtype),  # (r, max in)
-            "vera_B": draw(max(s.fan_out for s in sites), config.r).to(sites[0].dtype),  # (max out, r)
+        kept = config.save_projection
+        widest, tallest = max(s.fan_in for s in sites), max(s.fan_out for s in sites)
+        return {
+            "vera_A": Leaf((config.r, widest), train=False, file=kept, buffer=True),  # (r, max in)
+            "vera_B": Leaf((tallest, config.r), train=False, file=kept, buffer=True),  # (max out, r)
         }
 
     @classmethod
-    def stored(cls, config: Any, name: str) -> bool:
-        return config.save_projection or name not in ("vera_A", "vera_B")
+    def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        for name in ("vera_A", "vera_B"):
+            bound = (6 / shared[name].shape[1]) ** 0.5  # Kaiming, for a variance of 2 / fan-in
+            drawn = torch.empty(shared[name].shape).uniform_(-bound, bound, generator=generator)
+            shared[name].copy_(drawn.to(sites[0].dtype))  # as exact as the base's own numbers, as PEFT draws them
 
     @property
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -110,8 +112,8 @@ class Vera(Method):
         b, d = wide(self.vera_lambda_b), wide(self.vera_lambda_d)
         return W + (b[:, None] * wide(B)) @ (d[:, None] * wide(A))
 
-    def after(self, y: Tensor, x: Tensor, call: Any) -> Tensor:
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         A, B = self.projections
-        x = F.dropout(x, self.options.vera_dropout, self.training)
+        x = call.drop(self, x, self.options.vera_dropout)
         h = self.vera_lambda_d.to(x.dtype) * self.site.apply(x, A.to(x.dtype))
         return y + self.vera_lambda_b.to(x.dtype) * self.site.mix(h, B.to(x.dtype))

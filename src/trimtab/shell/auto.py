@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trimtab.core.config import PeftConfig, TaskType
 from trimtab.core.io import locate, split_hub_arguments
-from trimtab.errors import ConfigError
+from trimtab.errors import BaseModelError, ConfigError
+from trimtab.files.codec import PREFIX, unwrapped
 from trimtab.files.sources import resolve_base
+from trimtab.files.store import load_shapes
 from trimtab.shell import tasks as shells
+from trimtab.shell.arguments import require_source
 from trimtab.shell.peft_model import PeftModel
+
+OURS = ("torch_device", "autocast_adapter_dtype")  # arguments for the adapter, not for the base
 
 
 class AutoPeftModel:
@@ -36,18 +42,24 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model with the adapter in a folder or on the Hub.
 
-        Where a tokenizer was saved beside the adapter, the base's embeddings are resized to it.
+        The base's embeddings are resized to those in the adapter's file, or else to a tokenizer saved beside it.
 
         Args:
+            import_allowlist: libraries beside transformers that the adapter's file may name the base's class in; a
+                module that a file names is imported, which runs it.
             kwargs: for the base model's `from_pretrained` (dtype, device_map ...).
 
         Raises:
-            ConfigError: the adapter belongs to another task than this class, or does not say which base model it needs.
+            ConfigError: the adapter belongs to another task than this class, does not say which base model it needs, or
+                names a class that may not be imported.
+            BaseModelError: the base model cannot be had.
         """
+        require_source(pretrained_model_name_or_path, f"{cls.__name__}.from_pretrained(folder)")
         hub, model_arguments = split_hub_arguments({**kwargs, "revision": revision})
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         name = peft_config.base_model_name_or_path
@@ -68,36 +80,52 @@ class AutoPeftModel:
                 "Cannot infer the auto class from the config, please make sure that "
                 "you are loading the correct model for your task type."
             )
-        base_class = cls._base_class(peft_config, task)
+        source = str(pretrained_model_name_or_path)
+        base_class = cls._base_class(peft_config, task, source, import_allowlist or ())
         place = {k: v for k, v in hub.items() if k in ("cache_dir", "token", "local_files_only", "force_download")}
-        base = base_class.from_pretrained(resolve_base(name), revision=peft_config.revision, **place, **model_arguments)
+        adapter = {k: model_arguments.pop(k) for k in OURS if k in model_arguments}
+        adapter |= {k: v for k, v in kwargs.items() if k == "low_cpu_mem_usage"}
+        base = _load_base(base_class, name, source, revision=peft_config.revision, **place, **model_arguments)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, hub)
-        adapter = {
-            k: v for k, v in kwargs.items() if k in ("torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage")
-        }
         return cls.target.from_pretrained(
-            base,
-            pretrained_model_name_or_path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            config=config,
-            **hub,
-            **adapter,
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **hub, **adapter
         )
 
     @classmethod
-    def _base_class(cls, config: PeftConfig, task: str | None) -> Any:
+    def _base_class(cls, config: PeftConfig, task: str | None, source: str, allowed: Sequence[str]) -> Any:
         names = {c.task.value: c.base for c in cls.__subclasses__() if c.task is not None}
-        name = cls.base or (names.get(task) if task else None)
-        if name is not None:
-            return getattr(importlib.import_module("transformers"), name)
+        if (own := cls.base or (names.get(task) if task else None)) is not None:
+            return getattr(importlib.import_module("transformers"), own)
         mapping = config.auto_mapping or {}
-        module = importlib.import_module(mapping["parent_library"])
-        return getattr(module, mapping["base_model_class"])
+        library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+        by_hand = (
+            f"Load the base yourself and call PeftModel.from_pretrained(model, '{source}'), or say what it is for: "
+            "AutoPeftModelForCausalLM, for one, knows its class."
+        )
+        if not isinstance(library, str) or not isinstance(name, str):
+            raise ConfigError(f"The `auto_mapping` of the adapter in '{source}' names no class: {mapping!r}. {by_hand}")
+        said = f"The adapter in '{source}' names '{name}' of '{library}' as the class of its base model"
+        if not any(library == known or library.startswith(f"{known}.") for known in ("transformers", *allowed)):
+            raise ConfigError(
+                f"{said}. To import what a file names runs it, so only transformers is. If you trust it, pass "
+                f"import_allowlist=['{library}']. {by_hand}"
+            )
+        try:
+            found = getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{said}: {error}. {by_hand}") from error
+        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+            raise ConfigError(f"{said}, which is none. {by_hand}")
+        return found
 
     @staticmethod
     def _fit_vocabulary(base: Any, adapter: str | os.PathLike[str], hub: dict[str, Any]) -> None:
-        """Resize the embeddings to the tokenizer saved beside the adapter, if there is one."""
+        """Resize the embeddings to those in the adapter's file, or else to a tokenizer saved beside it."""
+        rows = _rows(base, load_shapes(adapter, **hub))
+        if rows is not None:
+            if rows != len(base.get_input_embeddings().weight):
+                base.resize_token_embeddings(rows)
+            return
         folder = Path(adapter)
         if folder.is_dir():
             if not (folder / (hub.get("subfolder") or "") / "tokenizer_config.json").is_file():
@@ -109,6 +137,41 @@ class AutoPeftModel:
         tokenizer = AutoTokenizer.from_pretrained(adapter, **{k: v for k, v in hub.items() if v is not None})
         if base.get_input_embeddings().weight.shape[0] < len(tokenizer):
             base.resize_token_embeddings(len(tokenizer))
+
+
+def _rows(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The size of the vocabulary that an adapter's file has an embedding or a head of, or None."""
+    held = {unwrapped(key): shape for key, shape in shapes.items()}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(base, get, lambda: None)()
+        path = next((name for name, m in base.named_modules() if m is module and module is not None), None)
+        for form in ("weight", "base_layer.weight", "token_adapter.base_layer.weight") if path else ():
+            if len(shape := held.get(f"{PREFIX}{path}.{form}", ())) == 2:
+                return shape[0]
+        if path and len(shape := held.get(f"{PREFIX}{path}.lora_embedding_A", ())) == 2:
+            return shape[1]
+    return None
+
+
+def _load_base(base_class: Any, name: str, source: str, **arguments: Any) -> Any:
+    """The base model, or an error that names it and the adapter."""
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(name).expanduser()
+    by_hand = (
+        f"If it has moved, load it yourself and call PeftModel.from_pretrained(model, '{source}'), or correct "
+        "`base_model_name_or_path` in the adapter's adapter_config.json."
+    )
+    if (path.is_absolute() or name.startswith(".") or name.count("/") > 1) and not path.exists():
+        raise BaseModelError(
+            f"The base model of the adapter in '{source}' is '{name}': there is no such folder. {by_hand}"
+        )
+    try:
+        return base_class.from_pretrained(resolve_base(name), **arguments)
+    except (OSError, HFValidationError) as error:
+        raise BaseModelError(
+            f"The base model of the adapter in '{source}' is '{name}', which cannot be loaded: {error} {by_hand}"
+        ) from error
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

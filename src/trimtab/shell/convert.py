@@ -12,7 +12,7 @@ from trimtab.files.codec import PREFIX
 from trimtab.files.store import load_peft_weights
 from trimtab.formats import weights
 from trimtab.graft.graft import Graft, find_graft
-from trimtab.layer.adapted import first_input
+from trimtab.layer.spelling import first_input, fold
 
 
 def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -105,7 +105,24 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             config = getattr(module, "config", None)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # type: ignore[union-attr]
+    keep_reversible(model)
     return model
+
+
+def keep_reversible(model: nn.Module) -> None:
+    """Drop the conversions that transformers notes on reading a quantised folder, and cannot undo for saving."""
+    for module in model.modules():
+        noted = module.__dict__.get("_weight_conversions")
+        if noted:
+            module.__dict__["_weight_conversions"] = [c for c in noted if _reversible(c)]
+
+
+def _reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _widen(norm: Any, args: Any, kwargs: Any) -> Any:
@@ -129,9 +146,9 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     graft = next(filter(None, map(find_graft, model.modules())), None)
     lost: dict[str, float] = {}
     for path, layer in graft.layers.items() if graft is not None else ():
-        if not layer.held:
+        if not layer.originals.held:
             continue
-        for site, (W, _) in layer._fold([m for n in layer.merged_adapters for m in layer.methods[n]]).items():
+        for site, (W, _) in fold(layer.below()).items():
             stored = weights.read(layer.frozen, getattr(layer.frozen, site.param)).to(W.dtype)
             change = (W - site.matrix().to(W.dtype)).norm()
             lost[path] = float((stored - site.store(W)).norm() / change.clamp_min(1e-30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
 from trimtab.core.report import warn
-from trimtab.errors import ConfigError
+from trimtab.core.targets import inside
+from trimtab.errors import AdapterNameError, ArgumentError, ConfigError
 from trimtab.files import card, store
-from trimtab.files.codec import PREFIX, Slot, copies_held, fit, gathered
-from trimtab.files.experts import fuse
+from trimtab.files.codec import PREFIX, gathered
 from trimtab.graft import prompts
 from trimtab.graft.graft import Graft, find_graft
+from trimtab.shell.arguments import require_config, require_model, require_source
 from trimtab.shell.convert import subtract_start
+from trimtab.shell.loading import Source, keep
 from trimtab.shell.state import adapter_tensors
 from trimtab.shell.status import (
     TunerLayerStatus,
@@ -30,7 +32,7 @@ from trimtab.shell.status import (
     get_layer_status,
     get_model_status,
 )
-from trimtab.shell.tuner import Tuner, tuner_class
+from trimtab.shell.tuner import Tuner, batch_shape, tuner_class
 
 # Heads that a task trains whole, whatever the config says.
 HEADS = {
@@ -71,6 +73,8 @@ class PeftModel(nn.Module):
         **adding: Any,
     ) -> None:
         super().__init__()
+        require_model(model, f"{type(self).__name__}(model, config)")
+        require_config(peft_config, f"{type(self).__name__}(model, config)")
         self.peft_type = peft_config.peft_type
         config = self._completed(model, peft_config)
         self.base_model: Tuner = tuner_class(config.peft_type)(
@@ -92,6 +96,12 @@ class PeftModel(nn.Module):
             saved = list(config.modules_to_save or ())
             config.modules_to_save = saved + [h for h in heads if h not in saved]
             config.__dict__["heads"] = heads  # whichever of them the model has
+            if not any(inside(config.modules_to_save, path) for path, _ in model.named_modules()):
+                warn(
+                    f"The task {config.task_type} trains a head whole, and the model has none of that name "
+                    f"({' or '.join(heads)}): only the adapter trains. Name the head in `modules_to_save`, or take a "
+                    "class of the model that has one (AutoModelForSequenceClassification ...)."
+                )
         return config
 
     # ------------------------------------------------------------------ what is there
@@ -117,7 +127,14 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> Any:
-        """The config of the (first) active adapter."""
+        """The config of the (first) active adapter.
+
+        Raises:
+            AdapterNameError: no adapter is active.
+        """
+        if not self.active_adapters:
+            known = f"set_adapter() one of {list(self.peft_config)}" if self.peft_config else "the model has none"
+            raise AdapterNameError(f"No adapter is active, so that there is no active config: {known}.")
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -134,7 +151,7 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward pass uses any adapter."""
-        route = self.graft.board.route
+        route = self.graft.board.route_here(quiet=True)
         return route.enabled and bool(route.active)
 
     def get_base_model(self) -> nn.Module:
@@ -172,6 +189,11 @@ class PeftModel(nn.Module):
         Raises:
             AdapterNameError: the name is taken, or cannot name a module and a folder.
         """
+        if isinstance(adapter_name, PeftConfig):
+            raise ArgumentError(
+                "add_adapter(name, config) takes the name first, and then the config: they are swapped."
+            )
+        require_config(peft_config, "add_adapter(name, config)")
         self.base_model.add(
             adapter_name,
             self._completed(self.get_base_model(), peft_config),
@@ -192,40 +214,67 @@ class PeftModel(nn.Module):
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
-    ) -> None:
+    ) -> Any:
         """Load an adapter from a folder or the Hub beside those that are there; `set_adapter` activates it.
 
         Args:
             strict: raise when the file does not fit the adapter key for key; False loads what fits.
 
+        Returns:
+            A tuple with `missing_keys` (in the model's own naming) and `unexpected_keys`.
+
         Raises:
             AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
         """
+        require_source(model_id, "load_adapter(folder, name)")
         hub, overrides = split_hub_arguments(kwargs)
         base, known = self.get_base_model(), adapter_name in self.peft_config
-        config = None if known else PeftConfig.from_pretrained(model_id, **hub, **overrides)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, base, config)
+        source = Source(
+            model_id,
+            base,
+            adapter_name,
+            hub,
+            overrides=None if known else overrides,
+            device=torch_device,
+            key_mapping=key_mapping,
+            strict=strict,
+            ignore_mismatched=ignore_mismatched_sizes,
+        )
         if known:
-            slots = self.graft.slots(self.graft.require(adapter_name))
-            values = tensors(slots)
+            adapter = self.graft.require(adapter_name)
+            slots = [*self.graft.slots(adapter), *self.graft.embeddings(adapter, reading=True)]
+            with source.blamed():
+                values = source(slots)
             for slot in slots:
                 if slot.on_disk() in values:
                     slot.put(values[slot.on_disk()])
         else:
-            assert config is not None
+            config: Any = source.config
             config.inference_mode = not is_trainable
-            config = self._completed(base, config)
-            self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=tensors)
+            with source.blamed():
+                config = self._completed(base, config)
+                self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
         if not is_trainable:
             self.eval()
+        return source.result
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use this adapter (or these, the first innermost) and train just it; with `inference_mode`, train none."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Forget an adapter; if it was active, the first remaining one becomes so."""
         self.base_model.delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> PeftModel:
+        """Training or evaluation mode; says so where there would be nothing to train."""
+        super().train(mode)
+        if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
+            warn(
+                "The model is in training mode, but nothing in it is trained: the adapters are frozen. Load with "
+                "is_trainable=True to train an adapter further, or call set_adapter(name)."
+            )
+        return self
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or frozen, whether they are active or not."""
@@ -234,14 +283,8 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model is the plain base model, even while adapters are merged into it."""
-        graft = self.graft
-        before = graft.board.route
-        graft.set_enabled(False)
-        try:
+        with self.graft.off():
             yield
-        finally:
-            graft.board.route = before
-            graft._place_biases()
 
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -257,12 +300,12 @@ class PeftModel(nn.Module):
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs)
-        with self.base_model.routed(self._checked(adapter_names)):
+        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs)):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route
+        route = self.graft.board.route_here()
         prompts = self.graft.prompts
         found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):
@@ -280,7 +323,7 @@ class PeftModel(nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The prompt of an adapter as it is saved: (tokens, dim), or (tokens, layers · 2 · dim)."""
-        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr]
+        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr,operator]
         return prompt
 
     def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
@@ -329,7 +372,7 @@ class PeftModel(nn.Module):
             )
         files: dict[Path, Any] = {}
         state = kwargs.get("state_dict")
-        for name in names:
+        for name in names if is_main_process or state != {} else ():  # others may be given an empty one
             # Every process takes part in gathering what is sharded over them; one writes.
             tensors = gathered(adapter_tensors(self.graft, name, save_embedding_layers, state=state, prefix=PREFIX))
             if not is_main_process:
@@ -345,12 +388,17 @@ class PeftModel(nn.Module):
             files |= store.writers(store.folder_of(root, name), config, tensors, safe_serialization, mapping)
         if not is_main_process:
             return
-        files |= card.writers(root, self.peft_config[names[0]] if names else None)
+        files |= card.writers(root, self.peft_config[names[0]] if names else None, self._described)
         store.save(files)
+
+    @property
+    def _described(self) -> bool:
+        """Whether the base model has a config, as transformers' models have."""
+        return getattr(self.get_base_model(), "config", None) is not None
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the model card, or bring the data of the one that is there up to date."""
-        store.save(card.writers(Path(output_dir), self.active_peft_config))
+        store.save(card.writers(Path(output_dir), self.active_peft_config, self._described))
 
     def push_to_hub(
         self,
@@ -402,26 +450,44 @@ class PeftModel(nn.Module):
             model: the base model, adapted in place.
             model_id: the adapter's folder or Hub id.
             is_trainable: train it further; else everything is frozen and in evaluation mode.
-            config: used instead of the one in the folder.
+            config: used instead of the one in the folder; it becomes the adapter's own, completed.
             strict: raise when the file does not fit the adapter key for key; False loads what fits.
 
         Raises:
             AdapterFileError: files that are missing, damaged, or do not fit; all faults in one message.
         """
-        hub, overrides = split_hub_arguments(kwargs)
-        if config is None:
-            config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
-        elif not isinstance(config, PeftConfig):
+        if isinstance(model, PeftModel):
+            raise ArgumentError(
+                "PeftModel.from_pretrained(model, folder) takes a base model, and this is a PeftModel already: load "
+                f"another adapter beside those it has with model.load_adapter('{model_id}', name)."
+            )
+        require_model(model, "PeftModel.from_pretrained(model, folder)")
+        require_source(model_id, "PeftModel.from_pretrained(model, folder)")
+        if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
-        config = config.copy()
-        config.inference_mode = not is_trainable
-        target = task_class(config, cls)
-        tensors = reader(model_id, torch_device, key_mapping, strict, ignore_mismatched_sizes, hub, model, config)
+        hub, overrides = split_hub_arguments(kwargs)
+        source = Source(
+            model_id,
+            model,
+            adapter_name,
+            hub,
+            config=None if config is None else config.copy(),
+            overrides=overrides,
+            device=torch_device,
+            key_mapping=key_mapping,
+            strict=strict,
+            ignore_mismatched=ignore_mismatched_sizes,
+        )
+        own: Any = source.config
+        own.inference_mode = not is_trainable
         try:
-            adapted = target(model, config, adapter_name, autocast_adapter_dtype, tensors=tensors)
+            with source.blamed():
+                adapted = task_class(own, cls)(model, own, adapter_name, autocast_adapter_dtype, tensors=source)
         except BaseException:
             discard_empty(model)
             raise
+        if config is not None:
+            keep(adapted.graft, adapted.graft.adapters[adapter_name], config)
         return adapted if is_trainable else adapted.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -438,39 +504,6 @@ def discard_empty(model: nn.Module) -> None:
     graft = find_graft(model)
     if graft is not None and not graft.adapters:
         graft.unload()
-
-
-def reader(
-    model_id: str | os.PathLike[str],
-    device: str | None,
-    key_mapping: Mapping[str, str] | None,
-    strict: bool,
-    ignore_mismatched: bool,
-    hub: Mapping[str, Any],
-    model: nn.Module,
-    config: Any = None,
-) -> Callable[[list[Slot]], dict[str, Tensor]]:
-    """Read an adapter's tensors; the function returned checks them against slots and gives those that fit.
-
-    The `modules_to_save` of a new adapter's `config` are completed by what the file holds.
-    """
-    tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
-    tensors = fuse(tensors, getattr(getattr(model, "config", None), "model_type", None))
-    if getattr(config, "modules_to_save", None):
-        config.modules_to_save = copies_held(config.modules_to_save, model, tensors)
-
-    def values(slots: list[Slot]) -> dict[str, Tensor]:
-        found = fit(slots, tensors)
-        if strict or (found.mismatched and not ignore_mismatched):
-            found.raise_for_faults(f"'{model_id}'", ignore_mismatched)
-        if found.missing:
-            warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
-        if found.unexpected:
-            warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
-        wrong = {key for key, _, _ in found.mismatched}
-        return {k: v for k, v in tensors.items() if k not in wrong}
-
-    return values
 
 
 def _checkpoints(model: nn.Module) -> bool:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.report import warn
-from trimtab.files.codec import PREFIX, fill, fit, sharded
+from trimtab.files.codec import PREFIX, aligned, fill, fit, from_state, sharded
+from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import Graft
 from trimtab.graft.slots import targets_embeddings
+from trimtab.shell.locate import locate_graft as locate_graft
 
 
 def get_peft_model_state_dict(
@@ -28,12 +30,12 @@ def get_peft_model_state_dict(
     """The tensors of an adapter by their keys on disk.
 
     Args:
-        model: a PeftModel, its tuner, or a model with injected adapters (whose keys then have no prefix).
+        model: a PeftModel, its tuner, or a model with injected adapters (whose keys then have no prefix); compiled or
+            wrapped for several processes or not.
         state_dict: take the tensors from this (gathered) state dict of `model` instead of the model itself.
+        unwrap_compiled: accepted for PEFT's sake: a compiled model is always looked through.
         save_embedding_layers: whether the base's embeddings go along; "auto": when adapted or resized.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
     graft, prefix = locate_graft(model)
     return adapter_tensors(graft, adapter_name, save_embedding_layers, state=state_dict, prefix=prefix)
 
@@ -58,13 +60,15 @@ def set_peft_model_state_dict(
     graft, prefix = locate_graft(model)
     adapter = graft.require(adapter_name)
     slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
-    found = fit(slots, peft_model_state_dict, prefix)
+    names = Names(graft.model, graft.modules)
+    tensors = aligned(slots, peft_model_state_dict, adapter_name, prefix, names.today)
+    found = fit(slots, tensors, prefix)
     if found.mismatched and not ignore_mismatched_sizes:
         shapes = [f"size mismatch for {k}: {f} in the state dict, {w} in the model" for k, f, w in found.mismatched]
         raise RuntimeError("Error(s) in loading the adapter's state dict:\n\t" + "\n\t".join(shapes))
     if found.mismatched:
         warn(f"Some weights have the wrong shape and were left out: {[k for k, _, _ in found.mismatched]}.")
-    fill(slots, peft_model_state_dict, prefix)
+    fill(slots, tensors, prefix)
     memory = {s.on_disk(prefix): s.in_memory(prefix) for s in slots}
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
 
@@ -108,9 +112,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if key not in added
     }
     for adapter in adapters:
-        for path, bias in adapter.biases.originals.items() if adapter.biases else ():
-            if bias is not None:
-                tensors[f"{path}.bias"] = bias
+        for path, bias in adapter.biases.pristine.items() if adapter.biases else ():
+            tensors[f"{path}.bias"] = bias
     return tensors
 
 
@@ -119,6 +122,7 @@ def adapter_tensors(
 ) -> dict[str, Tensor]:
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     adapter = graft.require(name)
+    parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]
     named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
     if embeddings is True or (embeddings == "auto" and (named or resized)):
@@ -132,11 +136,7 @@ def adapter_tensors(
         some = named and not resized  # then just the adapted ones
         along = (s for s in graft.embeddings(adapter) if not some or s.disk.endswith(".base_layer.weight"))
         slots += [s for s in along if s.disk not in taken]
-    if state is not None:
-        found = {s.on_disk(prefix): s.get() for s in slots if s.bare}
-        held = [(s, s.in_memory(prefix)) for s in slots if s.in_memory(prefix) in state]
-        return found | {s.on_disk(prefix): s.packed(state[key]) for s, key in held}
-    return {s.on_disk(prefix): s.packed(s.get()) for s in slots}
+    return from_state(slots, None if parked else state, name, graft.model, prefix)
 
 
 def _resized(graft: Graft, adapter: Adapter) -> bool:
@@ -161,19 +161,3 @@ def original_vocabulary(source: str | None) -> int | None:
         return None
     size = json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size")
     return size if isinstance(size, int) else None
-
-
-def locate_graft(model: nn.Module) -> tuple[Graft, str]:
-    """The graft of a PeftModel, its tuner or its base model, and the prefix that the keys of that object have."""
-    prefix, module = "", model
-    for attribute in ("base_model", "model"):
-        graft = find_graft(module)
-        if graft is not None:
-            return graft, prefix
-        child = module._modules.get(attribute)
-        if child is not None:
-            prefix, module = f"{prefix}{attribute}.", child
-    graft = find_graft(module)
-    if graft is None:
-        raise TypeError(f"No adapters found in {type(model).__name__}: is it a PeftModel or a model that has adapters?")
-    return graft, prefix

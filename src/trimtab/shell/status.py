@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
+from trimtab.shell.locate import locate_graft, unwrap
 
 
 @dataclass
@@ -46,18 +47,13 @@ class TunerModelStatus:
     quantization_backend: str | None = None
 
 
-def _graft(model: nn.Module) -> tuple[nn.Module, Graft]:
-    base = model
-    while find_graft(base) is None:
-        inner = base._modules.get("base_model", base._modules.get("model"))
-        if inner is None:
-            raise ValueError(
-                f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?"
-            )
-        base = inner
-    graft = find_graft(base)
-    assert graft is not None
-    return base, graft
+def _graft(model: nn.Module) -> Graft:
+    try:
+        return locate_graft(model)[0]
+    except TypeError:
+        raise ValueError(
+            f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?"
+        ) from None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -66,8 +62,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         ValueError: the model has no adapters.
     """
-    base, graft = _graft(model)
-    prefix = next((n for n, m in model.named_modules() if m is base), "")
+    model, graft = unwrap(model), _graft(model)
+    prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
     order = {path: i for i, path in enumerate(graft.modules)}
     rows = []
     parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
@@ -105,13 +101,15 @@ def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of the whole model."""
-    base, graft = _graft(model)
+    model, graft = unwrap(model), _graft(model)
     rows = get_layer_status(model)
     trainable, total = count_parameters(model)
     names = sorted({a for r in rows for a in r.available_adapters})
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
-        adapter_model_type=type(model._modules.get("base_model", model)).__name__ if model is not base else "None",
+        base_model_type=type(graft.model).__name__,
+        adapter_model_type=type(model._modules.get("base_model", model)).__name__
+        if model is not graft.model
+        else "None",
         peft_types={a: graft.adapters[a].config.peft_type.value for a in names},
         trainable_params=trainable,
         total_params=total,

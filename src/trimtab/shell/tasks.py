@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
+from trimtab.core.targets import matches
 from trimtab.errors import ConfigError
-from trimtab.graft.graft import find_graft
+from trimtab.files.codec import modules_of
+from trimtab.graft.graft import Graft, find_graft
+from trimtab.shell.arguments import require_config, require_model
 from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
+from trimtab.shell.state import adapter_tensors
 from trimtab.shell.tuner import tuner_class
 
 
@@ -131,16 +136,17 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364
     """
+    require_model(model, "get_peft_model(model, config)")
+    require_config(peft_config, "get_peft_model(model, config)")
     if isinstance(model, PeftModel):
-        warn(
-            "The model is a PeftModel already: use its add_adapter() to give it another adapter. "
-            "Its base model is adapted further."
-        )
         model = model.get_base_model()
-    if getattr(model, "peft_config", None) is not None and find_graft(model) is not None:
+    graft = find_graft(model)
+    if graft is not None and graft.adapters:
+        replaced = f"Adapter '{adapter_name}' is replaced. " if adapter_name in graft.adapters else ""
         warn(
-            "The model has adapters already, and this adds one beside them. To change it to another config, call "
-            "`.unload()` first."
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            f"different config, make sure to call `.unload()` before. {replaced}To give it an adapter beside those "
+            "it has, call add_adapter(name, config) of the PeftModel."
         )
     if revision is not None:
         if peft_config.revision is not None and peft_config.revision != revision:
@@ -152,10 +158,31 @@ def get_peft_model(
         peft_config.revision = revision
     cls = task_class(peft_config, PeftModel)
     try:
-        return cls(model, peft_config, adapter_name, autocast_adapter_dtype, strict=strict)
+        with _replaced(graft, adapter_name):
+            return cls(model, peft_config, adapter_name, autocast_adapter_dtype, strict=strict)
     except BaseException:
         discard_empty(model)
         raise
+
+
+@contextlib.contextmanager
+def _replaced(graft: Graft | None, name: str) -> Iterator[None]:
+    """Make room for a new adapter of a name that is taken; the old one comes back if the new one cannot be had."""
+    if graft is None or name not in graft.adapters:
+        yield
+        return
+    old, active = graft.adapters[name], graft.board.route.active
+    tensors = {key: value.detach().clone() for key, value in adapter_tensors(graft, name, False, None).items()}
+    config = old.config.copy()
+    graft.delete(name)
+    try:
+        yield
+    except BaseException:
+        graft.add(name, config, tensors=lambda slots: tensors, trainable=old.trainable)
+        graft.set_active(active, trainable=None)
+        raise
+    if name in active and name not in graft.board.route.active:
+        graft.set_active(active, trainable=None)
 
 
 def inject_adapter_in_model(
@@ -165,12 +192,31 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter into a model in place and return the model itself; `state_dict` says which modules have one."""
+    """Put an adapter into a model in place and return the model itself.
+
+    Args:
+        state_dict: the adapter's tensors: the modules it has tensors of are adapted, whatever the config's targets are.
+    """
+    require_model(model, "inject_adapter_in_model(config, model)")
+    require_config(peft_config, "inject_adapter_in_model(config, model)")
     if peft_config.is_prompt_learning:
         raise ConfigError("`create_and_replace` does not support prompt learning yet.")
     if state_dict is not None and hasattr(peft_config, "target_modules"):
+        kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+        paths = modules_of(state_dict, kind)
+        if not paths:
+            raise ConfigError(
+                f"The state dict has no tensors of an adapter of method {kind}: {list(state_dict)[:5]} ..."
+            )
         peft_config = peft_config.copy()
-        peft_config.target_modules = {k.partition(".lora_")[0] for k in state_dict if ".lora_" in k}
+        own = getattr(peft_config, "target_parameters", None) or ()  # those are told by the config
+        known = {path: module for path, module in model.named_modules() if path in paths}
+        held = {
+            p
+            for p, m in known.items()
+            if any(matches(set(own), f"{p}.{n}") for n, _ in m.named_parameters(recurse=False))
+        }
+        peft_config.target_modules = paths - held
     try:
         tuner_class(peft_config.peft_type)(model, peft_config, adapter_name)
     except BaseException:

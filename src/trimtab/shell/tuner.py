@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
+from trimtab.core.method import Call
 from trimtab.core.report import warn
-from trimtab.files.codec import PREFIXES
+from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
-from trimtab.graft.combine import Recipe, combine
+from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.adapted import require_known
-from trimtab.layer.plan import Rows
-from trimtab.methods import config_class
+from trimtab.layer.plan import Plan, require_known
+from trimtab.methods import config_class, method_class
 
 
 class Tuner(nn.Module):
@@ -52,7 +53,7 @@ class Tuner(nn.Module):
     # ------------------------------------------------------------------ adapters
     def add(self, name: str, config: PeftConfig, **kwargs: Any) -> Adapter:
         """Add an adapter; see `Graft.add`."""
-        prefix = PREFIXES.get(str(getattr(config.peft_type, "value", config.peft_type)), "")
+        prefix = getattr(method_class(config), "prefix", "") if isinstance(config, PeftConfig) else ""
         if name and isinstance(name, str) and name in prefix:
             warn(
                 f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
@@ -67,7 +68,7 @@ class Tuner(nn.Module):
     @property
     def peft_config(self) -> dict[str, Any]:
         """{adapter: its config}."""
-        return {name: adapter.config for name, adapter in self.graft.adapters.items()}
+        return self.graft.configs
 
     @property
     def active_adapters(self) -> list[str]:
@@ -83,8 +84,9 @@ class Tuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the adapted layers."""
-        parts = {f"{x.path}.{p}" for x in self.graft.layers.values() for s in x.sites.values() for p in s.parts}
-        return [key for key, layer in self.graft.layers.items() if not layer.param and key not in parts]
+        layers = self.graft.layers
+        parts = {f"{x.path}.{p}" for x in layers.values() for s in x.sites.values() for p in s.parts}
+        return [key for key, layer in layers.items() if not layer.param and key not in parts]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
@@ -96,11 +98,13 @@ class Tuner(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.graft.set_active(names, trainable=not inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
-        if adapter_name not in self.graft.adapters:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        self.graft.delete(adapter_name)
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Forget an adapter, or several: all or, where one is unknown, none."""
+        names = dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        if unknown := [name for name in names if name not in self.graft.adapters]:
+            raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} does not exist")
+        for name in names:
+            self.graft.delete(name)
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on."""
@@ -172,55 +176,88 @@ class Tuner(nn.Module):
         graft.board.set(active=tuple(dict.fromkeys([*merged, *chosen])))
         return graft.unload(merge=True)
 
-    def unload(self) -> nn.Module:
-        """The base model with its own module objects back, as if no adapter had been there."""
-        return self.graft.unload()
+    def unload(self, pristine: bool = False) -> nn.Module:
+        """The base model with its own module objects back.
+
+        Args:
+            pristine: also undo what adapters' starts (PiSSA, OLoRA) did to the base's weights; else they stay, as in
+                PEFT: the residual is what such an adapter's file belongs to.
+        """
+        return self.graft.unload(pristine=pristine)
 
     # ------------------------------------------------------------------ forward
     @contextlib.contextmanager
-    def routed(self, adapter_names: Sequence[str] | None = None, **extras: Any) -> Iterator[None]:
-        """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none)."""
-        if adapter_names is None and not extras:
-            yield
+    def routed(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        lengths: Sequence[int] | None = None,
+        open: bool = False,
+        shape: Sequence[int] = (),
+        **extras: Any,
+    ) -> Iterator[None]:
+        """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
+
+        Args:
+            lengths: the tokens of each row, where they lie one after another in one sequence.
+            open: the block is the caller's own.
+            shape: (rows, tokens) of the batch, as far as they are known.
+        """
+        if adapter_names is None:
+            with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
+                yield
             return
-        graft, rows = self.graft, None
-        if adapter_names is not None:
-            require_known(adapter_names, graft.adapters)
-            if any(a.biases for a in graft.adapters.values()):
-                raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
-            if graft.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
-            rows = Rows(adapter_names)
-        with graft.board.using(replace(graft.board.route, rows=rows, extras=extras)):
-            yield
+        graft = self.graft
+        require_known(adapter_names, graft.adapters)
+        if graft.biased():
+            raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
+        if graft.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        graft.residents.bring(dict.fromkeys(adapter_names))
+        plan = Plan(adapter_names, lengths, extras=extras)
+        plan.tell(shape)
+        hook = self.model.register_forward_pre_hook(partial(_tell, plan), with_kwargs=True)
+        try:
+            with graft.board.using(open=open, plan=plan):
+                yield
+        finally:
+            hook.remove()
+            graft.settle()
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
         if adapter_names is None:
             return self._penalised(self.model(*args, **kwargs))
-        size = batch_size(args, kwargs)
-        if size is not None and size != len(adapter_names):
+        shape = batch_shape(args, kwargs)
+        if shape and shape[0] != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {size} respectively."
+                f"{len(adapter_names)} and {shape[0]} respectively."
             )
-        with self.routed(adapter_names):
+        with self.routed(adapter_names, shape=shape):
             return self.model(*args, **kwargs)
 
     def _penalised(self, outputs: Any) -> Any:
         """Outputs whose loss, in training, has the active adapters' penalties added."""
         loss = getattr(outputs, "loss", None)
-        if loss is None or not self.training or not self.graft.board.route.enabled:
+        if loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled:
             return outputs
-        for name in self.active_adapters:
-            adapter = self.graft.adapters[name]
-            term = adapter.method.penalty(adapter.methods, adapter.config)
-            if term is not None:
-                loss = loss + term.to(loss.device)
+        for term in self.penalties().values():
+            loss = loss + term.to(loss.device)
         outputs.loss = loss
         return outputs
+
+    def penalties(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """{adapter: what it adds to its loss in training}, of those that add something (the active ones by default)."""
+        found = {}
+        for name in self.active_adapters if names is None else names:
+            adapter = self.graft.adapters[name]
+            own: list[Any] = adapter.methods if adapter.prompt is None else [adapter.prompt]
+            term = adapter.method.penalty(own, adapter.config)
+            if term is not None:
+                found[name] = term
+        return found
 
     def update_and_allocate(self, global_step: int) -> None:
         """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it."""
@@ -237,19 +274,30 @@ class Tuner(nn.Module):
         return getattr(self.model, name)
 
 
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """The number of rows of a call's inputs, or None where no tensor tells."""
-    names = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")
-    candidates = [*args[:1], *(kwargs[n] for n in names if kwargs.get(n) is not None), *kwargs.values()]
-    return next((len(v) for v in candidates if isinstance(v, Tensor) and v.ndim), None)
+INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")
+
+
+def batch_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The leading axes (rows, tokens ...) of a call's inputs, or () where no tensor tells."""
+    candidates = [*args[:1], *(kwargs[n] for n in INPUTS if kwargs.get(n) is not None), *kwargs.values()]
+    return next((tuple(v.shape[:2]) for v in candidates if isinstance(v, Tensor) and v.ndim), ())
+
+
+def _tell(plan: Plan, model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Note what shapes the model is really called with: generation repeats rows for beams."""
+    tensors = [*args[:1], *(kwargs.get(n) for n in (*INPUTS, "decoder_inputs_embeds", "attention_mask"))]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            plan.tell(tensor.shape)
 
 
 def _progress(show: bool) -> Callable[[Any], Any]:
     if not show:
         return iter
-    from tqdm import tqdm
+    from rich.console import Console
+    from rich.progress import track
 
-    return lambda items: tqdm(items, desc="Merging")
+    return lambda items: track(items, "Merging", console=Console(stderr=True))
 
 
 _CLASSES: dict[str, type[Tuner]] = {}

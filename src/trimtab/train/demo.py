@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from trimtab.core.extras import need
 from trimtab.files.sources import resolve_base
 from trimtab.train.data import DataError, Example, encode_rows, read_rows
 from trimtab.train.generate import complete, exact_match, generate_ids, references
@@ -68,15 +69,16 @@ class Task:
 
     def first(self, rows: int, share: float = 1.0) -> Task:
         """The same with fewer rows to train on, and a share of those to be tested on."""
-        n = max(MIN_TEST_ROWS, round(share * len(self.test)))
-        return replace(self, train=self.train[:rows], test=self.test[:n], prompts=self.prompts[:n],
-                       expected=self.expected[:n])  # fmt: skip
+        n, m = (max(MIN_TEST_ROWS, round(share * len(part))) for part in (self.test, self.valid))
+        return replace(self, train=self.train[:rows], valid=self.valid[:m], test=self.test[:n],
+                       prompts=self.prompts[:n], expected=self.expected[:n])  # fmt: skip
 
 
 def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> int:
     """Run the demo; returns the exit code."""
     from trimtab import LoraConfig, get_peft_model
 
+    need("The demo", "matplotlib")  # now, not when all is trained
     began = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
     folder = resolve_base(base)
@@ -90,12 +92,15 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
     model = get_peft_model(model, LoraConfig(**LORA))
     model.print_trainable_parameters()
     args = TrainingArguments(**ARGS, num_train_epochs=epochs, output_dir=str(out))
-    task = task.first(rows) if rows else affordable(model, task, args, console)
+    task, training = affordable(model, task, args, rows, console)
 
-    console.print("\nBefore: scoring the base model")
+    console.print(f"\nBefore: scoring the base model on {len(task.test)} rows")
+    start = time.monotonic()
     with model.disable_adapter():
         before = score(model, tokenizer, task)
     console.print(f"  held-out loss {before.loss:.3f}, exact match {before.exact:.0%}")
+    left = training + 2 * (time.monotonic() - start)  # held-out loss as it trains, the adapter's score, the reload
+    console.print(f"  Expect about {clock(left)} (min:s) more, at this speed.")
 
     scale = LORA["lora_alpha"] / LORA["r"]
     console.print(
@@ -107,7 +112,7 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
         console.print("Interrupted.")
         return 130
 
-    console.print("\nAfter: scoring the adapter, merged into the base meanwhile: generation is faster so")
+    console.print("\nAfter: scoring the adapter, merged into the base for as long: it generates faster so")
     model.merge_adapter()
     after = score(model, tokenizer, task, loss=result.eval_losses[-1][1])
     model.unmerge_adapter()  # the base is again what it was, bit for bit
@@ -122,9 +127,7 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
 
 def load(folder: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it takes a second; the demo's own lines say enough
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -156,31 +159,36 @@ def load_task(folder: Path, tokenizer: Any) -> Task:
     )
 
 
-def affordable(model: nn.Module, task: Task, args: TrainingArguments, console: Console) -> Task:
-    """As much of the task as this machine can train on in `TRAIN_SECONDS`, by timing a few small steps."""
-    examples = task.train[:ROWS]
-    timed = [examples[i : i + 4] for i in range(0, min(len(examples), 20), 4)]
-    if len(timed) < 2:
-        return task
-    model.train()
-    loss_of(model, timed[0]).backward()  # the first one warms up
-    start = time.perf_counter()
-    for batch in timed[1:]:
-        loss_of(model, batch).backward()
-    rate = sum(len(e.ids) for batch in timed[1:] for e in batch) / (time.perf_counter() - start)
-    model.zero_grad(set_to_none=True)
-    seconds = args.num_train_epochs * sum(len(e.ids) for e in examples) / rate
-    console.print(f"This machine trains about {rate:,.0f} tokens/s: {clock(seconds)} for {len(examples)} rows.")
-    share = min(1.0, TRAIN_SECONDS / seconds)
-    if share == 1.0:
-        return task.first(len(examples))
-    rows = min(len(examples), max(MIN_ROWS, int(share * len(examples))))
-    task = task.first(rows, share)
+def affordable(
+    model: nn.Module, task: Task, args: TrainingArguments, rows: int, console: Console
+) -> tuple[Task, float]:
+    """As much of the task as is wanted (`rows`), or as this machine can train on in `TRAIN_SECONDS`; the seconds."""
+    wanted = min(rows or ROWS, len(task.train))
+    task = task.first(wanted, min(1.0, wanted / ROWS) if rows else 1.0)
+    seconds = args.num_train_epochs * sum(len(e.ids) for e in task.train) / speed(model, task.train)
+    console.print(f"This machine trains on {wanted} rows in about {clock(seconds)} (min:s).")
+    share = TRAIN_SECONDS / seconds
+    if rows or share >= 1.0:
+        return task, seconds
+    fewer = min(wanted, max(MIN_ROWS, int(share * wanted)))
+    task = task.first(fewer, share)
     console.print(
-        f"[bold]That is long: {rows} rows to learn from and {len(task.test)} to be tested on, then. "
-        f"Expect a lower score.[/bold] (--rows {len(examples)} takes all.)"
+        f"[bold]That is long: {fewer} rows to learn from and {len(task.test)} to be tested on, then. "
+        f"Expect a lower score.[/bold] (--rows {wanted} takes all.)"
     )
-    return task
+    return task, seconds * fewer / wanted
+
+
+def speed(model: nn.Module, examples: list[Example], size: int = 4, steps: int = 4) -> float:
+    """How many tokens a second this machine trains on, by timing a few small steps."""
+    batches = [examples[i : i + size] for i in range(0, min(len(examples), size * steps), size)]
+    model.train()
+    loss_of(model, batches[0]).backward()  # the first one warms up
+    start = time.perf_counter()
+    for batch in batches:
+        loss_of(model, batch).backward()
+    model.zero_grad(set_to_none=True)
+    return sum(len(e.ids) for batch in batches for e in batch) / (time.perf_counter() - start)
 
 
 def score(model: nn.Module, tokenizer: Any, task: Task, loss: float | None = None) -> Score:

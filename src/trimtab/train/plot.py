@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trimtab.core.extras import need
 from trimtab.train.loop import TrainResult
 
 
@@ -15,13 +16,11 @@ def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = 
         first: held-out loss before training, shown at step 0.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install 'trimtab[demo]'`).
+        MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("A loss plot needs matplotlib: pip install 'trimtab[demo]'") from e
+    need("A loss plot", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no global state, no display
     FigureCanvasAgg(figure)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.site import Call, LinearSite, Site
+from trimtab.core.site import Arguments, LinearSite, Site
 from trimtab.errors import ConfigError, RouteError
 
 
@@ -28,7 +28,7 @@ class AttentionSite(Site):
 
     kind = "attention"
     weighs, bias_param = "in_proj_weight", "in_proj_bias"
-    fused = False
+    fused, whole = False, True
     parts = ("out_proj",)
 
     @classmethod
@@ -62,7 +62,7 @@ class AttentionSite(Site):
             raise RouteError(f"'{self.name}' sees a query that has no dimension of rows.")
         return query.shape[self.axis], query.device
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Arguments:
         """These rows of query, key, value and masks (a mask of all rows alike has two dimensions)."""
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -114,9 +114,12 @@ class ConvSite(Site):
         """B (out, r/groups, 1, ...) as (out, r): each group has its own part of the rank."""
         return self.dense(B.flatten(1))
 
-    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, torch.device]:
-        """The rows of x (rows, channels, *)."""
-        x = args[0] if args else next(iter(kwargs.values()))
+    def lead(self, x: Tensor) -> tuple[int, ...]:
+        """The rows of x (rows, channels, *).
+
+        Raises:
+            RouteError: it has none.
+        """
         if x.ndim != len(self.kernel) + 2:
             raise RouteError(f"'{self.name}' sees an input of shape {tuple(x.shape)}, which has no dimension of rows.")
-        return len(x), x.device
+        return tuple(x.shape[:1])

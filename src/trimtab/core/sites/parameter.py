@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.site import Call, Site
+from trimtab.core.site import Arguments, Site
 from trimtab.errors import ConfigError, RouteError
 from trimtab.formats import weights
 
@@ -22,7 +22,7 @@ class ParameterSite(Site):
 
     kind = "parameter"
     bias_param = ""
-    fused = False
+    fused, whole = False, True
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -82,7 +82,7 @@ class ParameterSite(Site):
             )
         return len(tensors[0]), tensors[0].device
 
-    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Call:
+    def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Arguments:
         """Every tensor of the call with these rows only."""
         some = lambda t: t[rows] if isinstance(t, Tensor) else t
         return tuple(map(some, args)), {k: some(v) for k, v in kwargs.items()}

@@ -1,0 +1,48 @@
+"""What a verb shows: trimtab's own lines, and not what the libraries below it say of themselves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.errors import PeftWarning
+
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what other libraries print, too.")]
+
+
+@contextmanager
+def quiet(verbose: bool = False) -> Iterator[None]:
+    """Inside the block, other libraries' warnings and progress bars are not shown; errors are, and so are our warnings.
+
+    Imports of torch, transformers and the like belong inside. A download from the Hub keeps its bar: it may take long.
+    """
+    if verbose:
+        yield
+        return
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, PeftWarning) and str(message) not in said:
+            said.add(str(message))
+            print(f"Warning: {message}", file=sys.stderr, flush=True)
+
+    level, bars = logging.root.manager.disable, os.environ.get("TQDM_DISABLE")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PeftWarning)
+        warnings.showwarning = show
+        logging.disable(logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it once, as it is imported
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            del os.environ["TQDM_DISABLE"]
+            if bars is not None:
+                os.environ["TQDM_DISABLE"] = bars

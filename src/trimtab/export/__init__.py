@@ -1,0 +1,1 @@
+"""Floor 8: adapters and models for other programs."""

@@ -1,0 +1,115 @@
+"""Which adapters are in the module tree: those in use, and the few last used. The others are numbers and a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from trimtab.graft.adapters import Adapter, install, tensors_of
+from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.leaves import Leaves
+
+LIMIT = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
+
+
+class Residents:
+    """The adapters of one model, and which of them are in its module tree.
+
+    Attributes:
+        adapters: by name.
+        commons: name -> {adapter: tensor} of what adapters keep once for all their sites.
+        order: the adapters in the module tree, those used longest ago first.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.commons: dict[str, Leaves] = {}
+        self.order: dict[str, None] = {}
+
+    def used(self, names: Iterable[str]) -> None:
+        """Note that adapters are used now."""
+        for name in names:
+            self.order.pop(name, None)
+            self.order[name] = None
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Put adapters into the module tree, where they are not."""
+        for name in names:
+            adapter = self.adapters.get(name)
+            if adapter is None:
+                continue
+            if adapter.flat is not None:
+                tensors, adapter.flat = adapter.layout.cut(adapter.flat), None
+                install(adapter, tensors, self.commons)
+                adapter.settings = {}
+            self.used([name])
+
+    def settle(self, needed: Iterable[str]) -> None:
+        """Park all but the adapters that are needed and the few last used."""
+        kept = {*needed}
+        self.bring(name for name in kept if self.adapters[name].parked)
+        free = [n for n in self.order if n not in kept and not self.adapters[n].saved and _has_layers(self.adapters[n])]
+        for name in free[: max(0, len(free) - LIMIT)]:
+            self.park(self.adapters[name])
+
+    def park(self, adapter: Adapter) -> None:
+        """Take an adapter out of the module tree; its numbers stay, as they are."""
+        adapter.flat = adapter.layout.packed(tensors_of(adapter, self.commons))
+        adapter.settings = _settings(adapter)
+        for layer in adapter.layers:
+            layer.detach(adapter.name)
+        for leaves in self.commons.values():
+            leaves.remove(adapter.name)
+        self.order.pop(adapter.name, None)
+
+    def forget(self, name: str) -> None:
+        """Take an adapter's tensors out for good."""
+        adapter = self.adapters.pop(name)
+        for layer in adapter.layers:
+            layer.detach(name)
+        for wrapper in adapter.saved:
+            wrapper.detach(name)
+        for leaves in self.commons.values():
+            leaves.remove(name)
+        self.order.pop(name, None)
+
+    def parked_at(self, layer: AdaptedLayer, leaves: Leaves | None = None) -> list[str]:
+        """The parked adapters that have something at a layer, or in a container of it."""
+        container = next((n for n, c in layer.containers.items() if c is leaves), None)
+        return [
+            adapter.name for adapter in self.adapters.values() if adapter.parked and _stands(adapter, layer, container)
+        ]
+
+    def convert(self, layer: AdaptedLayer, fn: Any) -> None:
+        """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
+        for adapter in self.adapters.values():
+            if adapter.flat is not None and adapter.layout.places[0].layer is layer:
+                adapter.flat = {
+                    kind: [fn(t) for t in flat] if isinstance(flat, list) else fn(flat)
+                    for kind, flat in adapter.flat.items()
+                }
+
+
+def _stands(adapter: Adapter, layer: AdaptedLayer, container: str | None) -> bool:
+    places = [p for p in adapter.layout.places if p.layer is layer]
+    if container is None:
+        return bool(places)
+    return any(p.method.templates[leaf].partition(".{}")[0] == container for p in places for leaf in p.leaves)
+
+
+def _has_layers(adapter: Adapter) -> bool:
+    return bool(adapter.layout.places)
+
+
+def _settings(adapter: Adapter) -> dict[tuple[int, str], Any]:
+    """What was set by hand on an adapter's methods."""
+    found = {}
+    seen: dict[AdaptedLayer, int] = {}
+    for i, place in enumerate(adapter.layout.places):
+        at = seen.get(place.layer, 0)
+        method = place.layer.methods[adapter.name][at]
+        seen[place.layer] = at + 1
+        for attribute in type(method).views:
+            if (value := method.__dict__.get(attribute)) != place.method.__dict__.get(attribute):
+                found[i, attribute] = value
+    return found

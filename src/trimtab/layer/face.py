@@ -1,0 +1,113 @@
+"""What a layer of PEFT's shows beside its forward: its adapters, their settings, and ways to change it by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from trimtab.core.method import Method
+from trimtab.core.site import Site
+from trimtab.layer.originals import Originals
+from trimtab.layer.switch import Switched
+from trimtab.layer.views import View
+
+NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
+
+
+class Face(Switched):
+    """A layer with adapters as other libraries look at it and handle it.
+
+    Attributes:
+        base_layer: the frozen layer, or another layer of this kind that adapts another of its parameters.
+        sites: the frozen layer's adapted parameters, by name.
+        methods: of the adapters that are in the module tree.
+        merged_adapters: those that are part of the base's weights now.
+    """
+
+    base_layer: nn.Module
+    sites: dict[str, Site]
+    methods: dict[str, tuple[Method, ...]]
+    merged_adapters: list[str]
+    originals: Originals
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The layer itself."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> Any:
+        """A parameter as the model must see it where it reads the layer's without calling it."""
+        raise NotImplementedError
+
+    def detach(self, adapter: str) -> None:
+        """Take an adapter's methods and tensors out of the module tree."""
+        raise NotImplementedError
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that are here."""
+        residents = self.board.residents
+        return [*self.methods, *(residents.parked_at(self) if residents is not None else ())]
+
+    def adapter_parameters(self, adapter: str) -> Iterator[tuple[Any, nn.Parameter]]:
+        """(method, parameter) for each trained tensor of an adapter here."""
+        for method in self.methods.get(adapter, ()):
+            if method.home is self:
+                for leaf in method.trained:
+                    yield method, method.tensor(leaf)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for _, parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter of this layer; if it was in use, the first remaining one takes its place."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter '{adapter_name}' is merged into the base: call unmerge_adapter() first.")
+        self.originals.give_back(adapter_name)
+        self.detach(adapter_name)
+        active = [n for n in self.active_adapters if n != adapter_name]
+        if len(active) != len(self.active_adapters):
+            self.set_adapter(active or list(self.methods)[:1])
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self.frozen
+
+    def _scaled(self, change: Callable[[Any], float], names: Sequence[str]) -> None:
+        for method in (m for n in names for m in self.methods.get(n, ()) if "scaling" in m.views):
+            method.scaling = change(method)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to `scale` times its own."""
+        self.bring(adapter)
+        self._scaled(lambda m: float(scale * m.unit), (adapter,))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        self._scaled(lambda m: float(m.scaling * scale), self.active_adapters)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters, or without an argument set it back to their own."""
+        self._scaled(lambda m: float(m.unit if scale is None else m.scaling / scale), self.active_adapters)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or name in NOT_OURS or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        if any(name in site.reads for site in self.__dict__.get("sites", {}).values()):
+            return self.read(name)
+        for methods in self.__dict__.get("methods", {}).values():
+            if any(name in m.views for m in methods):
+                return View(self, name)
+        return getattr(self.base_layer, name)
+
+    def extra_repr(self) -> str:
+        """The adapters and their methods."""
+        return ", ".join(f"{n}: {' + '.join(type(m).__name__ for m in ms)}" for n, ms in self.methods.items())

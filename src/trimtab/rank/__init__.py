@@ -1,0 +1,1 @@
+"""Floor 8: the ranks of adapters, and what else can be read off their factors alone."""

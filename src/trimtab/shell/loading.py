@@ -1,0 +1,130 @@
+"""Loading an adapter's files into a model: read at one time, held against the model, and then taken as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from trimtab.core.config import PeftConfig
+from trimtab.core.io import reading
+from trimtab.core.report import warn
+from trimtab.errors import AdapterFileError, PeftError
+from trimtab.files import experts, store
+from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
+from trimtab.files.conversion import Names
+from trimtab.graft.adapters import Adapter
+from trimtab.graft.graft import Graft, find_graft
+
+SIZE = re.compile(r"(^|_)(r|rank|dim|size|num|tokens|layers|heads)(_|$)")  # in the names of fields
+
+
+class Source:
+    """An adapter's files, read whole at one time; called with the adapter's slots, it gives what they are filled with.
+
+    Args:
+        model_id: the adapter's folder or Hub id.
+        model: the base model.
+        adapter: the name the adapter has there.
+        hub: where on the Hub to look.
+        config: used in place of the one in the folder; with `config=None` and no `overrides`, none is read.
+        overrides: fields of the config in the folder to set otherwise.
+        strict: raise when the file does not fit the adapter key for key.
+
+    Attributes:
+        config: the adapter's config, its names brought up to date where the file shows what they meant.
+        result: as `torch.nn.Module.load_state_dict` has it: `missing_keys` (in the model's naming), `unexpected_keys`.
+    """
+
+    def __init__(
+        self,
+        model_id: str | os.PathLike[str],
+        model: nn.Module,
+        adapter: str,
+        hub: Mapping[str, Any],
+        config: PeftConfig | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        ignore_mismatched: bool = False,
+    ) -> None:
+        self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
+        self.result: Any = None
+        graft = find_graft(model)
+        self.names = Names(model, dict(model.named_modules()) if graft is None else graft.modules)
+        with reading(model_id, hub.get("subfolder")):
+            if config is None and overrides is not None:
+                config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
+            tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
+        with self.blamed():
+            self.tensors, self.config = experts.fuse(tensors, self.names), config
+        if config is not None:
+            self._check_sizes(config)
+            experts.note_held(config, self.tensors, self.names)
+            if getattr(config, "modules_to_save", None):
+                config.modules_to_save = copies_held(config.modules_to_save, model, self.tensors)  # type: ignore[attr-defined]
+
+    def _check_sizes(self, config: PeftConfig) -> None:
+        """Raise for sizes in the config beyond all that is in the file, before tensors of such a size are made."""
+        largest = max((size for tensor in self.tensors.values() for size in tensor.shape), default=1)
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if SIZE.search(f.name) and isinstance(value, int) and value > 1000 * max(largest, 1):
+                raise AdapterFileError(
+                    f"The adapter in '{self.model_id}' is damaged: its config has `{f.name}={value}`, "
+                    f"and its tensors have no more than {largest} rows or columns."
+                )
+
+    def __call__(self, slots: list[Slot]) -> dict[str, Tensor]:
+        """Check the tensors against the adapter's slots; those that fit, by their keys on disk."""
+        from torch.nn.modules.module import _IncompatibleKeys
+
+        tensors = aligned(slots, self.tensors, self.adapter, PREFIX, self.names.today)
+        found = fit(slots, tensors)
+        if self.strict or (found.mismatched and not self.ignore_mismatched):
+            found.raise_for_faults(f"'{self.model_id}'", self.ignore_mismatched)
+        if wrong := unsound(slots, tensors):
+            said = f"NaN, infinite or huge numbers are in {wrong[:5]}{' and more' if len(wrong) > 5 else ''}"
+            if self.strict:
+                raise AdapterFileError(f"The adapter in '{self.model_id}' is damaged: {said}. strict=False loads it.")
+            warn(f"{said} of the adapter in '{self.model_id}'.")
+        if found.missing:
+            warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
+        if found.unexpected:
+            warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
+        memory = {slot.on_disk(): slot.in_memory() for slot in slots}
+        self.result = _IncompatibleKeys([memory[key] for key in found.missing], found.unexpected)
+        misfits = {key for key, _, _ in found.mismatched}
+        return {key: tensor for key, tensor in tensors.items() if key not in misfits}
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Name the adapter's folder in what goes wrong inside the block."""
+        try:
+            yield
+        except (PeftError, NotImplementedError) as error:
+            if str(self.model_id) in str(error):
+                raise
+            raise type(error)(f"The adapter in '{self.model_id}' cannot be loaded: {error}") from error
+        except Exception as error:  # what no check foresaw in a damaged file; the cause is kept
+            raise AdapterFileError(
+                f"The adapter in '{self.model_id}' cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+
+
+def keep(graft: Graft, adapter: Adapter, config: Any) -> None:
+    """Make the caller's config object the adapter's own."""
+    old = adapter.config
+    config.__dict__.update(old.__dict__)
+    adapter.config = config
+    graft.configs[adapter.name] = config
+    for layer in adapter.layers:
+        for method in layer.methods[adapter.name]:
+            if method.options is old:
+                method.options = config

@@ -144,7 +144,7 @@ def arms(options: Any) -> dict[str, Any]:
 def load(options: Any) -> tuple[nn.Module, Tensor]:
     from transformers import AutoModelForCausalLM
 
-    from trimtab.core.kernels import Rows
+    from trimtab.core.dropout import Rows
     from trimtab.files.sources import resolve_base
 
     folder = resolve_base("smollm2-135m-instruct")

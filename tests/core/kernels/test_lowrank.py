@@ -15,10 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.core.kernels import Dropout, Layer, Rows, lora_linear, lora_linear_group
+from trimtab.core.dropout import Dropout, rows_of
+from trimtab.core.kernels import Layer, lora_linear, lora_linear_group
 
 IN, OUT, RANK = 24, 40, 4
-ROWS = Rows.batch(3, 5)
+ROWS = rows_of(torch.empty(3, 5, IN))
 DROP = Dropout(0.3, 7, ROWS)
 Tensors = dict[str, Any]
 
@@ -410,7 +411,7 @@ def test_what_is_kept(p: float) -> None:
     least = 400 * RANK * 4 + sum(t[k].nbytes for k in "WAB")
     assert saved(run(x)) == least + x.nbytes  # a leaf: nobody could make it again
     assert saved(run(x * x)) == least
-    assert saved(run(x * x, Dropout(p, 3, Rows.batch(1, 400)))) <= least + (0.5 * size if p == 0.05 else 0)
+    assert saved(run(x * x, Dropout(p, 3, rows_of(x[None])))) <= least + (0.5 * size if p == 0.05 else 0)
 
 
 def test_a_frozen_A_needs_no_input() -> None:

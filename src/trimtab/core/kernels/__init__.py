@@ -4,18 +4,14 @@ from trimtab.core.kernels.delta import delta_linear
 from trimtab.core.kernels.half import HALF, add_product, project
 from trimtab.core.kernels.loss import linear_cross_entropy
 from trimtab.core.kernels.lowrank import Layer, lora_linear, lora_linear_group
-from trimtab.core.kernels.masks import Dropout, Rows, seed_of
 
 __all__ = [
     "HALF",
-    "Dropout",
     "Layer",
-    "Rows",
     "add_product",
     "delta_linear",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
     "project",
-    "seed_of",
 ]

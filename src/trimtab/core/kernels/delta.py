@@ -15,28 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.core.kernels.lowrank import autocasts, ordinary, product_dtype
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
+from trimtab.core.kernels.usual import autocasts, ordinary, product_dtype, recorded
 
 Form = Callable[..., Tensor]
 
 
-def delta_linear(x: Tensor, W: Tensor, b: Tensor | None, form: Form, *tensors: Tensor) -> Tensor:
-    """x·(W + form(*tensors))ᵀ + b (..., out), for x (..., in) and a frozen W (out, in).
+def delta_linear(x: Tensor, W: Tensor | None, b: Tensor | None, form: Form, *tensors: Tensor) -> Tensor:
+    """x·(W + form(*tensors))ᵀ + b (..., out), for x (..., in) and a frozen W (out, in), or None: the change alone.
 
     `form` gives the change (out, in) and must be a function of its arguments alone: it runs twice, outside autocast.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or W.requires_grad or not all(map(ordinary, (x, W, *tensors))) or not torch.is_grad_enabled():
+    own = tensors if W is None else (W, *tensors)
+    trained = W is not None and W.requires_grad
+    if not torch.is_grad_enabled() or recorded() or trained or not all(map(ordinary, (x, *own))):
         return plain(x, W, b, form, *tensors)
     source = rebuilt(x) if any(t.requires_grad for t in tensors) else None
     y: Tensor = _Delta.apply(x, W, b, product_dtype(x), source, form, *tensors)
     return y
 
 
-def plain(x: Tensor, W: Tensor, b: Tensor | None, form: Form, *tensors: Tensor) -> Tensor:
+def plain(x: Tensor, W: Tensor | None, b: Tensor | None, form: Form, *tensors: Tensor) -> Tensor:
     """`delta_linear` by single operations."""
     D = _formed(x, form, tensors)
+    if W is None:
+        return F.linear(x, D.to(x.dtype), b)
     if _sums(W):
         return F.linear(x, W + D.to(W.dtype), b)
     return F.linear(x, W, b) + F.linear(x, D.to(x.dtype))
@@ -59,7 +62,7 @@ class _Delta(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        W: Tensor,
+        W: Tensor | None,
         b: Tensor | None,
         dtype: torch.dtype,
         source: Rebuilt | None,
@@ -68,14 +71,16 @@ class _Delta(torch.autograd.Function):
     ) -> Tensor:
         flat, D = x.reshape(-1, x.shape[-1]).to(dtype), _formed(x, form, tensors)
         b = None if b is None else b.to(dtype)
-        if _sums(W):
+        if W is None:
+            y = F.linear(flat, D.to(dtype), b)
+        elif _sums(W):
             y = F.linear(flat, (W + D.to(W.dtype)).to(dtype), b)
         else:
             y = F.linear(flat, W.to(dtype), b).addmm_(flat, D.to(dtype).t())
         trained = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if trained and source is None else None, W, *tensors)
         ctx.form, ctx.source, ctx.dtype, ctx.shape, ctx.autocast = form, source, dtype, x.shape, autocasts(x)
-        return y.view(*x.shape[:-1], len(W))
+        return y.view(*x.shape[:-1], len(D))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -88,7 +93,7 @@ class _Delta(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any, x: Tensor | None, W: Tensor, tensors: Sequence[Tensor], dy: Tensor
+    ctx: Any, x: Tensor | None, W: Tensor | None, tensors: Sequence[Tensor], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     need, dtype = ctx.needs_input_grad, ctx.dtype
     with torch.enable_grad():
@@ -97,7 +102,12 @@ def _gradients(
     dx = None
     if need[0]:
         M = D.detach()
-        dx = dy @ (W + M.to(W.dtype)).to(dtype) if _sums(W) else (dy @ W.to(dtype)).addmm_(dy, M.to(dtype))
+        if W is None:
+            dx = dy @ M.to(dtype)
+        elif _sums(W):
+            dx = dy @ (W + M.to(W.dtype)).to(dtype)
+        else:
+            dx = (dy @ W.to(dtype)).addmm_(dy, M.to(dtype))
         dx = dx.view(ctx.shape)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found: Any = iter(())
@@ -110,7 +120,7 @@ def _gradients(
 
 
 def _differentiable(
-    ctx: Any, x: Tensor | None, W: Tensor, tensors: Sequence[Tensor], dy: Tensor
+    ctx: Any, x: Tensor | None, W: Tensor | None, tensors: Sequence[Tensor], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients by operations that can be differentiated again."""
     need = ctx.needs_input_grad

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.core.kernels.usual import product_dtype, recorded
+
 CHUNK = 1 << 24  # logits formed at a time: 64 MB in fp32
 
 
@@ -37,18 +39,16 @@ def linear_cross_entropy(
         chunk: rows whose logits are formed at a time.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if recorded():
         logits = _logits(flat, W, bias, scale, softcap)
         plain = F.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction=reduction)
         return plain.view(labels.shape) if reduction == "none" else plain
     rows = (wanted != ignore_index).nonzero().squeeze(1)
     if len(rows) < len(flat):
         flat, wanted = flat.index_select(0, rows), wanted.index_select(0, rows)
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     weight = 1 / len(rows) if reduction == "mean" and len(rows) else 1.0
     chunk = chunk or max(1, CHUNK // len(W))
-    losses: Tensor = _CrossEntropy.apply(flat, W, bias, wanted, weight, chunk, (dtype, scale, softcap))
+    losses: Tensor = _CrossEntropy.apply(flat, W, bias, wanted, weight, chunk, (product_dtype(hidden), scale, softcap))
     if reduction == "none":
         return losses.new_zeros(labels.numel()).index_copy(0, rows, losses).view(labels.shape)
     return losses.sum() if reduction == "sum" or len(rows) else losses.sum() / 0  # nan, as of an empty mean

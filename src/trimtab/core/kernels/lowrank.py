@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.core.dropout import Dropout
 from trimtab.core.kernels import half
-from trimtab.core.kernels.masks import Dropout
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
 from trimtab.core.kernels.split import joined, product, split
+from trimtab.core.kernels.usual import autocasts, ordinary, product_dtype, recorded
 
 Tensors = Sequence[Any]
 Pair = tuple[Tensor, Tensor | None]
@@ -80,32 +81,14 @@ def plain(
     return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.to(u.dtype).t(), alpha=scale).view_as(y)
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The number format the base product has."""
-    cast = autocasts(x) and x.is_floating_point() and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-
-
 def _fits(x: Tensor, dtype: torch.dtype, W: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the fused step applies."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if W.requires_grad or not x.is_floating_point() or not all(map(ordinary, (x, W, A, B))):
+    if recorded() or W.requires_grad or not x.is_floating_point() or not all(map(ordinary, (x, W, A, B))):
         return False
     if autocasts(x):
         return True
     narrow = dtype == torch.float16 and A.dtype != dtype  # too small a range for the parts of a split factor
     return W.dtype == dtype and A.dtype == B.dtype and not narrow
-
-
-def ordinary(t: Tensor) -> bool:
-    """Whether a tensor is of no subclass that has ideas of its own (quantised, sharded)."""
-    return type(t) is Tensor or type(t) is torch.nn.Parameter
 
 
 def _exact(x: Tensor, dtype: torch.dtype, A: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core.kernels import Dropout, Rows, seed_of
+from trimtab.core.dropout import Dropout, Rows, mixed, rows_of
 
 WIDTH = 48
 
@@ -49,13 +49,13 @@ def test_as_many_are_dropped_as_asked(p: float, width: int) -> None:
 
 def test_none_and_all() -> None:
     x = torch.randn(6, WIDTH)
-    assert not Dropout(1.0, 1, Rows.batch(2, 3))(x).any()
+    assert not Dropout(1.0, 1, rows_of(x))(x).any()
     assert len(Dropout(0.5, 1, Rows.of([])).dropped(WIDTH)) == 0
 
 
 def test_what_is_left_is_scaled_up() -> None:
     x = torch.randn(6, 5, WIDTH)
-    y = Dropout(0.2, 1, Rows.batch(6, 5))(x)
+    y = Dropout(0.2, 1, rows_of(x))(x)
     assert torch.allclose(y[y != 0], x[y != 0] / 0.8)
 
 
@@ -88,7 +88,22 @@ def test_masks_of_other_seeds_rows_and_blocks_are_independent() -> None:
         assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5
 
 
-def test_seeds_of_several_numbers() -> None:
-    found = {seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
-    assert len({s & 0xFFFFFFFF for s in found}) == 1000
-    assert seed_of(1, 2) != seed_of(2, 1)
+def test_keys_of_several_numbers() -> None:
+    found = {mixed(mixed(a, b), c) for a in range(10) for b in range(10) for c in range(10)}
+    assert len({k & 0xFFFFFFFF for k in found}) == 1000
+    assert mixed(1, 2) != mixed(2, 1)
+
+
+def test_rows_of_an_input() -> None:
+    """A batch, a packed sequence, single vectors: rows of one name have one mask; what does not add up raises."""
+    x = torch.randn(3, 70, WIDTH)
+    batch = Dropout(0.3, 5, rows_of(x, keys=(8, 2, 9))).kept(x)
+    packed = Dropout(0.3, 5, rows_of(x[:1, :33], keys=(2, 8), lengths=(30, 3))).kept(x[:1, :33])
+    assert torch.equal(packed[0], torch.cat([batch[1, :30], batch[0, :3]]))
+    vectors = Dropout(0.3, 5, rows_of(x[:, 0], keys=(8, 2, 9))).kept(x[:, 0])
+    assert torch.equal(vectors, batch[:, 0])
+    assert torch.equal(Dropout(0.3, 5, rows_of(x[0, 0], keys=(8,))).kept(x[0, 0]), batch[0, 0])
+    deep = x.view(3, 7, 10, WIDTH)
+    assert torch.equal(Dropout(0.3, 5, rows_of(deep, keys=(8, 2, 9))).kept(deep), batch.view(deep.shape))
+    with pytest.raises(ValueError, match="33 vectors, but the input has 34"):
+        rows_of(x[:1, :34], lengths=(30, 3))

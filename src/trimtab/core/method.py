@@ -179,7 +179,7 @@ class Method:
 
     # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
     through: ClassVar[Callable[..., Tensor | None] | None] = None
-    # All adapters of a mixed batch at once, (methods, y, x, cut, calls) -> y, or None: then they are taken in turn.
+    # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.
     combine: ClassVar[Callable[..., dict[str, Tensor]] | None] = None

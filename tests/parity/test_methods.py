@@ -88,9 +88,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_random": ("bert", "AdaLora", {"init_r": 3, "total_step": 10, "init_lora_weights": False, "bias": "all"}),
     "ada_conv": ("pixels", "AdaLora", {"init_r": 3, "total_step": 10, "target_modules": ["kernel", "head"]}),
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
+    "delora_llama": ("llama", "Delora", {"r": 3, "target_modules": PROJECTIONS}),
+    "delora_bert": ("bert", "Delora", {"r": 3, "bias": "delora_only", "init_weights": False}),
+    "delora_patterns": ("llama", "Delora", {"rank_pattern": {"q_proj": 2}, "lambda_pattern": {"v_proj": 3.5}}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:

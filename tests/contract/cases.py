@@ -86,6 +86,9 @@ CASES = [
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
     Case("delora", "DELORA", {"r": 3, "delora_lambda": 4}),
     Case("delora-random", "DELORA", {"r": 2, "init_weights": False, "module_dropout": 0.3}, identity=False),
+    Case("gralora", "GRALORA", {"r": 2, "gralora_k": 2, "alpha": 3}, sites=("up", "down")),
+    Case("gralora-hybrid", "GRALORA", {"r": 4, "hybrid_r": 2, "gralora_dropout": 0.3}, sites=("up", "down")),
+    Case("gralora-one", "GRALORA", {"r": 2, "gralora_k": 1, "alpha": 3, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -105,6 +108,7 @@ FORMULAS = [
         "vera",
         "adalora",
         "delora",
+        "gralora",
     )
 ]
 

@@ -91,9 +91,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "delora_llama": ("llama", "Delora", {"r": 3, "target_modules": PROJECTIONS}),
     "delora_bert": ("bert", "Delora", {"r": 3, "bias": "delora_only", "init_weights": False}),
     "delora_patterns": ("llama", "Delora", {"rank_pattern": {"q_proj": 2}, "lambda_pattern": {"v_proj": 3.5}}),
+    "gralora_llama": ("llama", "Gralora", {"r": 4, "target_modules": PROJECTIONS}),
+    "gralora_gpt2": ("gpt2", "Gralora", {"r": 6, "gralora_k": 2, "alpha": 5, "hybrid_r": 3}),
+    "gralora_bert": ("bert", "Gralora", {"r": 4, "gralora_k": 4, "bias": "all", "init_weights": False, "hybrid_r": 2}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora"]
+METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora", "Gralora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:

@@ -89,6 +89,9 @@ CASES = [
     Case("gralora", "GRALORA", {"r": 2, "gralora_k": 2, "alpha": 3}, sites=("up", "down")),
     Case("gralora-hybrid", "GRALORA", {"r": 4, "hybrid_r": 2, "gralora_dropout": 0.3}, sites=("up", "down")),
     Case("gralora-one", "GRALORA", {"r": 2, "gralora_k": 1, "alpha": 3, "init_weights": False}, identity=False),
+    Case("randlora", "RANDLORA", {"r": 3, "randlora_alpha": 2}),
+    Case("randlora-sparse", "RANDLORA", {"r": 2, "randlora_alpha": 2, "sparse": True, "randlora_dropout": 0.3}),
+    Case("randlora-drawn", "RANDLORA", {"r": 4, "randlora_alpha": 2, "save_projection": False, "very_sparse": True}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -109,6 +112,7 @@ FORMULAS = [
         "adalora",
         "delora",
         "gralora",
+        "randlora",
     )
 ]
 

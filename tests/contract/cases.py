@@ -92,6 +92,8 @@ CASES = [
     Case("randlora", "RANDLORA", {"r": 3, "randlora_alpha": 2}),
     Case("randlora-sparse", "RANDLORA", {"r": 2, "randlora_alpha": 2, "sparse": True, "randlora_dropout": 0.3}),
     Case("randlora-drawn", "RANDLORA", {"r": 4, "randlora_alpha": 2, "save_projection": False, "very_sparse": True}),
+    Case("pvera", "PVERA", {"r": 4}),
+    Case("pvera-drawn", "PVERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "pvera_dropout": 0.3}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -113,6 +115,7 @@ FORMULAS = [
         "delora",
         "gralora",
         "randlora",
+        "pvera",
     )
 ]
 

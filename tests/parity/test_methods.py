@@ -103,9 +103,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "RandLora",
         {"r": 4, "randlora_alpha": 4, "very_sparse": True, "save_projection": False, "target_modules": PROJECTIONS},
     ),
+    "pvera_llama": ("llama", "Pvera", {"r": 6, "target_modules": PROJECTIONS}),
+    "pvera_gpt2": ("gpt2", "Pvera", {"r": 6, "projection_prng_key": 5, "d_initial": 0.3, "init_weights": False}),
+    "pvera_drawn": ("bert", "Pvera", {"r": 6, "save_projection": False, "bias": "pvera_only"}),
 }
+SAMPLED = ("pvera",)  # whose forward is random in training
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora", "Gralora", "RandLora"]
+METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora", "Gralora", "RandLora", "Pvera"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -182,13 +186,32 @@ def test_outputs_and_gradients(case: str) -> None:
     ours, theirs = pair(case)
     name = CASES[case][0]
     near(run(ours.eval(), name), run(theirs.eval(), name))
-    expected = gradients(theirs, name)
-    found = gradients(ours, name)
+    train = not case.startswith(SAMPLED)
+    expected = gradients(theirs, name, train)
+    found = gradients(ours, name, train)
     assert found.keys() == expected.keys()
     wrong = ("hada_w1_a", "hada_w2_a") if case == "loha_cores" else ()  # theirs: see the next test
     for key, gradient in expected.items():
         if not any(w in key and "kernel" in key for w in wrong):
             near(found[key], gradient)
+
+
+def test_what_pvera_draws_has_their_distribution() -> None:
+    """In training: the same mean, the same spread, and another draw for every token."""
+    x = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(2)).expand(3000, 2, 16)
+    drawn = []
+    for model in pair("pvera_llama"):
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj.train()
+        torch.manual_seed(4)
+        with torch.no_grad():
+            drawn.append(layer(x) - layer.base_layer(x))
+    ours, theirs = drawn
+    spread = theirs.flatten(0, 1).std(0)
+    assert ((ours.flatten(0, 1).std(0) - spread).abs() < 0.05 * spread).all()
+    assert ((ours.mean((0, 1)) - theirs.mean((0, 1))).abs() < 0.1 * spread).all()
+    for sample in drawn:
+        first, second = sample.unbind(1)
+        assert abs(float(torch.corrcoef(torch.stack([first[:, 0], second[:, 0]]))[0, 1])) < 0.1
 
 
 def test_gradients_of_cores_are_wrong_in_peft() -> None:

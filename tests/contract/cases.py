@@ -94,6 +94,20 @@ CASES = [
     Case("randlora-drawn", "RANDLORA", {"r": 4, "randlora_alpha": 2, "save_projection": False, "very_sparse": True}),
     Case("pvera", "PVERA", {"r": 4}),
     Case("pvera-drawn", "PVERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "pvera_dropout": 0.3}),
+    Case(
+        "vblora",
+        "VBLORA",
+        {"r": 3, "num_vectors": 5, "vector_length": 2, "init_vector_bank_bound": 0.5},
+        identity=False,
+        sites=("up", "down"),
+    ),
+    Case(
+        "vblora-three",
+        "VBLORA",
+        {"num_vectors": 9, "vector_length": 2, "init_vector_bank_bound": 0.5, "topk": 3, "vblora_dropout": 0.2},
+        identity=False,
+        sites=("up", "down"),
+    ),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -116,6 +130,7 @@ FORMULAS = [
         "gralora",
         "randlora",
         "pvera",
+        "vblora",
     )
 ]
 

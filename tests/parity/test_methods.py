@@ -49,6 +49,8 @@ MODELS["pixels"] = Pixels
 CONVOLUTIONS = ["kernel", "point", "head"]
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
+BANK = {"num_vectors": 90, "vector_length": 4, "init_vector_bank_bound": 0.3}
+
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3_llama": ("llama", "IA3", {}),
     "ia3_gpt2": ("gpt2", "IA3", {}),
@@ -106,10 +108,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pvera_llama": ("llama", "Pvera", {"r": 6, "target_modules": PROJECTIONS}),
     "pvera_gpt2": ("gpt2", "Pvera", {"r": 6, "projection_prng_key": 5, "d_initial": 0.3, "init_weights": False}),
     "pvera_drawn": ("bert", "Pvera", {"r": 6, "save_projection": False, "bias": "pvera_only"}),
+    "vb_llama": ("llama", "VBLoRA", {**BANK, "r": 3, "target_modules": PROJECTIONS}),
+    "vb_gpt2": ("gpt2", "VBLoRA", {**BANK, "topk": 3, "vector_length": 8}),
+    "vb_few": ("bert", "VBLoRA", {**BANK, "save_only_topk_weights": True, "bias": "vblora_only"}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
+STARTS_ALIKE = ("vb_",)  # whose starting values are drawn in another order: equal in distribution
+ONCE = "vblora_vector_bank"  # kept once; theirs is registered at every layer as well, and found there first
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora", "Gralora", "RandLora", "Pvera"]
+METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora", "Delora", "Gralora", "RandLora", "Pvera", "VBLoRA"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -123,6 +130,11 @@ def adapt(library: Any, case: str, dtype: torch.dtype = torch.float32) -> Any:
     return quiet(library.get_peft_model, model, config_of(library, kind, fields))
 
 
+def owned(name: str) -> str:
+    """A parameter's name in PEFT's model as it is in ours."""
+    return re.sub(rf"^base_model\.model\..*\.({ONCE})\.", r"base_model.\1.", name)
+
+
 def pair(case: str) -> tuple[Any, Any]:
     """(ours, theirs), holding the same numbers under the same names, stirred."""
     ours, theirs = (adapt(library, case) for library in BOTH)
@@ -131,7 +143,7 @@ def pair(case: str) -> tuple[Any, Any]:
         held = dict(ours.named_parameters())
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad:
-                held[name].copy_(parameter)
+                held[owned(name)].copy_(parameter)
     return ours, theirs
 
 
@@ -173,11 +185,16 @@ def test_default_targets_are_theirs(kind: str) -> None:
 @every
 def test_names_shapes_and_starts(case: str) -> None:
     ours, theirs = (adapt(library, case) for library in BOTH)
-    assert trainable(ours) == trainable(theirs)
+    assert trainable(ours) == set(map(owned, trainable(theirs)))
     held = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(held[name], parameter), name
+        if not parameter.requires_grad:
+            continue
+        if case.startswith(STARTS_ALIKE) and parameter.unique().numel() > 1:
+            assert held[owned(name)].shape == parameter.shape
+            assert abs(held[owned(name)].std() / parameter.std() - 1) < 0.2, name
+        else:
+            assert torch.equal(held[owned(name)], parameter), name
     assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
 
 
@@ -189,6 +206,7 @@ def test_outputs_and_gradients(case: str) -> None:
     train = not case.startswith(SAMPLED)
     expected = gradients(theirs, name, train)
     found = gradients(ours, name, train)
+    expected = {owned(key): gradient for key, gradient in expected.items()}
     assert found.keys() == expected.keys()
     wrong = ("hada_w1_a", "hada_w2_a") if case == "loha_cores" else ()  # theirs: see the next test
     for key, gradient in expected.items():

@@ -108,6 +108,13 @@ CASES = [
         identity=False,
         sites=("up", "down"),
     ),
+    Case("unilora", "UNILORA", {"r": 3, "theta_d_length": 17, "init_theta_d_bound": 0.5}, identity=False),
+    Case(
+        "unilora-kept",
+        "UNILORA",
+        {"r": 2, "theta_d_length": 6, "save_indices": True, "unilora_dropout": 0.3, "init_weights": False},
+        identity=False,
+    ),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -131,6 +138,7 @@ FORMULAS = [
         "randlora",
         "pvera",
         "vblora",
+        "unilora",
     )
 ]
 

@@ -133,6 +133,7 @@ class Method:
         self.templates: dict[str, str] = {}  # leaf -> where it lives below `home`
         self.trained: tuple[str, ...] = ()  # the leaves that are trained
         self.commons: Mapping[str, Any] = {}  # name -> {adapter: shared tensor}
+        self.peers: Sequence[Site] = ()  # the sites of the whole adapter, this one among them, in the model's order
         self.setup(config)
 
     # ------------------------------------------------------------------ to override

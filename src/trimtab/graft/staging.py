@@ -84,6 +84,7 @@ class Stage:
             for cls, options, prefix in wanted:
                 leaves = cls.leaves(site, options, layout.shared)
                 formula = cls(layer, site, "", options)
+                formula.peers = own if cls is method else ()
                 home = len(layout.places)
                 if cls.tied:
                     home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)

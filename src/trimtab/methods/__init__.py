@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PVERA": ("pvera", "Pvera", "PveraConfig"),
     "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
+    "UNILORA": ("unilora", "UniLora", "UniLoraConfig"),
     "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
 }

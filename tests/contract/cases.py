@@ -115,6 +115,13 @@ CASES = [
         {"r": 2, "theta_d_length": 6, "save_indices": True, "unilora_dropout": 0.3, "init_weights": False},
         identity=False,
     ),
+    Case("tinylora", "TINYLORA", {"r": 3, "u": 5}),
+    Case(
+        "tinylora-drawn",
+        "TINYLORA",
+        {"u": 4, "save_projection": False, "tinylora_dropout": 0.3, "init_weights": "uniform", "init_v_bound": 1.0},
+        identity=False,
+    ),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -139,6 +146,7 @@ FORMULAS = [
         "pvera",
         "vblora",
         "unilora",
+        "tinylora",
     )
 ]
 

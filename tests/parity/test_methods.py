@@ -111,13 +111,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vb_llama": ("llama", "VBLoRA", {**BANK, "r": 3, "target_modules": PROJECTIONS}),
     "vb_gpt2": ("gpt2", "VBLoRA", {**BANK, "topk": 3, "vector_length": 8}),
     "vb_few": ("bert", "VBLoRA", {**BANK, "save_only_topk_weights": True, "bias": "vblora_only"}),
-    "uni_llama": ("llama", "UniLora", {"r": 3, "theta_d_length": 37, "target_modules": PROJECTIONS}),
+    "uni_llama": ("llama", "UniLora", "TinyLora", {"r": 3, "theta_d_length": 37, "target_modules": PROJECTIONS}),
     "uni_gpt2": ("gpt2", "UniLora", {"r": 2, "theta_d_length": 500, "proj_seed": 5, "init_weights": False}),
     "uni_kept": ("bert", "UniLora", {"r": 3, "theta_d_length": 30, "save_indices": True, "bias": "unilora_only"}),
+    "tiny_llama": ("llama", "TinyLora", {"r": 3, "u": 7, "target_modules": PROJECTIONS}),
+    "tiny_gpt2": ("gpt2", "TinyLora", {"u": 5, "weight_tying": 1.0, "projection_seed": 5, "init_weights": "uniform"}),
+    "tiny_tied": ("llama", "TinyLora", {"u": 5, "weight_tying": 0.4, "target_modules": "all-linear"}),
+    "tiny_embedding": ("llama", "TinyLora", {"u": 5, "r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
+    "tiny_drawn": ("bert", "TinyLora", {"u": 5, "r": 20, "save_projection": False, "bias": "tinylora_only"}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
 STARTS_ALIKE = ("vb_",)  # whose starting values are drawn in another order: equal in distribution
-ONCE = "vblora_vector_bank|unilora_theta_d"  # kept once; theirs is registered at every layer as well, and found there first
+ONCE = "vblora_vector_bank|unilora_theta_d|tinylora_v"  # kept once; theirs is registered at every layer as well, and found there first
 every = pytest.mark.parametrize("case", CASES)
 METHODS_HERE = [
     "IA3",

@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "PVERA": ("pvera", "Pvera", "PveraConfig"),
     "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
+    "TINYLORA": ("tinylora", "TinyLora", "TinyLoraConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
     "UNILORA": ("unilora", "UniLora", "UniLoraConfig"),
     "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),

@@ -79,7 +79,7 @@ class UniLora(Method):
     def reset(self, config: Any) -> None:
         sizes = [config.r * (site.fan_in + site.fan_out) for site in self.peers]
         indices, scales = projection(config.proj_seed, config.theta_d_length, sum(sizes))
-        start = sum(sizes[: self.peers.index(self.site)])
+        start = sum(sizes[: self.position])
         for name in "AB":
             which: Tensor = getattr(self, f"unilora_indices_{name}")
             part = slice(start, start + which.numel())

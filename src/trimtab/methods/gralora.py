@@ -64,8 +64,8 @@ class Gralora(Method):
             "gralora_B_general.weight": Leaf((site.fan_out, extra)),  # (out, hybrid_r)
         }
         return {
-            "gralora_A": Leaf((k, site.fan_in // k, r)),  # (columns of blocks, in / k, rows of blocks · r / k)
-            "gralora_B": Leaf((k, r, site.fan_out // k)),  # (rows of blocks, columns of blocks · r / k, out / k)
+            "gralora_A": Leaf((k, site.fan_in // k, r)),  # (gralora_k, in / gralora_k, r)
+            "gralora_B": Leaf((k, r, site.fan_out // k)),  # (gralora_k, r, out / gralora_k)
             **(whole if extra else {}),
         }
 

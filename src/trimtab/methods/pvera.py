@@ -63,7 +63,7 @@ class Pvera(Method):
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         return {
             "pvera_lambda_b": Leaf((site.fan_out,)),  # (out,)
-            "pvera_lambda_d": Leaf((2 * config.r,)),  # (2 r,)
+            "pvera_lambda_d": Leaf((2 * config.r,)),  # (2 · r,)
         }
 
     def setup(self, config: Any) -> None:
@@ -98,7 +98,7 @@ class Pvera(Method):
         kept = config.save_projection
         widest, tallest = max(s.fan_in for s in sites), max(s.fan_out for s in sites)
         return {
-            "pvera_A": Leaf((2 * config.r, widest), train=False, file=kept, buffer=True),  # (2 r, max in)
+            "pvera_A": Leaf((2 * config.r, widest), train=False, file=kept, buffer=True),  # (2 · r, max in)
             "pvera_B": Leaf((tallest, config.r), train=False, file=kept, buffer=True),  # (max out, r)
         }
 

@@ -66,7 +66,7 @@ class VBLoRA(Method):
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
         require_rank(config.num_vectors, "num_vectors")
         require_rank(config.vector_length, "vector_length")
-        return {"vblora_vector_bank": Leaf((config.num_vectors, config.vector_length))}  # (vectors, length)
+        return {"vblora_vector_bank": Leaf((config.num_vectors, config.vector_length))}  # (num_vectors, vector_length)
 
     @classmethod
     def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
@@ -84,13 +84,13 @@ class VBLoRA(Method):
                 raise ConfigError(f"`{name}` {size} must be divisible by `vector_length` {b} ('{site.name}')")
         few = config.save_only_topk_weights
         leaves = {
-            "vblora_logits_A": Leaf((r, site.fan_in // b, n), file=not few),  # (r, in / length, vectors)
-            "vblora_logits_B": Leaf((site.fan_out // b, r, n), file=not few),  # (out / length, r, vectors)
+            "vblora_logits_A": Leaf((r, site.fan_in // b, n), file=not few),  # (r, in / vector_length, num_vectors)
+            "vblora_logits_B": Leaf((site.fan_out // b, r, n), file=not few),  # (out / vector_length, r, num_vectors)
         }
         for name, logits in [*leaves.items()] if few else ():
             whole = next(t for t in (torch.uint8, torch.int16, torch.int32) if n <= torch.iinfo(t).max)
-            leaves[name + INDICES] = Leaf((*logits.shape[:2], k), train=False, buffer=True, dtype=whole)  # (..., k)
-            leaves[name + WEIGHTS] = Leaf((*logits.shape[:2], k - 1), train=False, buffer=True)  # (..., k - 1)
+            leaves[name + INDICES] = Leaf((*logits.shape[:2], k), train=False, buffer=True, dtype=whole)  # (m, n, topk)
+            leaves[name + WEIGHTS] = Leaf((*logits.shape[:2], k - 1), train=False, buffer=True)  # (m, n, topk - 1)
         return leaves
 
     def setup(self, config: Any) -> None:

@@ -84,6 +84,44 @@ CASES = [
     Case("oft-shared", "OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.4}),
     Case("vera", "VERA", {"r": 4}),
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
+    Case("delora", "DELORA", {"r": 3, "delora_lambda": 4}),
+    Case("delora-random", "DELORA", {"r": 2, "init_weights": False, "module_dropout": 0.3}, identity=False),
+    Case("gralora", "GRALORA", {"r": 2, "gralora_k": 2, "alpha": 3}, sites=("up", "down")),
+    Case("gralora-hybrid", "GRALORA", {"r": 4, "hybrid_r": 2, "gralora_dropout": 0.3}, sites=("up", "down")),
+    Case("gralora-one", "GRALORA", {"r": 2, "gralora_k": 1, "alpha": 3, "init_weights": False}, identity=False),
+    Case("randlora", "RANDLORA", {"r": 3, "randlora_alpha": 2}),
+    Case("randlora-sparse", "RANDLORA", {"r": 2, "randlora_alpha": 2, "sparse": True, "randlora_dropout": 0.3}),
+    Case("randlora-drawn", "RANDLORA", {"r": 4, "randlora_alpha": 2, "save_projection": False, "very_sparse": True}),
+    Case("pvera", "PVERA", {"r": 4}),
+    Case("pvera-drawn", "PVERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "pvera_dropout": 0.3}),
+    Case(
+        "vblora",
+        "VBLORA",
+        {"r": 3, "num_vectors": 5, "vector_length": 2, "init_vector_bank_bound": 0.5},
+        identity=False,
+        sites=("up", "down"),
+    ),
+    Case(
+        "vblora-three",
+        "VBLORA",
+        {"num_vectors": 9, "vector_length": 2, "init_vector_bank_bound": 0.5, "topk": 3, "vblora_dropout": 0.2},
+        identity=False,
+        sites=("up", "down"),
+    ),
+    Case("unilora", "UNILORA", {"r": 3, "theta_d_length": 17, "init_theta_d_bound": 0.5}, identity=False),
+    Case(
+        "unilora-kept",
+        "UNILORA",
+        {"r": 2, "theta_d_length": 6, "save_indices": True, "unilora_dropout": 0.3, "init_weights": False},
+        identity=False,
+    ),
+    Case("tinylora", "TINYLORA", {"r": 3, "u": 5}),
+    Case(
+        "tinylora-drawn",
+        "TINYLORA",
+        {"u": 4, "save_projection": False, "tinylora_dropout": 0.3, "init_weights": "uniform", "init_v_bound": 1.0},
+        identity=False,
+    ),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -102,6 +140,13 @@ FORMULAS = [
         "oft",
         "vera",
         "adalora",
+        "delora",
+        "gralora",
+        "randlora",
+        "pvera",
+        "vblora",
+        "unilora",
+        "tinylora",
     )
 ]
 

@@ -137,6 +137,8 @@ class Method:
         self.templates: dict[str, str] = {}  # leaf -> where it lives below `home`
         self.trained: tuple[str, ...] = ()  # the leaves that are trained
         self.commons: Mapping[str, Any] = {}  # name -> {adapter: shared tensor}
+        self.peers: Sequence[Site] = ()  # the sites of the whole adapter, in the model's order
+        self.position = 0  # of this site among them
         self.setup(config)
 
     # ------------------------------------------------------------------ to override
@@ -237,7 +239,9 @@ class Method:
     # ------------------------------------------------------------------ for formulas
     def shared(self, name: str) -> Tensor:
         """A tensor that the adapter keeps once."""
-        tensor: Tensor = self.commons[name][self.adapter]
+        container, _, rest = name.partition(".")
+        found = self.commons[container][self.adapter]
+        tensor: Tensor = getattr(found, rest) if rest else found
         return tensor
 
     @property

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "DELORA": ("delora", "Delora", "DeloraConfig"),
+    "GRALORA": ("gralora", "Gralora", "GraloraConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
@@ -22,7 +24,12 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
+    "PVERA": ("pvera", "Pvera", "PveraConfig"),
+    "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
+    "TINYLORA": ("tinylora", "TinyLora", "TinyLoraConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
+    "UNILORA": ("unilora", "UniLora", "UniLoraConfig"),
+    "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
 }
 

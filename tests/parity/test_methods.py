@@ -65,6 +65,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "loha_head": ("llama", "LoHa", {"modules_to_save": ["lm_head"]}),
     "loha_conv": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS}),
     "loha_cores": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS, "use_effective_conv2d": True}),
+    "lokr_llama": ("llama", "LoKr", {"r": 2, "alpha": 5}),
+    "lokr_bert": ("bert", "LoKr", {"r": 2, "rank_pattern": {"query": 1}, "alpha_pattern": {"value": 3}}),
+    "lokr_both": ("llama", "LoKr", {"r": 1, "decompose_both": True, "init_weights": "lycoris", "decompose_factor": 8}),
+    "lokr_random": ("llama", "LoKr", {"r": 1, "decompose_both": True, "init_weights": False, "decompose_factor": 0}),
+    "lokr_conv": ("pixels", "LoKr", {"r": 1, "target_modules": CONVOLUTIONS}),
+    "lokr_cores": ("pixels", "LoKr", {"r": 1, "target_modules": CONVOLUTIONS, "use_effective_conv2d": True}),
+    "lokr_full": ("pixels", "LoKr", {"r": 9, "target_modules": CONVOLUTIONS, "init_weights": "lycoris"}),
     "ln_llama": ("llama", "LNTuning", {}),
     "ln_gpt2": ("gpt2", "LNTuning", {"modules_to_save": ["lm_head"]}),
     "ln_bert": ("bert", "LNTuning", {"target_modules": ["LayerNorm"]}),
@@ -90,7 +97,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "OFT", "Vera", "AdaLora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.combining import Recipe, split, split_product
-from trimtab.core.method import Leaf, Leaves, Method, require_rank
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
 
@@ -33,6 +33,20 @@ def no_input(site: Site) -> None:
 def names_at(site: Site) -> tuple[str, str]:
     """What the pair is called at a site."""
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+
+
+def skipped(method: Method, call: Call, p: float) -> bool:
+    """Whether, in training, the adapter sits this forward out at its layer: with probability `p`."""
+    return bool(p and method.training and torch.rand(1, generator=call.generator(method, "module")) < p)
+
+
+def kept_rows(method: Method, call: Call, p: float, rescale: bool) -> Tensor | None:
+    """Which outputs (out,) see the update in training, each with probability 1 - p, scaled up for those that do not."""
+    if not p or not method.training:
+        return None
+    kept = (torch.rand(method.site.fan_out, generator=call.generator(method, "rank")) > p).float()
+    kept = kept / kept.mean().clamp_min(1 / len(kept)) if rescale else kept
+    return kept.to(method.site.device)
 
 
 class LowRank(Method):

@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
+    "LOKR": ("lokr", "LoKr", "LoKrConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),

@@ -77,6 +77,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ln_bert": ("bert", "LNTuning", {"target_modules": ["LayerNorm"]}),
     "ln_t5": ("t5", "LNTuning", {}),
     "ln_linear": ("llama", "LNTuning", {"target_modules": ["q_proj", "norm"]}),
+    "miss_llama": ("llama", "Miss", {"r": 5}),
+    "miss_bias": ("bert", "Miss", {"r": 4, "bias": "MiSS_only"}),
+    "miss_random": ("llama", "Miss", {"r": 3, "init_weights": False, "target_modules": PROJECTIONS}),
+    "miss_mini": ("llama", "Miss", {"r": 4, "mini_r": 2, "init_weights": "mini", "target_modules": PROJECTIONS}),
+    "miss_bat": ("llama", "Miss", {"r": 4, "init_weights": "bat", "target_modules": PROJECTIONS}),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -97,7 +102,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "OFT", "Vera", "AdaLora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -357,3 +362,19 @@ def test_adaloras_penalty_is_in_the_evaluation_loss_in_peft() -> None:
     for library, right in ((trimtab, True), (peft, False)):
         model = quiet(library.get_peft_model, build("llama"), config_of(library, "AdaLora", fields)).eval()
         assert (abs(float((model(input_ids=x, labels=x).loss - base).detach())) < 1e-5) == right
+
+
+def test_miss_beside_bat_fails_in_peft() -> None:
+    for library, right in ((trimtab, True), (peft, False)):
+        first, second = (config_of(library, "Miss", {"r": 4, "init_weights": form}) for form in (True, "bat"))
+        model = quiet(library.get_peft_model, build("llama"), first)
+        quiet(model.add_adapter, "second", second)
+        model.base_model.set_adapter(["default", "second"])
+        stir(model)
+        if not right:
+            with pytest.raises(RuntimeError):
+                run(model.eval(), "llama")
+            return
+        y = run(model.eval(), "llama")
+        model.merge_adapter(["default", "second"])
+        near(run(model, "llama"), y)

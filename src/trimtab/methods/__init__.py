@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LOKR": ("lokr", "LoKr", "LoKrConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
+    "MISS": ("miss", "Miss", "MissConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),

@@ -82,6 +82,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "miss_random": ("llama", "Miss", {"r": 3, "init_weights": False, "target_modules": PROJECTIONS}),
     "miss_mini": ("llama", "Miss", {"r": 4, "mini_r": 2, "init_weights": "mini", "target_modules": PROJECTIONS}),
     "miss_bat": ("llama", "Miss", {"r": 4, "init_weights": "bat", "target_modules": PROJECTIONS}),
+    "hira_llama": ("llama", "Hira", {"r": 5, "target_modules": PROJECTIONS}),
+    "hira_gpt2": ("gpt2", "Hira", {"r": 4, "init_weights": "gaussian", "fan_in_fan_out": True}),
+    "hira_random": ("bert", "Hira", {"r": 4, "init_weights": False}),
+    "hira_embedding": ("llama", "Hira", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "hira_conv": ("pixels", "Hira", {"r": 2, "target_modules": CONVOLUTIONS}),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -102,7 +107,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "OFT", "Vera", "AdaLora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -378,3 +383,10 @@ def test_miss_beside_bat_fails_in_peft() -> None:
         y = run(model.eval(), "llama")
         model.merge_adapter(["default", "second"])
         near(run(model, "llama"), y)
+
+
+def test_hiras_rank_pattern_does_nothing_in_peft() -> None:
+    for library, rank in ((trimtab, 2), (peft, 4)):
+        fields = {"r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj"]}
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, "Hira", fields))
+        assert {len(p) for n, p in model.named_parameters() if "hira_A" in n} == {rank}

@@ -46,6 +46,7 @@ class Pixels(nn.Module):
 
 MODELS["pixels"] = Pixels
 CONVOLUTIONS = ["kernel", "point", "head"]
+LAST = {"layers_to_transform": [1]}
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -87,6 +88,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hira_random": ("bert", "Hira", {"r": 4, "init_weights": False}),
     "hira_embedding": ("llama", "Hira", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
     "hira_conv": ("pixels", "Hira", {"r": 2, "target_modules": CONVOLUTIONS}),
+    "c3a_llama": ("llama", "C3A", {"block_size": 4, **LAST}),
+    "c3a_bert": ("bert", "C3A", {"block_size_pattern": {"query": 4, "value": 8}, "bias": "c3a_only", **LAST}),
+    "c3a_gaussian": ("llama", "C3A", {"block_size": 1, "init_weights": "gaussian"}),
+    "c3a_kaiming": ("llama", "C3A", {"block_size": 8, "init_weights": "kaiming_uniform", **LAST}),
+    "c3a_zero": ("llama", "C3A", {"block_size": 2, "init_weights": True}),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -107,7 +113,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "C3A", "OFT", "Vera", "AdaLora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -390,3 +396,27 @@ def test_hiras_rank_pattern_does_nothing_in_peft() -> None:
         fields = {"r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj"]}
         model = quiet(library.get_peft_model, build("llama"), config_of(library, "Hira", fields))
         assert {len(p) for n, p in model.named_parameters() if "hira_A" in n} == {rank}
+
+
+def test_two_c3as_at_once_are_not_what_they_merge_to_in_peft() -> None:
+    for library, right in ((trimtab, True), (peft, False)):
+        config = config_of(library, "C3A", {"block_size": 4, "target_modules": ["q_proj"]})
+        model = quiet(library.get_peft_model, build("llama"), config)
+        quiet(model.add_adapter, "second", config)
+        model.base_model.set_adapter(["default", "second"])
+        stir(model, 2.0)
+        y = run(model.eval(), "llama")
+        model.merge_adapter(["default", "second"])
+        assert (float((run(model, "llama") - y).detach().abs().max()) < 1e-4) == right
+
+
+def test_c3as_gradient_of_its_input_is_wrong_in_peft() -> None:
+    """It turns blocks the other way round; ours is the product by what the layer adds."""
+    for library, right in ((trimtab, True), (peft, False)):
+        config = config_of(library, "C3A", {"block_size": 4, "target_modules": ["q_proj"]})
+        layer = quiet(library.get_peft_model, build("llama"), config).base_model.model.model.layers[0].self_attn.q_proj
+        delta = lambda x, layer=layer: layer(x) - layer.base_layer(x)
+        x = torch.randn(1, 16, requires_grad=True, generator=torch.Generator().manual_seed(0))
+        weight = torch.arange(16.0)
+        (delta(x) * weight).sum().backward()
+        assert torch.allclose(x.grad[0], delta(torch.eye(16)).detach() @ weight, atol=1e-4) == right

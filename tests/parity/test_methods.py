@@ -93,6 +93,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "c3a_gaussian": ("llama", "C3A", {"block_size": 1, "init_weights": "gaussian"}),
     "c3a_kaiming": ("llama", "C3A", {"block_size": 8, "init_weights": "kaiming_uniform", **LAST}),
     "c3a_zero": ("llama", "C3A", {"block_size": 2, "init_weights": True}),
+    "fourier_llama": ("llama", "FourierFT", {"n_frequency": 20, "scaling": 9.0, "target_modules": PROJECTIONS}),
+    "fourier_gpt2": ("gpt2", "FourierFT", {"n_frequency": 12, "random_loc_seed": 5}),
+    "fourier_bert": (
+        "bert",
+        "FourierFT",
+        {"n_frequency": 20, "n_frequency_pattern": {"query": 9}, "bias": "fourier_only", "init_weights": True},
+    ),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -113,7 +120,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "C3A", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "C3A", "FourierFT", "OFT", "Vera", "AdaLora"]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:

@@ -49,6 +49,15 @@ def kept_rows(method: Method, call: Call, p: float, rescale: bool) -> Tensor | N
     return kept.to(method.site.device)
 
 
+def drawn_places(site: Site, n: int, seed: int | None) -> Tensor:
+    """Places (n,) of a matrix (out, in), counted row by row: drawn from a seed, as PEFT draws them."""
+    if seed is None:
+        raise ConfigError(
+            "`random_loc_seed` must be a number: the places are not in the file, but drawn again from it."
+        )
+    return torch.randperm(site.fan_out * site.fan_in, generator=torch.Generator().manual_seed(seed))[:n]
+
+
 class LowRank(Method):
     """dW = s·B·A with A (r, in), B (out, r), under LoRA's names (an embedding's pair has names of its own)."""
 

@@ -100,6 +100,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "FourierFT",
         {"n_frequency": 20, "n_frequency_pattern": {"query": 9}, "bias": "fourier_only", "init_weights": True},
     ),
+    "wave_llama": ("llama", "WaveFT", {"n_frequency": 20, "scaling": 2.0, "target_modules": PROJECTIONS}),
+    "wave_gpt2": ("gpt2", "WaveFT", {"n_frequency": 12, "random_loc_seed": 5, "wavelet_family": "sym4"}),
+    "wave_bert": ("bert", "WaveFT", {"n_frequency": 20, "n_frequency_pattern": {"query": 9}, "bias": "waveft_only"}),
+    "wave_sparse": ("llama", "WaveFT", {"n_frequency": 20, "scaling": 2.0, "use_idwt": False, "init_weights": False}),
+    "wave_shared_out": (
+        "llama",
+        "WaveFT",
+        {"n_frequency": 20, "proportional_parameters": True, "wavelet_family": "coif1", "target_modules": PROJECTIONS},
+    ),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -120,7 +129,20 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LoKr", "LNTuning", "Miss", "Hira", "C3A", "FourierFT", "OFT", "Vera", "AdaLora"]
+METHODS_HERE = [
+    "IA3",
+    "LoHa",
+    "LoKr",
+    "LNTuning",
+    "Miss",
+    "Hira",
+    "C3A",
+    "FourierFT",
+    "WaveFT",
+    "OFT",
+    "Vera",
+    "AdaLora",
+]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -427,3 +449,40 @@ def test_c3as_gradient_of_its_input_is_wrong_in_peft() -> None:
         weight = torch.arange(16.0)
         (delta(x) * weight).sum().backward()
         assert torch.allclose(x.grad[0], delta(torch.eye(16)).detach() @ weight, atol=1e-4) == right
+
+
+def wavelet_delta(library: Any, family: str, size: int, place: int | None = None) -> Tensor:
+    """The update of one layer of a few random coefficients, or of one of them."""
+    fields = {"n_frequency": size * size, "wavelet_family": family, "target_modules": ["0"], "scaling": 1.0}
+    net = quiet(library.get_peft_model, nn.Sequential(nn.Linear(size, size)), config_of(library, "WaveFT", fields))
+    layer = net.base_model.model[0]
+    spectrum = layer.waveft_spectrum["default"].data.normal_(generator=torch.Generator().manual_seed(0))
+    if place is not None:
+        order = torch.randperm(size * size, generator=torch.Generator().manual_seed(777))
+        spectrum.copy_(order == place)
+    return layer.get_delta_weight("default").detach()
+
+
+def test_wavelets_are_theirs() -> None:
+    from trimtab.methods.waveft import FAMILIES
+
+    for family in FAMILIES[:-2]:
+        near(*(wavelet_delta(library, family, 7) for library in BOTH))
+
+
+def test_the_last_coiflets_are_no_wavelets_in_peft() -> None:
+    """A wavelet's filter is orthogonal to itself moved by two."""
+    for family, product in (("coif4", 0.0211), ("coif5", -0.1243)):
+        for library, expected in ((trimtab, 0.0), (peft, product)):
+            delta = wavelet_delta(library, family, 80, place=20 * 80 + 20).double()
+            row = delta[:, delta.abs().sum(0).argmax()]
+            assert abs(float((row[:-2] * row[2:]).sum() / row.square().sum()) - expected) < 1e-4
+
+
+def test_wavelets_that_fail_in_peft_when_used_are_refused_at_once() -> None:
+    fields = {"n_frequency": 20, "wavelet_family": "db11", "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="not supported"):
+        config_of(trimtab, "WaveFT", fields)
+    model = quiet(peft.get_peft_model, build("llama"), config_of(peft, "WaveFT", fields))
+    with pytest.raises(ValueError, match="Unknown wavelet"):
+        run(model, "llama")

@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
+    "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),
 }
 
 

@@ -77,9 +77,8 @@ class WaveFT(Delta):
         if not config.proportional_parameters:
             return {}
         n, size = config.n_frequency * len(sites), sum(s.fan_in * s.fan_out for s in sites)
-        return {
-            "waveft_sum": Leaf((n, size, 0), train=False, file=False, buffer=True)
-        }  # (n, size, 0): no more than that
+        shape = (n, size, 0)  # no numbers: the shape tells every layer what is shared out
+        return {"waveft_sum": Leaf(shape, train=False, file=False, buffer=True)}  # (n, size, 0)
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:

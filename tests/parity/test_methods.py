@@ -47,6 +47,7 @@ class Pixels(nn.Module):
 
 MODELS["pixels"] = Pixels
 CONVOLUTIONS = ["kernel", "point", "head"]
+LAST = {"layers_to_transform": [1]}
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
 BANK = {"num_vectors": 90, "vector_length": 4, "init_vector_bank_bound": 0.3}
@@ -68,11 +69,49 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "loha_head": ("llama", "LoHa", {"modules_to_save": ["lm_head"]}),
     "loha_conv": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS}),
     "loha_cores": ("pixels", "LoHa", {"r": 3, "target_modules": CONVOLUTIONS, "use_effective_conv2d": True}),
+    "lokr_llama": ("llama", "LoKr", {"r": 2, "alpha": 5}),
+    "lokr_bert": ("bert", "LoKr", {"r": 2, "rank_pattern": {"query": 1}, "alpha_pattern": {"value": 3}}),
+    "lokr_both": ("llama", "LoKr", {"r": 1, "decompose_both": True, "init_weights": "lycoris", "decompose_factor": 8}),
+    "lokr_random": ("llama", "LoKr", {"r": 1, "decompose_both": True, "init_weights": False, "decompose_factor": 0}),
+    "lokr_conv": ("pixels", "LoKr", {"r": 1, "target_modules": CONVOLUTIONS}),
+    "lokr_cores": ("pixels", "LoKr", {"r": 1, "target_modules": CONVOLUTIONS, "use_effective_conv2d": True}),
+    "lokr_full": ("pixels", "LoKr", {"r": 9, "target_modules": CONVOLUTIONS, "init_weights": "lycoris"}),
     "ln_llama": ("llama", "LNTuning", {}),
     "ln_gpt2": ("gpt2", "LNTuning", {"modules_to_save": ["lm_head"]}),
     "ln_bert": ("bert", "LNTuning", {"target_modules": ["LayerNorm"]}),
     "ln_t5": ("t5", "LNTuning", {}),
     "ln_linear": ("llama", "LNTuning", {"target_modules": ["q_proj", "norm"]}),
+    "miss_llama": ("llama", "Miss", {"r": 5}),
+    "miss_bias": ("bert", "Miss", {"r": 4, "bias": "MiSS_only"}),
+    "miss_random": ("llama", "Miss", {"r": 3, "init_weights": False, "target_modules": PROJECTIONS}),
+    "miss_mini": ("llama", "Miss", {"r": 4, "mini_r": 2, "init_weights": "mini", "target_modules": PROJECTIONS}),
+    "miss_bat": ("llama", "Miss", {"r": 4, "init_weights": "bat", "target_modules": PROJECTIONS}),
+    "hira_llama": ("llama", "Hira", {"r": 5, "target_modules": PROJECTIONS}),
+    "hira_gpt2": ("gpt2", "Hira", {"r": 4, "init_weights": "gaussian", "fan_in_fan_out": True}),
+    "hira_random": ("bert", "Hira", {"r": 4, "init_weights": False}),
+    "hira_embedding": ("llama", "Hira", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "hira_conv": ("pixels", "Hira", {"r": 2, "target_modules": CONVOLUTIONS}),
+    "c3a_llama": ("llama", "C3A", {"block_size": 4, **LAST}),
+    "c3a_bert": ("bert", "C3A", {"block_size_pattern": {"query": 4, "value": 8}, "bias": "c3a_only", **LAST}),
+    "c3a_gaussian": ("llama", "C3A", {"block_size": 1, "init_weights": "gaussian"}),
+    "c3a_kaiming": ("llama", "C3A", {"block_size": 8, "init_weights": "kaiming_uniform", **LAST}),
+    "c3a_zero": ("llama", "C3A", {"block_size": 2, "init_weights": True}),
+    "fourier_llama": ("llama", "FourierFT", {"n_frequency": 20, "scaling": 9.0, "target_modules": PROJECTIONS}),
+    "fourier_gpt2": ("gpt2", "FourierFT", {"n_frequency": 12, "random_loc_seed": 5}),
+    "fourier_bert": (
+        "bert",
+        "FourierFT",
+        {"n_frequency": 20, "n_frequency_pattern": {"query": 9}, "bias": "fourier_only", "init_weights": True},
+    ),
+    "wave_llama": ("llama", "WaveFT", {"n_frequency": 20, "scaling": 2.0, "target_modules": PROJECTIONS}),
+    "wave_gpt2": ("gpt2", "WaveFT", {"n_frequency": 12, "random_loc_seed": 5, "wavelet_family": "sym4"}),
+    "wave_bert": ("bert", "WaveFT", {"n_frequency": 20, "n_frequency_pattern": {"query": 9}, "bias": "waveft_only"}),
+    "wave_sparse": ("llama", "WaveFT", {"n_frequency": 20, "scaling": 2.0, "use_idwt": False, "init_weights": False}),
+    "wave_shared_out": (
+        "llama",
+        "WaveFT",
+        {"n_frequency": 20, "proportional_parameters": True, "wavelet_family": "coif1", "target_modules": PROJECTIONS},
+    ),
     "oft_llama": ("llama", "OFT", {"oft_block_size": 4}),
     "oft_blocks": ("llama", "OFT", {"r": 2, "oft_block_size": 0, "target_modules": PROJECTIONS}),
     "oft_exact": ("bert", "OFT", {"oft_block_size": 8, "use_cayley_neumann": False, "bias": "oft_only"}),
@@ -137,6 +176,12 @@ METHODS_HERE = [
     "Pvera",
     "VBLoRA",
     "UniLora",
+    "LoKr",
+    "Miss",
+    "Hira",
+    "C3A",
+    "FourierFT",
+    "WaveFT",
 ]
 
 
@@ -429,3 +474,87 @@ def test_adaloras_penalty_is_in_the_evaluation_loss_in_peft() -> None:
     for library, right in ((trimtab, True), (peft, False)):
         model = quiet(library.get_peft_model, build("llama"), config_of(library, "AdaLora", fields)).eval()
         assert (abs(float((model(input_ids=x, labels=x).loss - base).detach())) < 1e-5) == right
+
+
+def test_miss_beside_bat_fails_in_peft() -> None:
+    for library, right in ((trimtab, True), (peft, False)):
+        first, second = (config_of(library, "Miss", {"r": 4, "init_weights": form}) for form in (True, "bat"))
+        model = quiet(library.get_peft_model, build("llama"), first)
+        quiet(model.add_adapter, "second", second)
+        model.base_model.set_adapter(["default", "second"])
+        stir(model)
+        if not right:
+            with pytest.raises(RuntimeError):
+                run(model.eval(), "llama")
+            return
+        y = run(model.eval(), "llama")
+        model.merge_adapter(["default", "second"])
+        near(run(model, "llama"), y)
+
+
+def test_hiras_rank_pattern_does_nothing_in_peft() -> None:
+    for library, rank in ((trimtab, 2), (peft, 4)):
+        fields = {"r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj"]}
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, "Hira", fields))
+        assert {len(p) for n, p in model.named_parameters() if "hira_A" in n} == {rank}
+
+
+def test_two_c3as_at_once_are_not_what_they_merge_to_in_peft() -> None:
+    for library, right in ((trimtab, True), (peft, False)):
+        config = config_of(library, "C3A", {"block_size": 4, "target_modules": ["q_proj"]})
+        model = quiet(library.get_peft_model, build("llama"), config)
+        quiet(model.add_adapter, "second", config)
+        model.base_model.set_adapter(["default", "second"])
+        stir(model, 2.0)
+        y = run(model.eval(), "llama")
+        model.merge_adapter(["default", "second"])
+        assert (float((run(model, "llama") - y).detach().abs().max()) < 1e-4) == right
+
+
+def test_c3as_gradient_of_its_input_is_wrong_in_peft() -> None:
+    """It turns blocks the other way round; ours is the product by what the layer adds."""
+    for library, right in ((trimtab, True), (peft, False)):
+        config = config_of(library, "C3A", {"block_size": 4, "target_modules": ["q_proj"]})
+        layer = quiet(library.get_peft_model, build("llama"), config).base_model.model.model.layers[0].self_attn.q_proj
+        delta = lambda x, layer=layer: layer(x) - layer.base_layer(x)
+        x = torch.randn(1, 16, requires_grad=True, generator=torch.Generator().manual_seed(0))
+        weight = torch.arange(16.0)
+        (delta(x) * weight).sum().backward()
+        assert torch.allclose(x.grad[0], delta(torch.eye(16)).detach() @ weight, atol=1e-4) == right
+
+
+def wavelet_delta(library: Any, family: str, size: int, place: int | None = None) -> Tensor:
+    """The update of one layer of a few random coefficients, or of one of them."""
+    fields = {"n_frequency": size * size, "wavelet_family": family, "target_modules": ["0"], "scaling": 1.0}
+    net = quiet(library.get_peft_model, nn.Sequential(nn.Linear(size, size)), config_of(library, "WaveFT", fields))
+    layer = net.base_model.model[0]
+    spectrum = layer.waveft_spectrum["default"].data.normal_(generator=torch.Generator().manual_seed(0))
+    if place is not None:
+        order = torch.randperm(size * size, generator=torch.Generator().manual_seed(777))
+        spectrum.copy_(order == place)
+    return layer.get_delta_weight("default").detach()
+
+
+def test_wavelets_are_theirs() -> None:
+    from trimtab.methods.waveft import FAMILIES
+
+    for family in FAMILIES[:-2]:
+        near(*(wavelet_delta(library, family, 7) for library in BOTH))
+
+
+def test_the_last_coiflets_are_no_wavelets_in_peft() -> None:
+    """A wavelet's filter is orthogonal to itself moved by two."""
+    for family, product in (("coif4", 0.0211), ("coif5", -0.1243)):
+        for library, expected in ((trimtab, 0.0), (peft, product)):
+            delta = wavelet_delta(library, family, 80, place=20 * 80 + 20).double()
+            row = delta[:, delta.abs().sum(0).argmax()]
+            assert abs(float((row[:-2] * row[2:]).sum() / row.square().sum()) - expected) < 1e-4
+
+
+def test_wavelets_that_fail_in_peft_when_used_are_refused_at_once() -> None:
+    fields = {"n_frequency": 20, "wavelet_family": "db11", "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="not supported"):
+        config_of(trimtab, "WaveFT", fields)
+    model = quiet(peft.get_peft_model, build("llama"), config_of(peft, "WaveFT", fields))
+    with pytest.raises(ValueError, match="Unknown wavelet"):
+        run(model, "llama")

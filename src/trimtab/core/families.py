@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.core.combining import Recipe, split, split_product
 from trimtab.core.kernels import delta_linear, grouped
-from trimtab.core.method import Leaf, Leaves, Method, require_rank
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
 
@@ -38,6 +38,29 @@ def names_at(site: Site) -> tuple[str, str]:
 def first_of(stacks: Sequence[Sequence[Any]]) -> Any:
     """The first method of any stack."""
     return next(m for stack in stacks for m in stack)
+
+
+def skipped(method: Method, call: Call, p: float) -> bool:
+    """Whether, in training, the adapter sits this forward out at its layer: with probability `p`."""
+    return bool(p and method.training and torch.rand(1, generator=call.generator(method, "module")) < p)
+
+
+def kept_rows(method: Method, call: Call, p: float, rescale: bool) -> Tensor | None:
+    """Which outputs (out,) see the update in training, each with probability 1 - p, scaled up for those that do not."""
+    if not p or not method.training:
+        return None
+    kept = (torch.rand(method.site.fan_out, generator=call.generator(method, "rank")) > p).float()
+    kept = kept / kept.mean().clamp_min(1 / len(kept)) if rescale else kept
+    return kept.to(method.site.device)
+
+
+def drawn_places(site: Site, n: int, seed: int | None) -> Tensor:
+    """Places (n,) of a matrix (out, in), counted row by row: drawn from a seed, as PEFT draws them."""
+    if seed is None:
+        raise ConfigError(
+            "`random_loc_seed` must be a number: the places are not in the file, but drawn again from it."
+        )
+    return torch.randperm(site.fan_out * site.fan_in, generator=torch.Generator().manual_seed(seed))[:n]
 
 
 class LowRank(Method):

@@ -17,10 +17,15 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
     "DELORA": ("delora", "Delora", "DeloraConfig"),
     "GRALORA": ("gralora", "Gralora", "GraloraConfig"),
+    "C3A": ("c3a", "C3A", "C3AConfig"),
+    "FOURIERFT": ("fourierft", "FourierFT", "FourierFTConfig"),
+    "HIRA": ("hira", "Hira", "HiraConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
+    "LOKR": ("lokr", "LoKr", "LoKrConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
+    "MISS": ("miss", "Miss", "MissConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
@@ -31,6 +36,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "UNILORA": ("unilora", "UniLora", "UniLoraConfig"),
     "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
+    "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),
 }
 
 

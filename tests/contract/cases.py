@@ -84,6 +84,8 @@ CASES = [
     Case("oft-shared", "OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.4}),
     Case("vera", "VERA", {"r": 4}),
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
+    Case("boft", "BOFT", {"boft_block_size": 2}),
+    Case("boft-dropout", "BOFT", {"boft_block_size": 2, "boft_dropout": 0.3}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -88,9 +88,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ada_random": ("bert", "AdaLora", {"init_r": 3, "total_step": 10, "init_lora_weights": False, "bias": "all"}),
     "ada_conv": ("pixels", "AdaLora", {"init_r": 3, "total_step": 10, "target_modules": ["kernel", "head"]}),
     "ada_tokens": ("llama", "AdaLora", {"init_r": 3, "total_step": 10, "trainable_token_indices": [1, 5]}),
+    "boft_llama": ("llama", "BOFT", {"boft_block_size": 4}),
+    "boft_number": ("bert", "BOFT", {"boft_block_size": 0, "boft_block_num": 2, "bias": "boft_only"}),
+    "boft_random": ("bert", "BOFT", {"boft_block_size": 8, "init_weights": False}),
+    "boft_conv": ("pixels", "BOFT", {"boft_block_size": 4, "target_modules": CONVOLUTIONS}),
 }
 every = pytest.mark.parametrize("case", CASES)
-METHODS_HERE = ["IA3", "LoHa", "LNTuning", "OFT", "Vera", "AdaLora"]
+STACKED = [
+    "ia3_llama",
+    "loha_llama",
+    "vera_llama",
+    "boft_llama",
+]
+METHODS_HERE = [
+    "IA3",
+    "LoHa",
+    "LNTuning",
+    "OFT",
+    "Vera",
+    "AdaLora",
+    "BOFT",
+]
 
 
 def config_of(library: Any, kind: str, fields: dict[str, Any]) -> Any:
@@ -241,7 +259,7 @@ def test_half_precision(case: str, tmp_path: Path) -> None:
         assert torch.equal(ours.base_model.vera_A["default"], theirs.base_model.vera_A["default"])
 
 
-@pytest.mark.parametrize("case", ["ia3_llama", "loha_llama", "vera_llama"])
+@pytest.mark.parametrize("case", STACKED)
 def test_two_adapters_active_and_switched(case: str) -> None:
     ours, theirs = pair(case)
     name, kind, fields = CASES[case]

@@ -86,6 +86,9 @@ CASES = [
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
     Case("boft", "BOFT", {"boft_block_size": 2}),
     Case("boft-dropout", "BOFT", {"boft_block_size": 2, "boft_dropout": 0.3}),
+    Case("hra", "HRA", {"r": 4}),
+    Case("hra-odd", "HRA", {"r": 3}, identity=False),
+    Case("hra-orthogonal", "HRA", {"r": 2, "apply_GS": True}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -92,6 +92,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "boft_number": ("bert", "BOFT", {"boft_block_size": 0, "boft_block_num": 2, "bias": "boft_only"}),
     "boft_random": ("bert", "BOFT", {"boft_block_size": 8, "init_weights": False}),
     "boft_conv": ("pixels", "BOFT", {"boft_block_size": 4, "target_modules": CONVOLUTIONS}),
+    "hra_llama": ("llama", "HRA", {"r": 4}),
+    "hra_odd": ("bert", "HRA", {"r": 3, "bias": "hra_only"}),
+    "hra_orthogonal": ("llama", "HRA", {"r": 3, "apply_GS": True, "init_weights": False}),
+    "hra_conv": ("pixels", "HRA", {"r": 4, "target_modules": CONVOLUTIONS}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -99,6 +103,7 @@ STACKED = [
     "loha_llama",
     "vera_llama",
     "boft_llama",
+    "hra_llama",
 ]
 METHODS_HERE = [
     "IA3",
@@ -108,6 +113,7 @@ METHODS_HERE = [
     "Vera",
     "AdaLora",
     "BOFT",
+    "HRA",
 ]
 
 

@@ -57,6 +57,7 @@ class Case:
 
 
 LINEAR = ("up", "down", "head")
+EVEN = ("embed", "scaled", "up", "down", "conv")  # those with an even number of outputs
 
 CASES = [
     Case("lora", "LORA", {"r": 3, "lora_alpha": 5}),
@@ -89,6 +90,9 @@ CASES = [
     Case("hra", "HRA", {"r": 4}),
     Case("hra-odd", "HRA", {"r": 3}, identity=False),
     Case("hra-orthogonal", "HRA", {"r": 2, "apply_GS": True}, identity=False),
+    Case("road", "ROAD", {"group_size": 2}, sites=EVEN),
+    Case("road-2", "ROAD", {"group_size": 2, "variant": "road_2"}, sites=EVEN),
+    Case("road-4", "ROAD", {"group_size": 2, "variant": "road_4"}, sites=EVEN),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -96,6 +96,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hra_odd": ("bert", "HRA", {"r": 3, "bias": "hra_only"}),
     "hra_orthogonal": ("llama", "HRA", {"r": 3, "apply_GS": True, "init_weights": False}),
     "hra_conv": ("pixels", "HRA", {"r": 4, "target_modules": CONVOLUTIONS}),
+    "road_llama": ("llama", "Road", {"group_size": 4}),
+    "road_2": ("bert", "Road", {"group_size": 8, "variant": "road_2"}),
+    "road_4": ("bert", "Road", {"group_size": 4, "variant": "road_4", "init_weights": False}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -104,6 +107,7 @@ STACKED = [
     "vera_llama",
     "boft_llama",
     "hra_llama",
+    "road_llama",
 ]
 METHODS_HERE = [
     "IA3",
@@ -114,6 +118,7 @@ METHODS_HERE = [
     "AdaLora",
     "BOFT",
     "HRA",
+    "Road",
 ]
 
 

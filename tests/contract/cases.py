@@ -93,6 +93,9 @@ CASES = [
     Case("road", "ROAD", {"group_size": 2}, sites=EVEN),
     Case("road-2", "ROAD", {"group_size": 2, "variant": "road_2"}, sites=EVEN),
     Case("road-4", "ROAD", {"group_size": 2, "variant": "road_4"}, sites=EVEN),
+    Case("deft", "DEFT", {"r": 3, "alpha": 5}),
+    Case("deft-qr", "DEFT", {"r": 2, "decomposition_method": "qr", "deft_dropout": 0.3}),
+    Case("deft-para", "DEFT", {"r": 2, "para": True}, identity=False, sites=("embed", "down", "head", "conv")),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

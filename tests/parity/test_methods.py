@@ -99,6 +99,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "road_llama": ("llama", "Road", {"group_size": 4}),
     "road_2": ("bert", "Road", {"group_size": 8, "variant": "road_2"}),
     "road_4": ("bert", "Road", {"group_size": 4, "variant": "road_4", "init_weights": False}),
+    "deft_llama": ("llama", "Deft", {"r": 4, "alpha": 6}),
+    "deft_gpt2": ("gpt2", "Deft", {"r": 4, "decomposition_method": "qr", "init_weights": False, "init_scale": 3.0}),
+    "deft_wide": ("bert", "Deft", {"r": 99, "alpha": 7, "bias": "deft_only"}),
+    "deft_para": ("llama", "Deft", {"r": 3, "para": True}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -108,6 +112,7 @@ STACKED = [
     "boft_llama",
     "hra_llama",
     "road_llama",
+    "deft_llama",
 ]
 METHODS_HERE = [
     "IA3",
@@ -119,6 +124,7 @@ METHODS_HERE = [
     "BOFT",
     "HRA",
     "Road",
+    "Deft",
 ]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
     "BOFT": ("boft", "BOFT", "BOFTConfig"),
+    "DEFT": ("deft", "Deft", "DeftConfig"),
     "HRA": ("hra", "HRA", "HRAConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),

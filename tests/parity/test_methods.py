@@ -103,6 +103,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deft_gpt2": ("gpt2", "Deft", {"r": 4, "decomposition_method": "qr", "init_weights": False, "init_scale": 3.0}),
     "deft_wide": ("bert", "Deft", {"r": 99, "alpha": 7, "bias": "deft_only"}),
     "deft_para": ("llama", "Deft", {"r": 3, "para": True}),
+    "peanut_llama": ("llama", "Peanut", {"r": 4, "scaling": 2.0}),
+    "peanut_deep": ("bert", "Peanut", {"r": 4, "depth": 2, "act_fn": "silu", "init_weights": False}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -113,6 +115,7 @@ STACKED = [
     "hra_llama",
     "road_llama",
     "deft_llama",
+    "peanut_llama",
 ]
 METHODS_HERE = [
     "IA3",
@@ -125,6 +128,7 @@ METHODS_HERE = [
     "HRA",
     "Road",
     "Deft",
+    "Peanut",
 ]
 
 

@@ -98,6 +98,7 @@ CASES = [
     Case("deft-para", "DEFT", {"r": 2, "para": True}, identity=False, sites=("embed", "down", "head", "conv")),
     Case("peanut", "PEANUT", {"r": 3, "scaling": 1.5}),
     Case("peanut-deep", "PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
+    Case("beft", "BEFT"),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -105,6 +105,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deft_para": ("llama", "Deft", {"r": 3, "para": True}),
     "peanut_llama": ("llama", "Peanut", {"r": 4, "scaling": 2.0}),
     "peanut_deep": ("bert", "Peanut", {"r": 4, "depth": 2, "act_fn": "silu", "init_weights": False}),
+    "beft_bert": ("bert", "Beft", {}),
+    "beft_random": ("bert", "Beft", {"init_weights": False}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -116,6 +118,7 @@ STACKED = [
     "road_llama",
     "deft_llama",
     "peanut_llama",
+    "beft_bert",
 ]
 METHODS_HERE = [
     "IA3",
@@ -129,6 +132,7 @@ METHODS_HERE = [
     "Road",
     "Deft",
     "Peanut",
+    "Beft",
 ]
 
 

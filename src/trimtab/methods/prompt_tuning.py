@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import Call, PromptMethod
 from trimtab.errors import ConfigError
 
 
@@ -67,8 +67,8 @@ class PromptTuning(PromptMethod):
             tokens = torch.tensor((text * (count // len(text) + 1))[:count])
         self.embedding.weight.data.copy_(table(tokens.to(table.weight.device)).detach())
 
-    def prompt(self) -> Tensor:
+    def prompt(self, call: Call) -> Tensor:
         return self.embedding.weight
 
-    def restore(self, prompt: Tensor) -> None:
-        self.embedding.weight.data.copy_(prompt)
+    def restore(self, name: str, value: Tensor) -> None:
+        self.embedding.weight.data.copy_(value)

@@ -1,4 +1,4 @@
-"""Prompt tuning and prefix tuning against the installed peft: outputs, gradients, generation, files both ways."""
+"""Prompts of every kind against the installed peft: outputs, gradients, generation, files both ways."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ BASES = {
 METHODS = {
     "prompt": ("PromptTuningConfig", {}),
     "prefix": ("PrefixTuningConfig", {}),
+    "encoded": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "encoded-lstm": ("PromptEncoderConfig", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 16}),
     "projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
 }
 GENERATION = [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"repetition_penalty": 1.3}]
@@ -89,7 +91,7 @@ def test_theirs_loads_here_and_ours_there(base_name, method, tmp_path):
     assert torch.allclose(a.loss, b.loss, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "encoded"])
 @pytest.mark.parametrize("base_name", ["llama", "gpt2", "t5"])
 def test_generation(base_name, method, tmp_path):
     base, task = sharp(base_name), BASES[base_name][1]

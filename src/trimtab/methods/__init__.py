@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
+    "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),

@@ -19,6 +19,11 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
+    "MULTITASK_PROMPT_TUNING": (
+        "multitask_prompt_tuning",
+        "MultitaskPromptTuning",
+        "MultitaskPromptTuningConfig",
+    ),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),

@@ -40,17 +40,28 @@ BASES = {
         "SEQ_CLS",
     ),
 }
+EXAMPLES = {"cpt_token_ids": [5, 9, 3, 8, 7], "cpt_tokens_type_mask": [1, 2, 3, 4, 4]}
 METHODS = {
     "prompt": ("PromptTuningConfig", {}),
     "prefix": ("PrefixTuningConfig", {}),
     "encoded": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
     "encoded-lstm": ("PromptEncoderConfig", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 16}),
     "multitask": ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
+    "cpt": ("CPTConfig", EXAMPLES),
+    "cpt-decay": ("CPTConfig", {**EXAMPLES, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.8}),
     "projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
 }
-EXTRAS = {"multitask": {"task_ids": torch.tensor([2, 0])}}  # arguments of the forward that only the method reads
+TYPES = {"input_type_mask": torch.tensor([[1, 2, 4, 4], [2, 3, 4, 8]])}
+# Arguments of the forward that only the method reads.
+EXTRAS = {"multitask": {"task_ids": torch.tensor([2, 0])}, "cpt": TYPES, "cpt-decay": TYPES}
 # What PEFT puts before a decoder is not in its own generation, nor in the paper: test_differences.py.
-PAIRS = [(base, method) for base in BASES for method in METHODS if (base, method) != ("t5", "multitask")]
+PAIRS = [
+    (base, method)
+    for base, (_, task) in BASES.items()
+    for method in METHODS
+    if (base, method) != ("t5", "multitask") and ("cpt" not in method or task == "CAUSAL_LM")
+]
+GENERATING = ["prompt", "prefix", "encoded", "multitask", "cpt"]
 GENERATION = [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"repetition_penalty": 1.3}]
 
 
@@ -67,7 +78,8 @@ def sharp(name):
 def inputs(task, method=""):
     torch.manual_seed(1)
     ids = torch.randint(3, 60, (2, 4))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | EXTRAS.get(method, {})
+    extras = {k: v.clone() for k, v in EXTRAS.get(method, {}).items()}  # PEFT writes into some
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extras
     if task == "SEQ_CLS":
         return batch | {"labels": torch.tensor([0, 1])}
     return (
@@ -88,14 +100,15 @@ def test_theirs_loads_here_and_ours_there(base_name, method, tmp_path):
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     read = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
     assert read[0] == read[1]
-    batch = inputs(task, method)
-    a, b, c = (m(**batch) for m in (theirs, ours, back))
+    a, b, c = (m(**inputs(task, method)) for m in (theirs, ours, back))
     assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(a.logits, c.logits, atol=1e-5)
     assert torch.allclose(a.loss, b.loss, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix", "encoded", "multitask"])
-@pytest.mark.parametrize("base_name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("base_name", "method"),
+    [(base, m) for base in BASES for m in GENERATING if base != "bert" and (base, m) != ("t5", "cpt")],
+)
 def test_generation(base_name, method, tmp_path):
     base, task = sharp(base_name), BASES[base_name][1]
     cls, fields = METHODS[method]
@@ -104,7 +117,7 @@ def test_generation(base_name, method, tmp_path):
     )
     theirs.eval().save_pretrained(tmp_path)
     ours = trimtab.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    batch = {k: v for k, v in inputs(task, method).items() if "labels" not in k and "decoder" not in k}
+    batch = {k: v for k, v in inputs(task, method).items() if k in ("input_ids", "attention_mask", "task_ids")}
     for arguments in GENERATION:
         arguments = {"max_new_tokens": 6, "do_sample": False} | arguments
         want = theirs.generate(**batch, **arguments)
@@ -135,3 +148,19 @@ def test_gradients_and_names(base_name, method):
         model(**inputs(task, method)).loss.backward()
     for name, parameter in trained[0].items():
         assert torch.allclose(parameter.grad, trained[1][name].grad, atol=1e-5), name
+
+
+def test_examples_stay_near_where_they_were():
+    base, models = sharp("llama"), []
+    for library in (peft, trimtab):
+        model = library.get_peft_model(copy.deepcopy(base), library.CPTConfig(task_type="CAUSAL_LM", **EXAMPLES)).eval()
+        delta = model.prompt_encoder["default"].delta_embedding.weight
+        optimiser = torch.optim.SGD([delta], lr=0.01)
+        for _ in range(4):
+            model(**inputs("CAUSAL_LM", "cpt")).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        models.append((model(**inputs("CAUSAL_LM", "cpt")), delta))
+    (theirs, d), (ours, e) = models
+    assert d.norm(dim=1)[:3].gt(0.012).all()  # at the surface: 0.1 * sqrt(32 / 2048)
+    assert torch.allclose(theirs.logits, ours.logits, atol=1e-5) and torch.allclose(d, e, atol=1e-6)

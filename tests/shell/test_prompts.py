@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab import (
+    CartridgeConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -17,7 +18,7 @@ from trimtab import (
     get_peft_model,
 )
 
-KINDS = [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig]
+KINDS = [CartridgeConfig, PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig]
 
 
 def llama():

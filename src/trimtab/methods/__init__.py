@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "CARTRIDGE": ("cartridge", "Cartridge", "CartridgeConfig"),
     "CPT": ("cpt", "CPT", "CPTConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),

@@ -116,7 +116,7 @@ class Method:
     prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
-    mergeable: ClassVar[bool] = True
+    mergeable: bool = True  # of the class; one of its methods may say no, by its config
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way

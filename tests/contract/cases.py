@@ -84,6 +84,9 @@ CASES = [
     Case("oft-shared", "OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.4}),
     Case("vera", "VERA", {"r": 4}),
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
+    Case("poly", "POLY", {"r": 2}),
+    Case("poly-splits", "POLY", {"r": 3, "n_skills": 3, "n_splits": 2}, sites=("up", "down")),
+    Case("poly-random", "POLY", {"r": 2, "n_skills": 2, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -101,6 +104,7 @@ FORMULAS = [
         "ln-tuning",
         "oft",
         "vera",
+        "poly",
         "adalora",
     )
 ]

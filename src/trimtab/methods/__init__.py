@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     ),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
+    "POLY": ("poly", "Poly", "PolyConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),

@@ -46,6 +46,12 @@ _PUBLIC = {
     ],
     "trimtab.shell.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
     "trimtab.shell.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
+    "trimtab.shell.prefixes": [
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ],
     "trimtab.files.store": ["load_peft_weights"],
     "trimtab.rank.convert": ["convert_to_lora", "save_as_lora"],
     "trimtab.rank.intruders": ["mend_adapter", "reduce_intruder_dimension"],

@@ -153,6 +153,9 @@ CASES = [
     Case("peanut", "PEANUT", {"r": 3, "scaling": 1.5}),
     Case("peanut-deep", "PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
     Case("beft", "BEFT"),
+    Case("poly", "POLY", {"r": 2}),
+    Case("poly-splits", "POLY", {"r": 3, "n_skills": 3, "n_splits": 2}, sites=("up", "down")),
+    Case("poly-random", "POLY", {"r": 2, "n_skills": 2, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -177,6 +180,7 @@ FORMULAS = [
         "miss-bat",
         "oft",
         "vera",
+        "poly",
         "adalora",
         "delora",
         "gralora",

@@ -17,6 +17,7 @@ from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
+PROMPT = "prompt_embeddings"  # the key of a prompt in a file
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
 
@@ -119,12 +120,13 @@ class Method:
     prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
-    mergeable: ClassVar[bool] = True
+    mergeable: bool = True  # of the class; one of its methods may say no, by its config
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
+    extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 
@@ -277,6 +279,8 @@ class ModelMethod(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"model"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: ClassVar[bool] = False
+    extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
 
     def build(self, config: Any) -> None:
         """Make the parameters, empty, each with its shape in a comment; `config` is complete."""
@@ -326,12 +330,19 @@ class PromptMethod(ModelMethod):
 
     cached: ClassVar[bool] = False
 
-    def prompt(self) -> Tensor:
-        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`."""
+    def prompt(self, call: Call) -> Tensor:
+        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`.
+
+        Where rows have prompts of their own: (rows, virtual tokens, dim).
+        """
         raise NotImplementedError
 
-    def restore(self, prompt: Tensor) -> None:
-        """Take a saved prompt as the parameters."""
+    def saved(self) -> dict[str, Tensor]:
+        """What goes into the file, by key: the finished prompt, whatever it came out of."""
+        return {PROMPT: self.prompt(Call())}
+
+    def restore(self, name: str, value: Tensor) -> None:
+        """Take what a file has under a key as the parameters."""
         raise NotImplementedError
 
 
@@ -343,6 +354,7 @@ def require_rank(r: Any, name: str = "r") -> None:
 
 __all__ = [
     "INPUT_EMBEDDING",
+    "PROMPT",
     "Call",
     "Leaf",
     "Leaves",

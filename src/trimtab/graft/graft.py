@@ -275,7 +275,8 @@ class Graft:
         for parameter in adapter.biases.trained() if adapter.biases else ():
             parameter.requires_grad_(trainable)
         if adapter.prompt is not None:
-            adapter.prompt.requires_grad_(trainable)
+            for key, parameter in adapter.prompt.named_parameters():
+                parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
         for key, leaf in adapter.layout.shared.items():
             tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):

@@ -186,6 +186,11 @@ class Tuner(nn.Module):
         return self.graft.unload(pristine=pristine)
 
     # ------------------------------------------------------------------ forward
+    def extras(self, inputs: dict[str, Any], adapter_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Take out of a forward's arguments what is for the formulas of adapters (of the active ones by default)."""
+        names = self.graft.board.route_here(quiet=True).active if adapter_names is None else adapter_names
+        return self.graft.residents.extras(names, inputs)
+
     @contextlib.contextmanager
     def routed(
         self,
@@ -229,15 +234,17 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
+        extras = self.extras(kwargs, adapter_names)
         if adapter_names is None:
-            return self._penalised(self.model(*args, **kwargs))
+            with self.routed(**extras):
+                return self._penalised(self.model(*args, **kwargs))
         shape = batch_shape(args, kwargs)
         if shape and shape[0] != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {shape[0]} respectively."
             )
-        with self.routed(adapter_names, shape=shape):
+        with self.routed(adapter_names, shape=shape, **extras):
             return self.model(*args, **kwargs)
 
     def _penalised(self, outputs: Any) -> Any:

@@ -1,15 +1,21 @@
-"""Every Python block in the documents runs; the blocks of one page share their names, as a reader would type them."""
+"""Every block in the documents runs: Python, and some pages' commands; one page shares its names and its folder."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from trimtab.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EITHER = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+WITH_COMMANDS = {"train.md"}  # whose shell blocks are run, too: they hold nothing but `trimtab` lines
 WITH_CODE = [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))]
 
 
@@ -17,8 +23,13 @@ WITH_CODE = [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))]
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
-    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
-        exec(compile(block, str(page), "exec"), names)
+    for language, block in EITHER.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), names)
+        elif page.name in WITH_COMMANDS:
+            for line in block.splitlines():
+                done = CliRunner().invoke(app, shlex.split(line.removeprefix("trimtab ")))
+                assert done.exit_code == 0, f"{line}\n{done.output}{done.exception!r}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -104,7 +104,7 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     assert re.search(r"trains on 16 rows in about \d+:\d\d", done.stdout)
     assert re.search(r"Expect about \d+:\d\d \(min:s\) more", done.stdout)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 12 + 3
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 12 + 4  # 12 steps, 4 evaluations
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", str(tiny_base / "base"))
     weights = load_file(out / "adapter" / "adapter_model.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,3 +56,22 @@ def tokenizer_factory():
 @pytest.fixture
 def model_factory():
     return make_model
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """The tiny model and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    """Two files of rows: 24 to learn, 8 to be tested on."""
+    folder = tmp_path_factory.mktemp("sums")
+    for name, numbers in (("train", range(24)), ("valid", range(24, 32))):
+        rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in numbers]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder

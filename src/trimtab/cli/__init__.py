@@ -17,7 +17,10 @@ from trimtab.cli.generate import generate
 from trimtab.cli.inspect import inspect
 from trimtab.cli.merge import merge
 from trimtab.cli.methods import methods
+from trimtab.cli.options import EXTRA
 from trimtab.cli.rank import rank
+from trimtab.cli.train import train
+from trimtab.cli.trl import dpo, grpo, kto, reward
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError
 
@@ -37,6 +40,8 @@ app.command("fuse", hidden=True)(merge)
 app.command()(inspect)
 app.command()(diff)
 app.command()(check)
+for verb in (train, dpo, kto, reward, grpo):
+    app.command(context_settings=EXTRA, options_metavar="[RUN.yaml | ROWS] [OPTIONS]")(verb)
 app.command()(demo)
 app.command()(methods)
 app.command()(version)

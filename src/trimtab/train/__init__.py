@@ -1,1 +1,1 @@
-"""Training: rows to batches, a plain loop, generation and scores, a loss plot."""
+"""Training: settings, rows to batches, the loop and its events, checkpoints, TRL, generation and scores, the demo."""

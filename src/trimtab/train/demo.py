@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,19 +18,23 @@ from torch import nn
 
 from trimtab.core.extras import need
 from trimtab.files.sources import resolve_base
+from trimtab.train.config import TrainConfig
 from trimtab.train.data import DataError, Example, encode_rows, read_rows
 from trimtab.train.generate import complete, exact_match, generate_ids, references
-from trimtab.train.loop import TrainingArguments, TrainResult, evaluate, loss_of, train
-from trimtab.train.plot import plot_losses
+from trimtab.train.loop import TrainResult, evaluate, loss_of
+from trimtab.train.model import adapt, load_base
 from trimtab.train.progress import clock
+from trimtab.train.report import console_for
+from trimtab.train.run import Data, run_training
 
 ROWS = 400  # what the figures in the README are for
 TRAIN_SECONDS = 480.0  # what training may take before the demo takes fewer rows; with all it gets about half right
 MIN_ROWS, MIN_TEST_ROWS = 48, 20
 VALID_ROWS, TEST_ROWS = 40, 100
 SYSTEM = ""  # the chat template would introduce the model at length, in every row
-LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-ARGS: dict[str, Any] = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "lr_scheduler_type": "linear"}
+# `trimtab train` takes the same, as options. fp32: what a fresh process says must be the same to the token.
+SETTINGS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "learning_rate": 1e-3, "per_device_train_batch_size": 4,
+                            "system": SYSTEM, "precision": "fp32", "save_steps": -1}  # fmt: skip
 
 # What the fresh process runs: everything one needs to use a saved adapter.
 RELOAD = """
@@ -76,39 +79,40 @@ class Task:
 
 def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> int:
     """Run the demo; returns the exit code."""
-    from trimtab import LoraConfig, get_peft_model
-
     need("The demo", "matplotlib")  # now, not when all is trained
     began = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
-    folder = resolve_base(base)
-    model, tokenizer = load(folder)
-    task = load_task(data or default_data(), tokenizer)
+    source = data or default_data()
+    config = TrainConfig(
+        **SETTINGS, model=base, data=str(source / "train.jsonl"), eval_data=str(source / "valid.jsonl"),
+        output=str(out), overwrite_output_dir=True, num_train_epochs=epochs,
+    )  # fmt: skip
+    loaded, folder = load_base(config), resolve_base(base)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    task = load_task(source, tokenizer)
     console.print(f"Base model: {base} ({sum(p.numel() for p in model.parameters()):,} parameters, {folder})")
     console.print(f"Task: {len(task.train)} rows to learn from, {len(task.test)} others to be tested on, for example")
     console.print(f"  {task.prompts[0]}\n  -> {task.expected[0]}", markup=False)
-
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(**LORA))
-    model.print_trainable_parameters()
-    args = TrainingArguments(**ARGS, num_train_epochs=epochs, output_dir=str(out))
-    task, training = affordable(model, task, args, rows, console)
+    adapted = adapt(loaded, config, steps=1)
+    adapted.print_trainable_parameters()
+    task, training = affordable(adapted, task, config, rows, console)
+    model = loaded.model = adapted.unload()  # the run makes its own
 
     console.print(f"\nBefore: scoring the base model on {len(task.test)} rows")
     start = time.monotonic()
-    with model.disable_adapter():
-        before = score(model, tokenizer, task)
+    before = score(model, tokenizer, task)
     console.print(f"  held-out loss {before.loss:.3f}, exact match {before.exact:.0%}")
     left = training + 2 * (time.monotonic() - start)  # held-out loss as it trains, the adapter's score, the reload
     console.print(f"  Expect about {clock(left)} (min:s) more, at this speed.")
 
-    scale = LORA["lora_alpha"] / LORA["r"]
+    scale = SETTINGS["lora_alpha"] / SETTINGS["r"]
     console.print(
-        f"\nTraining: {len(task.train)} rows x {epochs:g} passes, r={LORA['r']}, scale alpha/r={scale:g}, "
-        f"learning rate {args.learning_rate:g}, batches of {args.per_device_train_batch_size}"
+        f"\nTraining: {len(task.train)} rows x {epochs:g} passes, r={SETTINGS['r']}, scale alpha/r={scale:g}, "
+        f"learning rate {config.learning_rate:g}, batches of {config.per_device_train_batch_size}"
     )
-    result = train(model, task.train, args, valid=task.valid, pad_id=pad_id(tokenizer))
-    if result.interrupted:
+    outcome = run_training(config, console_for(quiet=True), base=loaded, data=Data(task.train, task.valid))
+    model, result = outcome.model, outcome.result
+    if outcome.adapter is None:
         console.print("Interrupted.")
         return 130
 
@@ -116,19 +120,11 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
     model.merge_adapter()
     after = score(model, tokenizer, task, loss=result.eval_losses[-1][1])
     model.unmerge_adapter()  # the base is again what it was, bit for bit
-    adapter = out / "adapter"
-    model.save_pretrained(adapter)
     show(console, task, before, after, result)
-    show_files(console, adapter, Path(folder), plot_losses(result, out / "loss.png", base, before.loss))
-    same = reload_is_equal(model, tokenizer, task, adapter, console)
+    show_files(console, outcome.adapter, Path(folder), out / "loss.png")
+    same = reload_is_equal(model, tokenizer, task, outcome.adapter, console)
     console.print(f"Done in {clock(time.monotonic() - began)} (min:s).")
     return 0 if same else 1
-
-
-def load(folder: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -159,13 +155,11 @@ def load_task(folder: Path, tokenizer: Any) -> Task:
     )
 
 
-def affordable(
-    model: nn.Module, task: Task, args: TrainingArguments, rows: int, console: Console
-) -> tuple[Task, float]:
+def affordable(model: nn.Module, task: Task, config: TrainConfig, rows: int, console: Console) -> tuple[Task, float]:
     """As much of the task as is wanted (`rows`), or as this machine can train on in `TRAIN_SECONDS`; the seconds."""
     wanted = min(rows or ROWS, len(task.train))
     task = task.first(wanted, min(1.0, wanted / ROWS) if rows else 1.0)
-    seconds = args.num_train_epochs * sum(len(e.ids) for e in task.train) / speed(model, task.train)
+    seconds = config.num_train_epochs * sum(len(e.ids) for e in task.train) / speed(model, task.train)
     console.print(f"This machine trains on {wanted} rows in about {clock(seconds)} (min:s).")
     share = TRAIN_SECONDS / seconds
     if rows or share >= 1.0:

@@ -1,335 +1,216 @@
-"""A plain training loop: AdamW, warm-up and decay, clipping, held-out loss, a checkpoint one can resume from exactly.
+"""The training loop: a model, its batches, an optimiser, and events for all the rest.
 
-It trains whatever parameters of the model require a gradient, and knows nothing of adapters.
+It trains whatever parameters of the model require a gradient, and knows nothing of adapters, files or screens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.io import write_whole
 from trimtab.errors import TrainError
-from trimtab.train.data import IGNORE, Example, batch_plan, collate
-from trimtab.train.progress import Progress
+from trimtab.train.batches import Batch, Batches
+from trimtab.train.loss import batch_loss, evaluate, loss_of
+from trimtab.train.processes import Alone
 
-__all__ = ["TrainError", "TrainResult", "TrainingArguments", "evaluate", "train"]
-
-
-@dataclass(frozen=True)
-class TrainingArguments:
-    """How to train. The names are those of transformers' TrainingArguments."""
-
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 3.0
-    max_steps: int = -1  # optimiser steps in all; overrides the epochs when positive
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = 0.1  # share of the steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0  # of the order of the rows, and of dropout
-    eval_steps: int = 0  # held-out loss every so many steps; 0: after each epoch
-    save_steps: int = 0  # a checkpoint every so many steps; 0: only on Ctrl-C
-    output_dir: str | None = None  # where metrics.jsonl and checkpoint.pt go
+__all__ = ["Event", "Run", "TrainError", "TrainResult", "evaluate", "loss_of", "train"]
 
 
 @dataclass
 class TrainResult:
-    """What happened. Losses are means over trained tokens, in nats."""
+    """What has happened so far; a checkpoint holds it. Losses are means over trained tokens, in nats."""
 
     step: int = 0
-    tokens: int = 0  # not counting padding
+    tokens: int = 0  # without padding
     seconds: float = 0.0  # of training, without evaluations
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
-    eval_losses: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
-    interrupted: bool = False
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, scores on held-out rows)
+    best: tuple[int, float] | None = None  # (step, score) of the best evaluation so far
+    no_better: int = 0  # evaluations since
+    stopped: str = ""  # why it ended before its last step
+
+    @property
+    def eval_losses(self) -> list[tuple[int, float]]:
+        """(step, held-out loss) of each evaluation."""
+        return [(step, scores["loss"]) for step, scores in self.scores]
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens over the time of training."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Run:
+    """What events see, and may set."""
+
+    model: nn.Module
+    batches: Batches
+    optimizer: Any
+    result: TrainResult
+    events: list[Event]
+    processes: Alone
+    loss: float = math.nan  # of the step just done, as what follows
+    grad_norm: float = math.nan  # before clipping
+    learning_rate: float = math.nan  # of the first group of parameters
+    tokens: int = 0
+    seconds: float = 0.0
+    stop: str = ""  # set by an event to end the run after this step: why
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.result.step
+
+    @property
+    def last(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= len(self.batches)
+
+    def fire(self, name: str) -> None:
+        """Call a hook of every event, in their order."""
+        for event in self.events:
+            getattr(event, name)(self)
+
+
+class Event:
+    """Something that happens along a run. Every hook gets the `Run`; those that are not wanted stay as they are."""
+
+    def begin(self, run: Run) -> None:
+        """Before the first step of this process."""
+
+    def before(self, run: Run) -> None:
+        """Before a step."""
+
+    def gradients(self, run: Run) -> None:
+        """The gradients of a step are there, clipped."""
+
+    def updated(self, run: Run) -> None:
+        """The optimiser has used them."""
+
+    def step(self, run: Run) -> None:
+        """A step is done."""
+
+    def evaluated(self, run: Run) -> None:
+        """There are new scores in `run.result.scores`."""
+
+    def saved(self, run: Run) -> None:
+        """A checkpoint is written."""
+
+    def end(self, run: Run) -> None:
+        """After the last step, or after the one that an event stopped the run at."""
+
+    def close(self, run: Run) -> None:
+        """In any case, also after an error."""
+
+
+class _Call(Event):
+    """A plain function as an event: it is called after every step."""
+
+    def __init__(self, function: Callable[[Run], Any]) -> None:
+        self.step = function  # type: ignore[assignment,method-assign]
 
 
 def train(
     model: nn.Module,
-    examples: Sequence[Example],
-    args: TrainingArguments,
-    valid: Sequence[Example] = (),
-    pad_id: int = 0,
-    resume: bool = False,
-    progress: Progress | None = None,
+    batches: Batches,
+    optimizer: Any,
+    events: Iterable[Event | Callable[[Run], Any]] = (),
+    *,
+    result: TrainResult | None = None,
+    max_grad_norm: float = 1.0,
+    processes: Alone | None = None,
 ) -> TrainResult:
-    """Train the model's trainable parameters on `examples`.
+    """Train the model's trainable parameters, step by step, from where `result` is.
 
-    Ctrl-C ends it after the step at hand, with a checkpoint if there is an `output_dir`; a second one ends it at once.
+    Every trained token of a step counts the same, whatever batch and process it is in.
 
     Args:
-        valid: held-out examples for `result.eval_losses`.
-        pad_id: what to pad with; padding is masked, so any id does.
-        resume: go on from `output_dir/checkpoint.pt` as if there had been no break, if it is there.
+        events: objects with the hooks of `Event`, or functions that are called with the `Run` after every step.
+        result: of an earlier part of the run; it goes on there.
+        max_grad_norm: what gradients are clipped to; 0: not at all.
 
     Raises:
-        TrainError: nothing is trainable, the loss is not finite, or the checkpoint belongs to another run.
+        TrainError: nothing is trainable, or the loss or the gradient is not finite; the rows are named.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not parameters:
         raise TrainError("No parameter of the model requires a gradient: there is nothing to train.")
-    plan = _plan(examples, args)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    run = _Run(args, parameters, optimizer, _digest(examples))
-    result = run.load() if resume else TrainResult()
-    if not result.step:
-        torch.manual_seed(args.seed)
-    steps_an_epoch = len(_epoch(examples, args, 0))
-    evaluate_every = args.eval_steps or steps_an_epoch
-    progress = progress or Progress()
-    progress.start(_tokens(examples, plan), done=_tokens(examples, plan[: result.step]))
+    known = [e if isinstance(e, Event) else _Call(e) for e in events]
+    run = Run(model, batches, optimizer, result or TrainResult(), known, processes or Alone())
+    run.result.stopped = ""
     was_training = model.training
     model.train()
     try:
-        with _interruptible() as interrupt:
-            for step in range(result.step, len(plan)):
-                began = time.perf_counter()
-                rate = args.learning_rate * _factor(step, len(plan), args)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss, norm = _step(model, [[examples[i] for i in b] for b in plan[step]], args, optimizer, pad_id)
-                if not math.isfinite(loss):
-                    rows = sorted(i + 1 for batch in plan[step] for i in batch)
-                    raise TrainError(
-                        f"The loss is {loss} at step {step + 1}, on rows {rows}. Try a smaller learning rate."
-                    )
-                tokens, seconds = _tokens(examples, plan[step : step + 1]), time.perf_counter() - began
-                result.step, result.tokens, result.seconds = step + 1, result.tokens + tokens, result.seconds + seconds
-                result.losses.append((result.step, loss))
-                epoch = round(result.step / steps_an_epoch, 4)
-                run.write(step=result.step, epoch=epoch, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens,
-                          tokens_per_second=round(tokens / seconds, 1))  # fmt: skip
-                progress.step(tokens, f"step {result.step}/{len(plan)}", _recent(result.losses), seconds)
-                stop = interrupt.is_set()
-                if valid and not stop and (result.step % evaluate_every == 0 or result.step == len(plan)):
-                    held_out = evaluate(model, valid, 2 * args.per_device_train_batch_size, pad_id)
-                    result.eval_losses.append((result.step, held_out))
-                    run.write(step=result.step, epoch=epoch, eval_loss=held_out)
-                    progress.note(f"step {result.step}: held-out loss {held_out:.4f}")
-                if stop or (args.save_steps and result.step % args.save_steps == 0):
-                    run.save(result)
-                if stop:
-                    result.interrupted = True
-                    progress.note(
-                        f"Stopped at step {result.step} of {len(plan)}" + (", saved." if args.output_dir else ".")
-                    )
-                    break
+        run.fire("begin")
+        while not run.last and not run.stop:
+            _step(run, parameters, max_grad_norm)
+            run.fire("step")
+        run.result.stopped = run.stop
+        run.fire("end")
     finally:
-        progress.close()
+        run.fire("close")
         model.train(was_training)
-    return result
+    return run.result
+
+
+def _step(run: Run, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
+    """One step of the optimiser."""
+    began = time.perf_counter()
+    batches = run.batches[run.step]
+    run.fire("before")
+    run.learning_rate = run.optimizer.param_groups[0]["lr"]
+    run.loss = _gradients(run, batches)
+    if not math.isfinite(run.loss):
+        raise TrainError(_not_finite(run, batches, f"The loss is {run.loss}"))
+    run.grad_norm = run.processes.clip(parameters, max_grad_norm)
+    if not math.isfinite(run.grad_norm):
+        raise TrainError(_not_finite(run, batches, f"The loss is {run.loss:.4f}, but its gradient {run.grad_norm}"))
+    run.fire("gradients")
+    run.optimizer.step()
+    run.fire("updated")
+    run.optimizer.zero_grad(set_to_none=True)
+    run.tokens, run.seconds = sum(b.tokens for b in batches), time.perf_counter() - began
+    result = run.result
+    result.step, result.tokens, result.seconds = run.step + 1, result.tokens + run.tokens, result.seconds + run.seconds
+    result.losses.append((result.step, run.loss))
+
+
+def _gradients(run: Run, batches: Sequence[Batch]) -> float:
+    """Backward through the batches of a step; returns the step's loss."""
+    trained = sum(b.trained for b in batches)
+    mine = run.processes.share(batches)
+    losses: list[Tensor] = []
+    for i, (batch, counts) in enumerate(mine):
+        last = i == len(mine) - 1
+        with run.processes.forward_context(run.model, last):
+            loss = batch_loss(run.model, run.batches.tensors(batch)) * (counts * batch.trained / trained)
+            run.processes.backward(loss, run.model, last)
+        losses.append(loss.detach())
+    return run.processes.sum(torch.stack(losses).sum())
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 16, pad_id: int = 0) -> float:
-    """Mean loss over the trained tokens of `examples`, in nats; dropout off."""
-    was_training = model.training
-    model.eval()
-    try:
-        total = 0.0
-        for batch in batch_plan(examples, batch_size):
-            part = [examples[i] for i in batch]
-            total += float(loss_of(model, part, pad_id)) * sum(e.trained for e in part)
-    finally:
-        model.train(was_training)
-    return total / sum(e.trained for e in examples)
-
-
-def loss_of(model: nn.Module, examples: Sequence[Example], pad_id: int = 0) -> Tensor:  # ()
-    """The model's own loss on one batch."""
-    batch = {k: v.to(_device(model)) for k, v in collate(examples, pad_id).items()}
-    labels: Tensor = batch["labels"]  # (B, T)
-    if _takes_positions(model):
-        # The head is a good part of a small model's work: skip it before the first position that predicts anything.
-        # The loss shifts the labels by one within the slice, as it would within the whole.
-        first = int((labels[:, 1:] != IGNORE).any(dim=0).int().argmax())
-        positions = torch.arange(first, labels.shape[1], device=labels.device)
-        return model(**{**batch, "labels": labels[:, first:]}, logits_to_keep=positions, use_cache=False).loss
-    return model(**batch).loss
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):  # the prompt shifts every position
-        return False
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    return {"logits_to_keep", "use_cache"} <= set(inspect.signature(base.forward).parameters)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _step(
-    model: nn.Module,
-    batches: list[list[Example]],
-    args: TrainingArguments,
-    optimizer: torch.optim.Optimizer,
-    pad_id: int,
-) -> tuple[float, float]:
-    """One optimiser step over some batches; returns (loss, norm of the gradient before clipping)."""
-    trained = sum(e.trained for batch in batches for e in batch)
-    loss = 0.0
-    for batch in batches:  # weighted so that every trained token of the step counts the same
-        part = loss_of(model, batch, pad_id) * (sum(e.trained for e in batch) / trained)
-        part.backward()
-        loss += float(part.detach())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-    if math.isfinite(loss):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, float(norm)
-
-
-# --- the plan: a pure function of the rows and the arguments, so that a resumed run goes on where it was ------------
-
-
-def _epoch(examples: Sequence[Example], args: TrainingArguments, epoch: int) -> list[list[list[int]]]:
-    """Steps of one epoch; a step is some batches, a batch some rows. The last step may be short: no row is left out."""
-    batches = batch_plan(examples, args.per_device_train_batch_size, seed=args.seed * 1_000_003 + epoch)
-    n = args.gradient_accumulation_steps
-    return [batches[i : i + n] for i in range(0, len(batches), n)]
-
-
-def _plan(examples: Sequence[Example], args: TrainingArguments) -> list[list[list[int]]]:
-    if not examples:
-        raise TrainError("There are no rows to train on.")
-    an_epoch = len(_epoch(examples, args, 0))
-    total = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * an_epoch))
-    return [step for epoch in range(-(-total // an_epoch)) for step in _epoch(examples, args, epoch)][:total]
-
-
-def _tokens(examples: Sequence[Example], plan: Sequence[list[list[int]]]) -> int:
-    return sum(len(examples[i].ids) for step in plan for batch in step for i in batch)
-
-
-def _factor(step: int, total: int, args: TrainingArguments) -> float:
-    """The learning rate's factor for 0-based `step`: up over the warm-up, then down to nearly 0."""
-    warmup = round(args.warmup_ratio * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = (total - step) / max(1, total - warmup)  # 1 ... just above 0
-    return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[args.lr_scheduler_type]
-
-
-def _recent(losses: list[tuple[int, float]], n: int = 10) -> float:
-    return sum(loss for _, loss in losses[-n:]) / len(losses[-n:])
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps([(e.ids, e.labels) for e in examples]).encode()).hexdigest()
-
-
-# --- what a run leaves on disk --------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Run:
-    """metrics.jsonl and checkpoint.pt of one run; does nothing without an output_dir."""
-
-    args: TrainingArguments
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    data: str  # digest of the training rows
-
-    def __post_init__(self) -> None:
-        self.folder = Path(self.args.output_dir) if self.args.output_dir else None
-        self.fresh = True  # no metric of this run is written yet
-
-    def write(self, **metrics: float) -> None:
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("w" if self.fresh else "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        self.fresh = False
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        own = {k: v for k, v in asdict(self.args).items() if k not in ("eval_steps", "save_steps", "output_dir")}
-        return {**own, "training rows": self.data, "parameters": list(self.parameters)}
-
-    def save(self, result: TrainResult) -> None:
-        if self.folder is None:
-            return
-        state = {
-            "identity": self._identity(),
-            "result": asdict(result),
-            "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        write_whole({self.folder / "checkpoint.pt": lambda path: torch.save(state, path)})
-
-    def load(self) -> TrainResult:
-        if self.folder is None:
-            raise TrainError("resume needs an output_dir, where the checkpoint lies.")
-        file = self.folder / "checkpoint.pt"
-        if not file.exists():
-            return TrainResult()
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        now = self._identity()
-        changed = [key for key, value in state["identity"].items() if now.get(key) != value]
-        if changed:
-            raise TrainError(f"{file} is of another run: {', '.join(changed)} changed since. Use another output_dir.")
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        result = TrainResult(**{**state["result"], "interrupted": False})
-        self._cut_metrics(result.step)
-        return result
-
-    def _cut_metrics(self, step: int) -> None:
-        """Drop the lines after the checkpoint: those steps will be done again."""
-        assert self.folder is not None
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole({file: lambda path: path.write_text("".join(kept), encoding="utf-8")})  # type: ignore[dict-item]
-        self.fresh = False
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """The event is set by the first Ctrl-C; the second one raises KeyboardInterrupt as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def first(signum: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _not_finite(run: Run, batches: Sequence[Batch], what: str) -> str:
+    """A message that names the rows at fault: those whose loss is not finite alone, or else all of the step's."""
+    rows = sorted(i for batch in batches for i in batch.rows)
+    run.model.eval()
+    bad = [
+        i for i in rows if not math.isfinite(float(batch_loss(run.model, run.batches.tensors(run.batches.batch([i])))))
+    ]
+    names = [run.batches.name(i) for i in bad or rows]
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    where = f"{what} at step {run.step + 1}."
+    lower = f" Or else the learning rate, {run.learning_rate:.2g} here, is too high." if run.step else ""
+    if bad and len(bad) < len(rows):
+        others = len(rows) - len(bad)
+        return f"{where} So it is for these rows alone, and not for the {others} others of the step: {shown}.{lower}"
+    if not run.step:
+        return f"{where} So it is before anything was trained, on {shown}: look at the base model and these rows."
+    return f"{where} The step's rows: {shown}.{lower}"

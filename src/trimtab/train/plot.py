@@ -9,11 +9,8 @@ from trimtab.core.extras import need
 from trimtab.train.loop import TrainResult
 
 
-def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = "", first: float | None = None) -> Path:
+def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = "") -> Path:
     """Write a PNG (or SVG, PDF: by suffix) of training and held-out loss against the step.
-
-    Args:
-        first: held-out loss before training, shown at step 0.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -30,7 +27,7 @@ def plot_losses(result: TrainResult, path: str | os.PathLike[str], title: str = 
     smooth = [sum(losses[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
     axes.plot(steps, smooth, color="tab:blue", label="training" + (f" (mean of {width} steps)" if width > 1 else ""))
-    held_out = ([(0, first)] if first is not None else []) + result.eval_losses
+    held_out = result.eval_losses
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
         for step, loss in {held_out[0], held_out[-1]}:

@@ -1,0 +1,60 @@
+"""trimtab train"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.cli.options import given_by, options, ready
+from trimtab.cli.quiet import Verbose, quiet
+from trimtab.errors import ConfigError
+
+
+@options
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A file of the same names.")] = None,
+    verbose: Verbose = False,
+    **flags: Any,
+) -> None:
+    """Train an adapter: rows in, adapter out.
+
+    Every option is a key of a YAML file, too, and the other way round; `trimtab train run.yaml --learning-rate 1e-4`
+    takes both. So is every field of the method's own config: --r, --lora-alpha, --target-modules q_proj,v_proj ...
+
+    Example: trimtab train --data rows.jsonl --eval-data valid.jsonl --output runs/a
+    """
+    ready()
+    with quiet(verbose):
+        code = _train(context, config, flags, verbose)
+    raise typer.Exit(code)
+
+
+def _train(context: typer.Context, config: Path | None, flags: Mapping[str, Any], verbose: bool) -> int:
+    """Do it; the exit code."""
+    try:
+        sources = given_by(context, config, flags)
+        if any(source.get("trainer") == "trl" for source in sources):
+            from trimtab.cli.trl import run
+
+            return run("train", sources, verbose)
+        from trimtab.train.folder import read_run
+
+        settings, notices = read_run(*sources)
+    except ConfigError as e:
+        print(f"trimtab train: {e}", file=sys.stderr)
+        return 2
+    for line in notices:
+        print(line, file=sys.stderr)
+    from trimtab.train.run import run_training
+
+    try:
+        outcome = run_training(settings)
+    except KeyboardInterrupt:
+        print("\nStopped at once. What the last checkpoint holds is safe: --resume goes on from it.", file=sys.stderr)
+        return 130
+    return 130 if outcome.interrupted else 0

@@ -57,6 +57,7 @@ class Case:
 
 
 LINEAR = ("up", "down", "head")
+EVEN = ("embed", "scaled", "up", "down", "conv")  # those with an even number of outputs
 
 CASES = [
     Case("lora", "LORA", {"r": 3, "lora_alpha": 5}),
@@ -138,6 +139,20 @@ CASES = [
         {"u": 4, "save_projection": False, "tinylora_dropout": 0.3, "init_weights": "uniform", "init_v_bound": 1.0},
         identity=False,
     ),
+    Case("boft", "BOFT", {"boft_block_size": 2}),
+    Case("boft-dropout", "BOFT", {"boft_block_size": 2, "boft_dropout": 0.3}),
+    Case("hra", "HRA", {"r": 4}),
+    Case("hra-odd", "HRA", {"r": 3}, identity=False),
+    Case("hra-orthogonal", "HRA", {"r": 2, "apply_GS": True}, identity=False),
+    Case("road", "ROAD", {"group_size": 2}, sites=EVEN),
+    Case("road-2", "ROAD", {"group_size": 2, "variant": "road_2"}, sites=EVEN),
+    Case("road-4", "ROAD", {"group_size": 2, "variant": "road_4"}, sites=EVEN),
+    Case("deft", "DEFT", {"r": 3, "alpha": 5}),
+    Case("deft-qr", "DEFT", {"r": 2, "decomposition_method": "qr", "deft_dropout": 0.3}),
+    Case("deft-para", "DEFT", {"r": 2, "para": True}, identity=False, sites=("embed", "down", "head", "conv")),
+    Case("peanut", "PEANUT", {"r": 3, "scaling": 1.5}),
+    Case("peanut-deep", "PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
+    Case("beft", "BEFT"),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -158,11 +158,41 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tiny_tied": ("llama", "TinyLora", {"u": 5, "weight_tying": 0.4, "target_modules": "all-linear"}),
     "tiny_embedding": ("llama", "TinyLora", {"u": 5, "r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
     "tiny_drawn": ("bert", "TinyLora", {"u": 5, "r": 20, "save_projection": False, "bias": "tinylora_only"}),
+    "boft_llama": ("llama", "BOFT", {"boft_block_size": 4}),
+    "boft_number": ("bert", "BOFT", {"boft_block_size": 0, "boft_block_num": 2, "bias": "boft_only"}),
+    "boft_random": ("bert", "BOFT", {"boft_block_size": 8, "init_weights": False}),
+    "boft_conv": ("pixels", "BOFT", {"boft_block_size": 4, "target_modules": CONVOLUTIONS}),
+    "hra_llama": ("llama", "HRA", {"r": 4}),
+    "hra_odd": ("bert", "HRA", {"r": 3, "bias": "hra_only"}),
+    "hra_orthogonal": ("llama", "HRA", {"r": 3, "apply_GS": True, "init_weights": False}),
+    "hra_conv": ("pixels", "HRA", {"r": 4, "target_modules": CONVOLUTIONS}),
+    "road_llama": ("llama", "Road", {"group_size": 4}),
+    "road_2": ("bert", "Road", {"group_size": 8, "variant": "road_2"}),
+    "road_4": ("bert", "Road", {"group_size": 4, "variant": "road_4", "init_weights": False}),
+    "deft_llama": ("llama", "Deft", {"r": 4, "alpha": 6}),
+    "deft_gpt2": ("gpt2", "Deft", {"r": 4, "decomposition_method": "qr", "init_weights": False, "init_scale": 3.0}),
+    "deft_wide": ("bert", "Deft", {"r": 99, "alpha": 7, "bias": "deft_only"}),
+    "deft_para": ("llama", "Deft", {"r": 3, "para": True}),
+    "peanut_llama": ("llama", "Peanut", {"r": 4, "scaling": 2.0}),
+    "peanut_deep": ("bert", "Peanut", {"r": 4, "depth": 2, "act_fn": "silu", "init_weights": False}),
+    "beft_bert": ("bert", "Beft", {}),
+    "beft_random": ("bert", "Beft", {"init_weights": False}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
 STARTS_ALIKE = ("vb_",)  # whose starting values are drawn in another order: equal in distribution
 ONCE = "vblora_vector_bank|unilora_theta_d|tinylora_v"  # kept once; theirs is registered at every layer as well, and found there first
 every = pytest.mark.parametrize("case", CASES)
+STACKED = [
+    "ia3_llama",
+    "loha_llama",
+    "vera_llama",
+    "boft_llama",
+    "hra_llama",
+    "road_llama",
+    "deft_llama",
+    "peanut_llama",
+    "beft_bert",
+]
 METHODS_HERE = [
     "IA3",
     "LoHa",
@@ -182,6 +212,12 @@ METHODS_HERE = [
     "C3A",
     "FourierFT",
     "WaveFT",
+    "BOFT",
+    "HRA",
+    "Road",
+    "Deft",
+    "Peanut",
+    "Beft",
 ]
 
 
@@ -365,7 +401,7 @@ def test_half_precision(case: str, tmp_path: Path) -> None:
         assert torch.equal(ours.base_model.vera_A["default"], theirs.base_model.vera_A["default"])
 
 
-@pytest.mark.parametrize("case", ["ia3_llama", "loha_llama", "vera_llama"])
+@pytest.mark.parametrize("case", STACKED)
 def test_two_adapters_active_and_switched(case: str) -> None:
     ours, theirs = pair(case)
     name, kind, fields = CASES[case]

@@ -17,7 +17,7 @@ from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.plan import Plan, Row, require_known
+from trimtab.layer.plan import Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class
 
 
@@ -186,9 +186,10 @@ class Tuner(nn.Module):
         return self.graft.unload(pristine=pristine)
 
     # ------------------------------------------------------------------ forward
-    def extras(self, inputs: dict[str, Any], adapter_names: Sequence[str] | None = None) -> dict[str, Any]:
+    def extras(self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None) -> dict[str, Any]:
         """Take out of a forward's arguments what is for the formulas of adapters (of the active ones by default)."""
-        names = self.graft.board.route_here(quiet=True).active if adapter_names is None else adapter_names
+        active = self.graft.board.route_here(quiet=True).active
+        names = active if adapter_names is None else [name for row in adapter_names for name, _ in wanted(row)]
         return self.graft.residents.extras(names, inputs)
 
     @contextlib.contextmanager

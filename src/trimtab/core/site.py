@@ -206,7 +206,7 @@ class LinearSite(Site):
             return None
         parameters = layer._parameters
         W = parameters["weight"]
-        if type(W) is not nn.Parameter or torch.is_autocast_enabled(W.device.type):
+        if type(W) is not nn.Parameter or W.is_meta or torch.is_autocast_enabled(W.device.type):
             return None
         return W, parameters["bias"]
 

@@ -247,6 +247,14 @@ class Graft:
         self._place_biases()
         self.settle()
 
+    def turn_to(self, name: str) -> None:
+        """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
+        parts = [*self.base.layers.values(), *self.base.saved.values()]
+        off = [x for x in parts if x.disable_adapters] if self.board.route.enabled else []
+        self.set_active([name], trainable=None)
+        for part in off:
+            part.switch([name], False)
+
     def set_enabled(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
         self.board.set(enabled=enabled)
@@ -377,6 +385,8 @@ class Graft:
             if adapter.biases is not None:
                 adapter.biases.take_out(keep=merge and adapter.name in self.board.route.active)
         self.model._modules.pop("trimtab_biases", None)
+        if merge:
+            merging.settle(self.base)
         for layer in self.base.layers.values():
             if not merge and layer.originals.held:
                 layer.unmerge()

@@ -217,7 +217,7 @@ class PeftModel(Facts):
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route_here()
+        route = self.graft.board.route_here(quiet=adapter_names is not None)
         prompts = self.graft.prompts
         found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):

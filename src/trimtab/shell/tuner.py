@@ -43,11 +43,10 @@ class Tuner(nn.Module):
         self.model = model
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
-        fresh = not self.graft.adapters
         for name, config in configs.items():
             self.add(name, config, **kwargs)
-        if fresh and configs:
-            self.graft.set_active([next(iter(configs))], trainable=None)
+        if configs:
+            self.graft.turn_to(next(iter(configs)))
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
 
     # ------------------------------------------------------------------ adapters

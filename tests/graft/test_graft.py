@@ -369,8 +369,8 @@ def test_others_see_the_base_as_it_was(start: str) -> None:
     model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
     model.set_adapter("other")
     assert torch.equal(model.eval()(IDS), plain)
-    with pytest.warns(PeftWarning):
-        model.set_adapter("default")
+    model.set_adapter("default")
+    with pytest.warns(PeftWarning, match="was active"):
         model.delete_adapter("default")
     assert torch.equal(model.unload()(IDS), plain), "its start went with it"
 

@@ -247,14 +247,6 @@ class Graft:
         self._place_biases()
         self.settle()
 
-    def turn_to(self, name: str) -> None:
-        """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
-        parts = [*self.base.layers.values(), *self.base.saved.values()]
-        off = [x for x in parts if x.disable_adapters] if self.board.route.enabled else []
-        self.set_active([name], trainable=None)
-        for part in off:
-            part.switch([name], False)
-
     def set_enabled(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
         self.board.set(enabled=enabled)

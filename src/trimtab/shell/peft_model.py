@@ -152,11 +152,12 @@ class PeftModel(Facts):
             base,
             adapter_name,
             hub,
-            overrides=None if known else overrides,
+            overrides=overrides,
             device=torch_device,
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         if known:
             source.refill(self.graft)
@@ -166,6 +167,7 @@ class PeftModel(Facts):
             with source.blamed():
                 config = self._completed(base, config)
                 self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+            source.resume(self.graft)
         if not is_trainable:
             self.eval()
         return source.result
@@ -350,6 +352,7 @@ class PeftModel(Facts):
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         own: Any = source.config
         own.inference_mode = not is_trainable
@@ -359,6 +362,7 @@ class PeftModel(Facts):
         except BaseException:
             discard_empty(model)
             raise
+        source.resume(adapted.graft)
         if config is not None:
             keep(adapted.graft, adapted.graft.adapters[adapter_name], config)
         return adapted if is_trainable else adapted.eval()

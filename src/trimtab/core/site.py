@@ -206,7 +206,7 @@ class LinearSite(Site):
             return None
         parameters = layer._parameters
         W = parameters["weight"]
-        return (W, parameters["bias"]) if type(W) is nn.Parameter else None
+        return (W, parameters["bias"]) if type(W) is nn.Parameter and not W.is_meta else None
 
     def widens(self, x: Tensor) -> bool:
         """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""

@@ -378,6 +378,8 @@ class Graft:
             if adapter.biases is not None:
                 adapter.biases.take_out(keep=merge and adapter.name in self.board.route.active)
         self.model._modules.pop("trimtab_biases", None)
+        if merge:
+            merging.settle(self.base)
         for layer in self.base.layers.values():
             if not merge and layer.originals.held:
                 layer.unmerge()

@@ -153,11 +153,12 @@ class PeftModel(Facts):
             base,
             adapter_name,
             hub,
-            overrides=None if known else overrides,
+            overrides=overrides,
             device=torch_device,
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         if known:
             source.refill(self.graft)
@@ -167,6 +168,7 @@ class PeftModel(Facts):
             with source.blamed():
                 config = self._completed(base, config)
                 self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+            source.resume(self.graft)
         if not is_trainable:
             self.eval()
         return source.result
@@ -222,7 +224,7 @@ class PeftModel(Facts):
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route_here()
+        route = self.graft.board.route_here(quiet=adapter_names is not None)
         prompts = self.graft.prompts
         found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):
@@ -357,6 +359,7 @@ class PeftModel(Facts):
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         own: Any = source.config
         own.inference_mode = not is_trainable
@@ -366,6 +369,7 @@ class PeftModel(Facts):
         except BaseException:
             discard_empty(model)
             raise
+        source.resume(adapted.graft)
         if config is not None:
             keep(adapted.graft, adapted.graft.adapters[adapter_name], config)
         return adapted if is_trainable else adapted.eval()

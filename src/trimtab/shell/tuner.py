@@ -14,6 +14,7 @@ from trimtab.core.config import PeftConfig
 from trimtab.core.method import Call
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
+from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
@@ -43,12 +44,20 @@ class Tuner(nn.Module):
         self.model = model
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
-        fresh = not self.graft.adapters
         for name, config in configs.items():
             self.add(name, config, **kwargs)
-        if fresh and configs:
-            self.graft.set_active([next(iter(configs))], trainable=None)
+        if configs:
+            self._turn_to(next(iter(configs)))
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def _turn_to(self, name: str) -> None:
+        """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
+        graft = self.graft
+        parts = [*graft.base.layers.values(), *graft.base.saved.values()]
+        off = [x for x in parts if x.disable_adapters] if graft.board.route.enabled else []
+        graft.set_active([name], trainable=None)
+        for part in off:
+            part.switch([name], False)
 
     # ------------------------------------------------------------------ adapters
     def add(self, name: str, config: PeftConfig, **kwargs: Any) -> Adapter:
@@ -263,17 +272,18 @@ class Tuner(nn.Module):
         found = {}
         for name in self.active_adapters if names is None else names:
             adapter = self.graft.adapters[name]
-            own: list[Any] = adapter.methods if adapter.prompt is None else [adapter.prompt]
-            term = adapter.method.penalty(own, adapter.config)
+            term = adapter.method.penalty(adapter.formulas, adapter.config)
             if term is not None:
                 found[name] = term
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it."""
+        """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it.
+
+        Without it they count the steps themselves; after the first call they leave that to the caller.
+        """
         for name in self.active_adapters:
-            adapter = self.graft.adapters[name]
-            adapter.method.step(adapter.methods, adapter.config, global_step)
+            steps.by_hand(self.graft.adapters[name], global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -46,3 +48,19 @@ def quiet(verbose: bool = False) -> Iterator[None]:
             del os.environ["TQDM_DISABLE"]
             if bars is not None:
                 os.environ["TQDM_DISABLE"] = bars
+
+
+def quietly(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that runs inside `quiet`, with --verbose as the last of its options."""
+    signature = inspect.signature(verb, eval_str=True)
+    verbose = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+
+    @functools.wraps(verb)
+    def run(*args: Any, verbose: bool = False, **given: Any) -> None:
+        with quiet(verbose):
+            verb(*args, **given)
+
+    parameters = [*signature.parameters.values(), verbose]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return run

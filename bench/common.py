@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,3 +27,21 @@ def interleaved(arms: dict[str, Callable[[], float]], blocks: int) -> dict[str, 
 def median_ms(seconds: Sequence[float]) -> float:
     """The median in milliseconds."""
     return 1000 * statistics.median(seconds)
+
+
+def clocks(run: Callable[[], object]) -> tuple[float, float]:
+    """(seconds by the wall clock, processor seconds) of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def ratio(found: Sequence[float], base: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The ratio of medians and its 95 % interval, by drawing blocks anew: (ratio, low, high)."""
+    rng, n = random.Random(0), len(found)
+    drawn = []
+    for _ in range(draws):
+        blocks = [rng.randrange(n) for _ in range(n)]
+        drawn.append(statistics.median(found[b] for b in blocks) / statistics.median(base[b] for b in blocks))
+    drawn.sort()
+    return statistics.median(found) / statistics.median(base), drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]

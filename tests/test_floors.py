@@ -82,6 +82,55 @@ def test_a_floor_imports_only_from_the_floors_below(path: Path) -> None:
         assert fine, f"{path}:{line} imports {module} from floor {FLOORS[there]}, and stands on {FLOORS[here]}"
 
 
+def edges() -> dict[str, set[str]]:
+    """File -> the files of trimtab it imports, wherever in it: at the top, inside functions, under TYPE_CHECKING."""
+    modules = {".".join(["trimtab", *p.with_suffix("").parts]).removesuffix(".__init__"): p for p in FILES}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        wanted = {module for module, _ in imports(path)}
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                if parts <= set(modules):  # `from package import module` needs the module, not the package's names
+                    wanted = wanted - {node.module} | parts
+        found[name] = {module for module in wanted if module in modules and module not in (name, "trimtab")}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of files that import each other, directly or by way of others."""
+    reach = {name: set(there) for name, there in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return [{m for m in reach[n] if n in reach[m]} for n in graph if n in reach[n]]
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == {"a", "b", "c"}
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert "trimtab.core.method" in edges()["trimtab.layer.adapted"]
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports for the type checker alone count: who needs another's name leans on it."""
+    assert not circles(edges())
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_FILE
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            start = node.body[0].lineno if ast.get_docstring(node) is None else node.body[0].end_lineno or node.lineno
+            assert (node.end_lineno or start) - start < LONGEST_FUNCTION, f"{path}:{node.lineno} {node.name}"
+
+
 def test_every_floor_exists_or_is_planned() -> None:
     assert {package_of(p) for p in FILES if str(p) not in EXEMPT} <= set(FLOORS)
     assert {"formats", "core", "methods", "init", "files", "layer", "graft", "shell"} <= {package_of(p) for p in FILES}

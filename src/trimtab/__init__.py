@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # module -> the public names it holds; every method's config is public by its line in the registry
 _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
-    "trimtab.methods": ["PeftConfig"],
+    "trimtab.methods": ["PeftConfig", "register_method"],
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
     "trimtab.shell.tasks": [
         "PeftModel",

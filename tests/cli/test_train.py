@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests.train.conftest import make_model, make_tokenizer
 from trimtab.cli import app
-from trimtab.cli.train import rest
+from trimtab.cli.options import rest
 from trimtab.train.config import FIELDS, SHOWN
 
 MAIN = [

@@ -113,6 +113,9 @@ def test_biases_of_the_base_train_and_go_away(kind: str) -> None:
     with model.disable_adapter():
         assert torch.equal(model(IDS), expected)
     assert torch.equal(model(IDS), trained)
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        raise ZeroDivisionError
+    assert torch.equal(model(IDS), trained)
     model.unload()
     assert_untouched(base, before)
     assert torch.equal(base(IDS), expected)

@@ -10,18 +10,21 @@ import yaml
 from trimtab import LoraConfig
 from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
-from trimtab.train.adapters import adapter_config, method_fields
+from trimtab.train.adapters import USUAL, adapter_config
 from trimtab.train.config import FIELDS, SHOWN, TrainConfig, read_config, read_file
+from trimtab.train.methods import method_fields
 from trimtab.train.names import ALIASES
 
 
 def test_every_field_has_its_help_and_every_alias_leads_to_a_setting() -> None:
-    known = {*FIELDS, *method_fields("lora")}
+    known = {*FIELDS, *method_fields("lora", USUAL)}
     assert all(f.metadata["help"].endswith(".") for f in FIELDS.values())
     assert {ours for ours, _ in ALIASES.values()} <= known
     assert not set(ALIASES) & set(FIELDS), "a name of ours is no alias"
     assert set(SHOWN) <= {f.name for f in dataclasses.fields(LoraConfig)}
-    assert not set(FIELDS) & {name for method in METHODS for name in method_fields(method)}, "one name, two meanings"
+    assert not set(FIELDS) & {name for method in METHODS for name in method_fields(method, USUAL)}, (
+        "one name, two meanings"
+    )
 
 
 def test_values_are_read_as_their_types_whatever_they_come_from() -> None:

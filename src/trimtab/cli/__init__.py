@@ -17,9 +17,10 @@ from trimtab.cli.generate import generate
 from trimtab.cli.inspect import inspect
 from trimtab.cli.merge import merge
 from trimtab.cli.methods import methods
+from trimtab.cli.options import EXTRA
 from trimtab.cli.quiet import quietly
 from trimtab.cli.rank import rank
-from trimtab.cli.train import EXTRA, train
+from trimtab.cli.train import train
 from trimtab.cli.trl import dpo, grpo, kto, reward
 from trimtab.cli.version import show_version, version
 from trimtab.errors import PeftError

@@ -294,7 +294,12 @@ class PeftConfig:
 
     @classmethod
     def _get_peft_type(cls, model_id: str, **kwargs: Any) -> str:
-        return str(cls.from_pretrained(model_id, **kwargs).peft_type.value)
+        return type_name(cls.from_pretrained(model_id, **kwargs))
+
+
+def type_name(config: Any) -> str:
+    """The `peft_type` of a config as its file has it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trimtab.core.combining import Recipe, split, split_product
+from trimtab.core.kernels import delta_linear
 from trimtab.core.method import Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
@@ -122,36 +122,17 @@ class LowRank(Method):
 
 
 class Delta(Method):
-    """dW of full size, formed from few tensors. The base product stays as it is; dW is formed anew for the backward
-    pass instead of being saved, so that training needs no copy of the weights."""
+    """dW of full size, formed from few tensors; formed anew for the backward pass instead of being saved, so that
+    training needs no copy of the weights."""
 
     def plus_delta(self, y: Tensor, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """y + dW·x with dW = form(*tensors) (out, in). `form` must be a function of its arguments alone."""
-        if self.site.kind != "linear" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self.site.kind != "linear":
             M = form(*tensors)
             return y + self.site.apply(x, M.to(x.dtype) if x.is_floating_point() else M)
-        return y + _Recomputed.apply(x, form, *tensors)
+        return y + delta_linear(x, None, None, form, *tensors)
 
-
-class _Recomputed(torch.autograd.Function):
-    """x (..., in) times form(*tensors) (out, in), the matrix formed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.form = form
-        ctx.save_for_backward(x, *tensors)
-        return F.linear(x, form(*tensors).to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, *tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-            M = ctx.form(*leaves)
-        dx = gradient @ M.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        wanted = [leaf for leaf, n in zip(leaves, needed, strict=True) if n]
-        dM = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        found = iter(torch.autograd.grad(M, wanted, dM.to(M.dtype)) if wanted else ())
-        return (dx, None, *(next(found) if n else None for n in needed))
+    def with_delta(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
+        """The layer's own product and dW·x in one step, or None where the layer has no plain weight."""
+        plain = self.site.plain()
+        return None if plain is None else delta_linear(x, *plain, form, *tensors)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import dropout
 from trimtab.core.config import PeftConfig
+from trimtab.core.dropout import Dropout, mixed, rows_of
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -82,18 +82,22 @@ class Call:
         """
         if not p or not method.training or not x.is_floating_point():
             return x
-        if torch.compiler.is_compiling():  # a generator would break the graph
+        if torch.compiler.is_compiling():  # lists of places would break the graph
             return torch.nn.functional.dropout(x, p)
-        return x * self.mask(method, x, p).to(x.dtype) / (1 - p) if p < 1 else x * 0
+        return self.dropout(method, x, p)(x)
+
+    def dropout(self, method: Method, x: Tensor, p: float, salt: str = "") -> Dropout:
+        """The dropout that `drop` does, as what a fused step takes."""
+        return Dropout(p, self.key(method, salt), rows_of(x, self.keys, self.lengths))
 
     def mask(self, method: Method, x: Tensor, p: float, salt: str = "") -> Tensor:
         """Which entries of `x` dropout keeps, as bools of its shape."""
-        return dropout.keep_mask(self.key(method, salt), x, p, self.keys, self.lengths)
+        return self.dropout(method, x, p, salt).kept(x)
 
     def key(self, method: Method, salt: str = "") -> int:
         """A number for a generator: a function of the seed, the adapter, the site and `salt`."""
         seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
-        return dropout.mixed(seed, zlib.crc32(f"{method.adapter}/{method.site.name}/{salt}".encode()))
+        return mixed(seed, zlib.crc32(f"{method.adapter}/{method.site.name}/{salt}".encode()))
 
     def generator(self, method: Method, salt: str = "", device: Any = "cpu") -> torch.Generator:
         """A generator of random numbers that belong to no row."""

@@ -168,7 +168,7 @@ class Site:
         """The layer's own weight (as it lies) and bias, where nothing stands between them and its product.
 
         That is the ticket of a fused step (`Method.through`): None where the layer is hooked, kept elsewhere,
-        quantised, of a class with a forward of its own, or under autocast.
+        quantised, or of a class with a forward of its own. Autocast is the step's to follow.
         """
         return None
 
@@ -206,9 +206,7 @@ class LinearSite(Site):
             return None
         parameters = layer._parameters
         W = parameters["weight"]
-        if type(W) is not nn.Parameter or torch.is_autocast_enabled(W.device.type):
-            return None
-        return W, parameters["bias"]
+        return (W, parameters["bias"]) if type(W) is nn.Parameter else None
 
     def widens(self, x: Tensor) -> bool:
         """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.config import FORMAT_VERSION
+from trimtab.core.config import FORMAT_VERSION, type_name
 
 NAME = "README.md"
 
@@ -45,7 +45,7 @@ def render(path: Path, config: Any, described: bool = True) -> str:
     import yaml
 
     data: dict[str, Any] = {}
-    method = str(getattr(getattr(config, "peft_type", None), "value", "?"))
+    method = "?" if config is None else type_name(config)
     task = str(getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None)))
     base = getattr(config, "base_model_name_or_path", None) if described else None
     auto = "AutoPeftModelForCausalLM" if task == "CAUSAL_LM" else "AutoPeftModel"

@@ -6,20 +6,23 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 from torch import nn
 
 from trimtab.core.targets import matches
 from trimtab.files.codec import PREFIX, unwrapped
-from trimtab.methods import METHODS, prefix_of
+from trimtab.methods import known, prefix_of
 
 
-@cache
 def leaves() -> tuple[str, ...]:
     """What a segment starts with where a module's path is over."""
-    return (*map(prefix_of, METHODS), "modules_to_save", "token_adapter", "base_layer")
+    return _leaves(tuple(known()))
+
+
+@functools.cache
+def _leaves(types: tuple[str, ...]) -> tuple[str, ...]:
+    return (*map(prefix_of, types), "modules_to_save", "token_adapter", "base_layer")
 
 
 def transforms(model: nn.Module) -> list[Any]:

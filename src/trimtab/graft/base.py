@@ -109,6 +109,18 @@ class Base:
         for parent, attribute in self.holders[path]:
             parent._modules[attribute] = new
 
+    def bare(self, used: set[int]) -> None:
+        """Put the model's own modules back where what stands around them is not among `used` (identities)."""
+        for path in [p for p, w in self.saved.items() if id(w) not in used]:
+            self.swap(path, self.saved.pop(path).original_module)
+        empty = [x for x in self.layers.values() if id(x) not in used and not x.originals.takers]
+        for path in dict.fromkeys(layer.path for layer in empty):
+            around = self.layers_at(path)
+            if all(id(x) not in used for x in around):
+                self.swap(path, around[0].frozen)
+                for key in [k for k, x in self.layers.items() if x.path == path]:
+                    del self.layers[key]
+
 
 def _asked(model: nn.Module, getter: str) -> Any:
     try:

@@ -35,7 +35,7 @@ def combine(graft: Graft, names: Sequence[str], weights: Sequence[float], new: s
     _check(adapters)
     layers = {layer.path: layer.methods for a in adapters.values() for layer in a.layers}
     terms = list(zip(names, weights, strict=True))
-    here = {path: layers[path] for path in graft.modules if path in layers}  # in the model's order
+    here = {path: layers[path] for path in graft.base.modules if path in layers}  # in the model's order
     parts = {path: [(methods[n][0], w) for n, w in terms if n in methods] for path, methods in here.items()}
     ranks = _ranks(parts, recipe)
     config = _config(list(adapters.values()), ranks, recipe)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import ModelMethod, PromptMethod
+from trimtab.core.method import ModelMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
@@ -76,11 +76,6 @@ class Graft:
         """The modules that adapters train whole, by path."""
         return self.base.saved
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model's own modules by path."""
-        return self.base.modules
-
     def require(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the ones there are."""
         if name not in self.adapters:
@@ -97,9 +92,10 @@ class Graft:
         self.base = Base(self.model)
         live = set(map(id, [*self.base.layers.values(), *self.base.saved.values()]))
         lost = any(id(x) not in live for x in (*before.layers.values(), *before.saved.values()))
+        stand = {id(x) for x in self.residents.layouts() if any(id(layer) in live for layer in x.layers)}
         for name, adapter in list(self.adapters.items()):
-            parts: list[Any] = [x for x in adapter.parts if id(x) in live]
-            here = parts and (adapter.parked or any(name in x.adapters for x in parts))
+            parts: list[Any] = [] if adapter.parked else [x for x in adapter.parts if id(x) in live]
+            here = id(adapter.layout) in stand if adapter.parked else any(name in x.adapters for x in parts)
             if not here and adapter.prompt is None:
                 self._forget(adapter)
         return not lost or bool(live or self.adapters)
@@ -141,7 +137,7 @@ class Graft:
             for parameter in free:
                 parameter.requires_grad_(False)
             if issubclass(method, ModelMethod):
-                layout, prompt = Layout(config, []), self._prompt(method, config)
+                layout, prompt = Layout(config, []), prompts.started(method, config, self.model)
             else:
                 layout = stage.layout(config, method, autocast, strict, self.layouts)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
@@ -168,16 +164,6 @@ class Graft:
                 f"An adapter cannot be called '{name}': its tensors are attributes of modules, which have one of that "
                 "name already."
             )
-
-    def _prompt(self, method: type[ModelMethod], config: Any) -> ModelMethod:
-        """A method of the model, started as the config says."""
-        if issubclass(method, PromptMethod):
-            prompts.complete(config, self.model, method.cached)
-        prompt = method()
-        prompt.build(config)
-        with torch.no_grad():
-            prompt.reset(config, self.model)
-        return prompt.to(self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
     def _build(self, stage: Stage, adapter: Adapter, tensors: Fill | None, meta: bool) -> None:
         """Put the adapter's tensors where they belong, and give them their values."""
@@ -269,13 +255,12 @@ class Graft:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Inside the block the model is the plain base model, in this thread."""
-        with self.board.off():
-            self._place_biases()
-            try:
+        try:
+            with self.board.off():
+                self._place_biases()
                 yield
-            finally:
-                pass
-        self._place_biases()
+        finally:
+            self._place_biases()
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Make an adapter trainable or frozen, active or not."""
@@ -376,16 +361,7 @@ class Graft:
 
     def _bare(self) -> None:
         """Layers and modules that have nothing of any adapter left give way to the base's own."""
-        used = {id(x) for a in self.adapters.values() for x in a.parts}
-        for path in [p for p, w in self.base.saved.items() if id(w) not in used]:
-            self.base.swap(path, self.base.saved.pop(path).original_module)
-        empty = [key for key, layer in self.base.layers.items() if id(layer) not in used and not layer.originals.takers]
-        for path in dict.fromkeys(self.base.layers[key].path for key in empty):
-            around = self.base.layers_at(path)
-            if all(id(x) not in used for x in around):
-                self.base.swap(path, around[0].frozen)
-                for key in [k for k, x in self.base.layers.items() if x.path == path]:
-                    del self.base.layers[key]
+        self.base.bare(self.residents.parts())
         if not self.base.layers:
             self.detours.restore()
         self._rename({})

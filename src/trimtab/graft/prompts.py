@@ -11,12 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import ModelMethod, PromptMethod
 from trimtab.errors import ConfigError
 
 Inputs = dict[str, Any]
+
+
+def started(method: type[ModelMethod], config: Any, model: nn.Module) -> ModelMethod:
+    """A method of the model, started as the config says."""
+    if issubclass(method, PromptMethod):
+        complete(config, model, method.cached)
+    made = method()
+    made.build(config)
+    with torch.no_grad():
+        made.reset(config, model)
+    return made.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
 
 def complete(config: Any, model: Any, cached: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from trimtab.graft.adapters import Adapter, install, tensors_of
+from trimtab.graft.adapters import Adapter, Layout, install, tensors_of
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
 
@@ -76,9 +76,17 @@ class Residents:
     def parked_at(self, layer: AdaptedLayer, leaves: Leaves | None = None) -> list[str]:
         """The parked adapters that have something at a layer, or in a container of it."""
         container = next((n for n, c in layer.containers.items() if c is leaves), None)
-        return [
-            adapter.name for adapter in self.adapters.values() if adapter.parked and _stands(adapter, layer, container)
-        ]
+        there = {id(layout) for layout in self.layouts() if _stands(layout, layer, container)}
+        return [a.name for a in self.adapters.values() if a.parked and id(a.layout) in there]
+
+    def layouts(self) -> list[Layout]:
+        """The layouts that adapters have, each once, however many share one."""
+        return list({id(a.layout): a.layout for a in self.adapters.values()}.values())
+
+    def parts(self) -> set[int]:
+        """The identities of all that adapters have in the module tree of the base."""
+        layers = {id(layer) for layout in self.layouts() for layer in layout.layers}
+        return layers | {id(wrapper) for a in self.adapters.values() for wrapper in a.saved}
 
     def convert(self, layer: AdaptedLayer, fn: Any) -> None:
         """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
@@ -90,8 +98,8 @@ class Residents:
                 }
 
 
-def _stands(adapter: Adapter, layer: AdaptedLayer, container: str | None) -> bool:
-    places = [p for p in adapter.layout.places if p.layer is layer]
+def _stands(layout: Layout, layer: AdaptedLayer, container: str | None) -> bool:
+    places = [p for p in layout.places if p.layer is layer]
     if container is None:
         return bool(places)
     return any(p.method.templates[leaf].partition(".{}")[0] == container for p in places for leaf in p.leaves)

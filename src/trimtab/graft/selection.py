@@ -30,28 +30,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     """The modules the config adapts; completes its `target_modules` as it will be saved."""
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
-    model_type = base.model_type
-    named = bool(getattr(config, "target_parameters", None))
-    default = default_targets(config, model_type)
-    if config.target_modules is None and named and (default is None or fused(base.model, base.modules)):
-        config.target_modules = set()
-    if config.target_modules is None:
-        if default == INPUT_EMBEDDING:
-            default = [input_embedding(base)]
-        if default is None and not config.modules_to_save:
-            raise ConfigError(
-                "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
-                f"models of type {model_type!r}."
-            )
-        config.target_modules = default if isinstance(default, str) else set(default or ())
-    for field_name, table in getattr(method, "defaults", {}).items():
-        if getattr(config, field_name) is None:
-            if model_type not in table:
-                raise ConfigError(
-                    f"Please specify `{field_name}` in `peft_config`: "
-                    f"there is no default for models of type {model_type!r}."
-                )
-            setattr(config, field_name, set(table[model_type]))
+    by_default(base, config, method)
     kinds = {n: kind(m) for n, m in base.modules.items()}
     head = base.head
     linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
@@ -75,6 +54,38 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
                 f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
                 f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
             )
+    note(base, config, targets)
+    return targets
+
+
+def by_default(base: Base, config: Any, method: type[Method]) -> None:
+    """Complete what the config leaves open by what the method adapts in models of this type."""
+    model_type = base.model_type
+    named = bool(getattr(config, "target_parameters", None))
+    default = default_targets(config, model_type)
+    if config.target_modules is None and named and (default is None or fused(base.model, base.modules)):
+        config.target_modules = set()
+    if config.target_modules is None:
+        if default == INPUT_EMBEDDING:
+            default = [input_embedding(base)]
+        if default is None and not config.modules_to_save:
+            raise ConfigError(
+                "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
+                f"models of type {model_type!r}."
+            )
+        config.target_modules = default if isinstance(default, str) else set(default or ())
+    for field_name, table in getattr(method, "defaults", {}).items():
+        if getattr(config, field_name) is None:
+            if model_type not in table:
+                raise ConfigError(
+                    f"Please specify `{field_name}` in `peft_config`: "
+                    f"there is no default for models of type {model_type!r}."
+                )
+            setattr(config, field_name, set(table[model_type]))
+
+
+def note(base: Base, config: Any, targets: list[Target]) -> None:
+    """Write into the config what is saved with it, and say which of its patterns fit nothing."""
     if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
         wanted = config.target_modules
         short = condense(wanted, (n for n in base.modules if matches(wanted, n) is None))
@@ -88,8 +99,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     names = [t.name for t in targets]
     for field_name in config.patterns:
         if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
-            warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, kinds)}")
-    return targets
+            warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, base.modules)}")
 
 
 def without_parts(base: Base, targets: list[Target]) -> list[Target]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trimtab.core.config import PeftConfig
+from trimtab.core.config import PeftConfig, type_name
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,8 +34,31 @@ COMPANIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
+ADDED: dict[str, type[Method]] = {}  # methods from outside
+
+
+def register_method(peft_type: str, method: type[Method]) -> None:
+    """Make a method of your own known: configs and files whose `peft_type` this is are its own from then on.
+
+    Raises:
+        ConfigError: the name is taken, or the method has no config class of its own.
+    """
+    if peft_type in METHODS or ADDED.get(peft_type, method) is not method:
+        raise ConfigError(f"There is a method '{peft_type}' already: choose another name.")
+    if method.config is PeftConfig or not method.prefix:
+        raise ConfigError(f"{method.__name__} needs a `config` class and a `prefix`, as every method has.")
+    ADDED[peft_type] = method
+
+
+def known() -> list[str]:
+    """The types of all methods."""
+    return [*METHODS, *ADDED]
+
+
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The config class of a method, by its `peft_type`."""
+    if peft_type in ADDED:
+        return ADDED[peft_type].config
     file, _, config = _row(peft_type)
     cls: type[PeftConfig] = getattr(import_module(f"{__name__}.{file}"), config)
     return cls
@@ -43,7 +66,9 @@ def config_class(peft_type: str) -> type[PeftConfig]:
 
 def method_class(config: PeftConfig) -> type[Method]:
     """The method a config asks for: its type's own, or one of that type's variants."""
-    file, method, _ = _row(str(getattr(config.peft_type, "value", config.peft_type)))
+    if (peft_type := type_name(config)) in ADDED:
+        return ADDED[peft_type]
+    file, method, _ = _row(peft_type)
     module = import_module(f"{__name__}.{file}")
     for field, variant in getattr(module, "VARIANTS", {}).items():
         if getattr(config, field):
@@ -54,13 +79,15 @@ def method_class(config: PeftConfig) -> type[Method]:
 
 def default_targets(config: PeftConfig, model_type: str | None) -> Any:
     """What a config's method, whatever its variant, adapts in models of a type unless told otherwise; or None."""
-    file, method, _ = _row(str(getattr(config.peft_type, "value", config.peft_type)))
-    table = load(file, method).targets
-    return table.get(model_type, table.get("*"))
+    peft_type = type_name(config)
+    table = (ADDED.get(peft_type) or load(*_row(peft_type)[:2])).targets
+    return table.get(model_type or "*", table.get("*"))
 
 
 def prefix_of(peft_type: str) -> str:
     """What the names of a method's tensors start with."""
+    if peft_type in ADDED:
+        return ADDED[peft_type].prefix
     file, method, _ = METHODS.get(peft_type, ("", "", ""))
     return (load(file, method).prefix if file else "") or f"{peft_type.lower()}_"
 
@@ -109,7 +136,7 @@ def load(file: str, name: str) -> Any:
 
 def _row(peft_type: str) -> tuple[str, str, str]:
     if peft_type not in METHODS:
-        raise ConfigError(f"The method '{peft_type}' is not known here. Known: {', '.join(METHODS)}.")
+        raise ConfigError(f"The method '{peft_type}' is not known here. Known: {', '.join(known())}.")
     return METHODS[peft_type]
 
 

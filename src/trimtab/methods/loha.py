@@ -105,6 +105,11 @@ class LoHa(Delta):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(*(getattr(self, n) for n in self.names))
 
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        if self.training and (self.options.module_dropout or self.options.rank_dropout):
+            return None
+        return self.with_delta(x, self.form, *(getattr(self, n) for n in self.names))
+
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         rows = None
         skipped = self.options.module_dropout if self.training else 0

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
+from trimtab.core.kernels import lora_linear
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -171,16 +171,12 @@ class Lora(LowRank):
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
         plain = self.site.plain()
-        if plain is None or self.biased or (self.dropout and self.training):
+        dropped = self.dropout and self.training
+        if plain is None or self.biased or (dropped and torch.compiler.is_compiling()):
             return None
         (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
-        A, B = pa[ka], pb[kb]
-        if not (x.dtype == W.dtype == A.dtype == B.dtype):
-            return None
-        y, h = F.linear(x, W, b), F.linear(x, A)
-        if y.ndim == 2:
-            return torch.addmm(y, h, B.T, alpha=self.scaling)
-        return torch.addmm(y.view(-1, y.shape[-1]), h.view(-1, self.r), B.T, alpha=self.scaling).view_as(y)
+        drop = call.dropout(self, x, self.dropout) if dropped else None
+        return lora_linear(x, W, b, pa[ka], pb[kb], self.scaling, drop)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))

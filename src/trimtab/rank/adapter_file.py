@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.config import PeftConfig
+from trimtab.core.config import PeftConfig, type_name
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.files import card, store
@@ -126,7 +126,7 @@ class AdapterFile:
     @classmethod
     def of(cls, config: Any, tensors: Mapping[str, Tensor], source: str = "the model") -> AdapterFile:
         """The adapter of a config and tensors by their keys on disk; the same errors as `read`."""
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        kind = type_name(config)
         if kind != "LORA":
             raise AdapterFileError(
                 f"The adapter in {source} is {kind}, not LORA: its files alone do not say its delta. Give its base "

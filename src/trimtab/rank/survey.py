@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.config import type_name
 from trimtab.core.targets import layer_index
 from trimtab.errors import AdapterFileError
 from trimtab.files.codec import PREFIX
@@ -121,7 +122,7 @@ def _of_file(file: AdapterFile) -> Survey:
 def _of_model(model: nn.Module, name: str, top_k: int, epsilon: float, source: str = "") -> Survey:
     graft = locate_graft(model)[0]
     config = graft.require(name).config
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = type_name(config)
     pairs: dict[str, Pair] = {}
     if kind == "LORA" and not config.use_dora and not config.trainable_token_indices:  # then dW is the factors'
         pairs = {pair.stem: pair for pair in read_model(model, name).pairs.values()}

@@ -93,10 +93,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if graft is not None and graft.merged:
         raise ValueError(f"Adapters {graft.merged} are merged into the quantised base: call unmerge_adapter() first.")
     weights.plain(model, dtype)
-    for path, old in graft.modules.items() if graft is not None else ():
+    for path, old in graft.base.modules.items() if graft is not None else ():
         if weights.quantised(old):
             now: Any = graft.model.get_submodule(path)  # type: ignore[union-attr]
-            graft.modules[path] = now._modules.get("base_layer") or now._modules.get("original_module") or now  # type: ignore[union-attr]
+            graft.base.modules[path] = now._modules.get("base_layer") or now._modules.get("original_module") or now  # type: ignore[union-attr]
     for module in model.modules():  # what transformers notes of a quantised model, and refuses to save or cast it for
         if module.__dict__.get("is_quantized"):
             module.is_quantized = False  # type: ignore[assignment]

@@ -57,7 +57,7 @@ class Source:
         self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
         self.result: Any = None
         graft = find_graft(model)
-        self.names = Names(model, dict(model.named_modules()) if graft is None else graft.modules)
+        self.names = Names(model, dict(model.named_modules()) if graft is None else graft.base.modules)
         with reading(model_id, hub.get("subfolder")):
             if config is None and overrides is not None:
                 config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
@@ -102,6 +102,16 @@ class Source:
         self.result = _IncompatibleKeys([memory[key] for key in found.missing], found.unexpected)
         misfits = {key for key, _, _ in found.mismatched}
         return {key: tensor for key, tensor in tensors.items() if key not in misfits}
+
+    def refill(self, graft: Graft) -> None:
+        """Give an adapter that is there already the values of the file."""
+        adapter = graft.require(self.adapter)
+        slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
+        with self.blamed():
+            values = self(slots)
+        for slot in slots:
+            if slot.on_disk() in values:
+                slot.put(values[slot.on_disk()])
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

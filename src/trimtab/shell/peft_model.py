@@ -9,30 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
-from trimtab.errors import AdapterNameError, ArgumentError, ConfigError
-from trimtab.files import card, store
-from trimtab.files.codec import PREFIX, gathered
+from trimtab.errors import ArgumentError, ConfigError
 from trimtab.graft import prompts
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import find_graft
+from trimtab.shell import saving
 from trimtab.shell.arguments import require_config, require_model, require_source
-from trimtab.shell.convert import subtract_start
+from trimtab.shell.facts import Facts
 from trimtab.shell.loading import Source, keep
-from trimtab.shell.state import adapter_tensors
-from trimtab.shell.status import (
-    TunerLayerStatus,
-    TunerModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
-from trimtab.shell.tuner import Tuner, batch_shape, tuner_class
+from trimtab.shell.tuner import batch_shape, tuner_class
 
 # Heads that a task trains whole, whatever the config says.
 HEADS = {
@@ -50,7 +40,7 @@ def task_class(config: Any, default: type[PeftModel]) -> type[PeftModel]:
     return TASK_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), default)
 
 
-class PeftModel(nn.Module):
+class PeftModel(Facts):
     """A base model with adapters.
 
     Args:
@@ -77,7 +67,7 @@ class PeftModel(nn.Module):
         require_config(peft_config, f"{type(self).__name__}(model, config)")
         self.peft_type = peft_config.peft_type
         config = self._completed(model, peft_config)
-        self.base_model: Tuner = tuner_class(config.peft_type)(
+        self.base_model = tuner_class(config.peft_type)(
             model, config, adapter_name, autocast=autocast_adapter_dtype, **adding
         )
         self.prompt_encoder = self.graft.prompts
@@ -103,78 +93,6 @@ class PeftModel(nn.Module):
                     "class of the model that has one (AutoModelForSequenceClassification ...)."
                 )
         return config
-
-    # ------------------------------------------------------------------ what is there
-    @property
-    def graft(self) -> Graft:
-        """The model's adapters."""
-        return self.base_model.graft
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """{adapter: its config}."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters in use, innermost first."""
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter in use, or the list of them where there are several."""
-        return self.base_model.active_adapter
-
-    @property
-    def active_peft_config(self) -> Any:
-        """The config of the (first) active adapter.
-
-        Raises:
-            AdapterNameError: no adapter is active.
-        """
-        if not self.active_adapters:
-            known = f"set_adapter() one of {list(self.peft_config)}" if self.peft_config else "the model has none"
-            raise AdapterNameError(f"No adapter is active, so that there is no active config: {known}.")
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names of modules that adapters train whole."""
-        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
-        return names or None
-
-    @property
-    def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The number format of the base model."""
-        return getattr(self.get_base_model(), "dtype", None)
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether a forward pass uses any adapter."""
-        route = self.graft.board.route_here(quiet=True)
-        return route.enabled and bool(route.active)
-
-    def get_base_model(self) -> nn.Module:
-        """The Hugging Face model inside, with the adapters in place."""
-        return self.base_model.model
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable parameters, all parameters)."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """One row for each adapted layer."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """The state of the whole model."""
-        return get_model_status(self)
 
     # ------------------------------------------------------------------ adapters
     def add_adapter(
@@ -241,13 +159,7 @@ class PeftModel(nn.Module):
             ignore_mismatched=ignore_mismatched_sizes,
         )
         if known:
-            adapter = self.graft.require(adapter_name)
-            slots = [*self.graft.slots(adapter), *self.graft.embeddings(adapter, reading=True)]
-            with source.blamed():
-                values = source(slots)
-            for slot in slots:
-                if slot.on_disk() in values:
-                    slot.put(values[slot.on_disk()])
+            source.refill(self.graft)
         else:
             config: Any = source.config
             config.inference_mode = not is_trainable
@@ -360,45 +272,20 @@ class PeftModel(nn.Module):
             path_initial_model_for_weight_conversion: the folder of the adapter as it started, for one whose start
                 changed the base (PiSSA, OLoRA): what is saved is then a plain LoRA of twice the rank.
         """
-        root = Path(save_directory)
-        if root.is_file():
-            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {names}."
-            )
-        files: dict[Path, Any] = {}
-        state = kwargs.get("state_dict")
-        for name in names if is_main_process or state != {} else ():  # others may be given an empty one
-            # Every process takes part in gathering what is sharded over them; one writes.
-            tensors = gathered(adapter_tensors(self.graft, name, save_embedding_layers, state=state, prefix=PREFIX))
-            if not is_main_process:
-                continue
-            config = self.peft_config[name].copy()
-            if path_initial_model_for_weight_conversion is not None:
-                tensors = subtract_start(self.graft, name, config, tensors, path_initial_model_for_weight_conversion)
-            config.inference_mode = True
-            mapping = None
-            if config.task_type is None:
-                base = self.get_base_model()
-                mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-            files |= store.writers(store.folder_of(root, name), config, tensors, safe_serialization, mapping)
-        if not is_main_process:
-            return
-        files |= card.writers(root, self.peft_config[names[0]] if names else None, self._described)
-        store.save(files)
-
-    @property
-    def _described(self) -> bool:
-        """Whether the base model has a config, as transformers' models have."""
-        return getattr(self.get_base_model(), "config", None) is not None
+        saving.save(
+            self,
+            Path(save_directory),
+            safe_serialization,
+            selected_adapters,
+            save_embedding_layers,
+            is_main_process,
+            path_initial_model_for_weight_conversion,
+            kwargs.get("state_dict"),
+        )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the model card, or bring the data of the one that is there up to date."""
-        store.save(card.writers(Path(output_dir), self.active_peft_config, self._described))
+        saving.write_card(self, Path(output_dir))
 
     def push_to_hub(
         self,
@@ -411,21 +298,7 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """Upload the adapters to a repository on the Hub, made at need; arguments as `save_pretrained` has them."""
-        import tempfile
-
-        from huggingface_hub import create_repo, upload_folder
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            url = create_repo(repo_id, private=private, token=token, exist_ok=True)
-            return upload_folder(
-                repo_id=url.repo_id,
-                folder_path=folder,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload adapter",
-            )
+        return saving.push(self, repo_id, commit_message, private, token, revision, create_pr, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -60,7 +60,7 @@ def set_peft_model_state_dict(
     graft, prefix = locate_graft(model)
     adapter = graft.require(adapter_name)
     slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
-    names = Names(graft.model, graft.modules)
+    names = Names(graft.model, graft.base.modules)
     tensors = aligned(slots, peft_model_state_dict, adapter_name, prefix, names.today)
     found = fit(slots, tensors, prefix)
     if found.mismatched and not ignore_mismatched_sizes:

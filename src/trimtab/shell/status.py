@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from trimtab.core.config import type_name
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
@@ -64,7 +65,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     model, graft = unwrap(model), _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
-    order = {path: i for i, path in enumerate(graft.modules)}
+    order = {path: i for i, path in enumerate(graft.base.modules)}
     rows = []
     parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
     for part in sorted(parts, key=lambda part: order.get(part.name, -1)):
@@ -95,7 +96,7 @@ def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str
         return part.name, "ModulesToSaveWrapper"
     if all(type(m).__name__ == "TrainableTokens" for ms in part.methods.values() for m in ms):
         return f"{part.name}.token_adapter", "TrainableTokensLayer"
-    kinds = dict.fromkeys(graft.adapters[a].config.peft_type.value.lower() for a in part.methods)
+    kinds = dict.fromkeys(type_name(graft.adapters[a].config).lower() for a in part.methods)
     return part.name, f"{'.'.join(kinds)}.{type(part.frozen).__name__}"
 
 
@@ -110,7 +111,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         adapter_model_type=type(model._modules.get("base_model", model)).__name__
         if model is not graft.model
         else "None",
-        peft_types={a: graft.adapters[a].config.peft_type.value for a in names},
+        peft_types={a: type_name(graft.adapters[a].config) for a in names},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(rows),

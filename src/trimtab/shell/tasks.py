@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.core.config import PeftConfig
+from trimtab.core.config import PeftConfig, type_name
 from trimtab.core.report import warn
 from trimtab.core.targets import matches
 from trimtab.errors import ConfigError
@@ -202,7 +202,7 @@ def inject_adapter_in_model(
     if peft_config.is_prompt_learning:
         raise ConfigError("`create_and_replace` does not support prompt learning yet.")
     if state_dict is not None and hasattr(peft_config, "target_modules"):
-        kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+        kind = type_name(peft_config)
         paths = modules_of(state_dict, kind)
         if not paths:
             raise ConfigError(

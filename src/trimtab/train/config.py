@@ -242,10 +242,10 @@ def _gather_adapter(found: _Gathered, extra: Mapping[str, Any]) -> None:
     method = found.run.get("method", FIELDS["method"].default)
     if not found.adapter and method == FIELDS["method"].default:
         return
-    from trimtab.train.adapters import method_fields
+    from trimtab.train.methods import method_fields
 
     try:
-        known = method_fields(method)
+        known = method_fields(method, str(FIELDS["method"].default))
     except ConfigError as e:
         found.faults.append(str(e))
         return

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core import kernels
+from trimtab.core.kernels import half as kernels
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

@@ -1,0 +1,100 @@
+"""What one can ask an adapted model: its adapters, which are in use, what trains, its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.errors import AdapterNameError
+from trimtab.graft.graft import Graft
+from trimtab.shell.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
+from trimtab.shell.tuner import Tuner
+
+
+class Facts(nn.Module):
+    """The questions of `PeftModel`; nothing here changes the model.
+
+    Attributes:
+        base_model: the tuner, whose `.model` is the Hugging Face model.
+    """
+
+    base_model: Tuner
+
+    @property
+    def graft(self) -> Graft:
+        """The model's adapters."""
+        return self.base_model.graft
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """{adapter: its config}."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use, innermost first."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter in use, or the list of them where there are several."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> Any:
+        """The config of the (first) active adapter.
+
+        Raises:
+            AdapterNameError: no adapter is active.
+        """
+        if not self.active_adapters:
+            known = f"set_adapter() one of {list(self.peft_config)}" if self.peft_config else "the model has none"
+            raise AdapterNameError(f"No adapter is active, so that there is no active config: {known}.")
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of modules that adapters train whole."""
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The number format of the base model."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward pass uses any adapter."""
+        route = self.graft.board.route_here(quiet=True)
+        return route.enabled and bool(route.active)
+
+    def get_base_model(self) -> nn.Module:
+        """The Hugging Face model inside, with the adapters in place."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters)."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """One row for each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model."""
+        return get_model_status(self)

@@ -399,8 +399,8 @@ def test_an_adapter_of_another_base_or_template_is_told(run, root, tmp_path) -> 
                  "--max-new-tokens", "1"], ["compare", adapter, "-p", "Hi", "--max-new-tokens", "1"]):  # fmt: skip
         known.write_text(json.dumps(of_another))
         said = " ".join(ok(run(*args)).stderr.split())
-        assert f"The adapter {adapter} was trained on other; you loaded base, and" in said
-        assert f"The adapter {adapter} was trained with another chat template than that of base." in said
+        assert f"The adapter {adapter} was trained on other; you loaded {root / 'base'}, and" in said
+        assert f"The adapter {adapter} was trained with another chat template than that of {root / 'base'}." in said
         known.write_text('{"base_model": null}')
         assert "was trained" not in ok(run(*args)).stderr
 

@@ -36,7 +36,7 @@ def quiet(verbose: bool = False) -> Iterator[None]:
             print(f"Warning: {message}", file=sys.stderr, flush=True)
 
     level, bars = logging.root.manager.disable, os.environ.get("TQDM_DISABLE")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("always", PeftWarning)
         warnings.showwarning = show
         logging.disable(logging.WARNING)
@@ -48,6 +48,20 @@ def quiet(verbose: bool = False) -> Iterator[None]:
             del os.environ["TQDM_DISABLE"]
             if bars is not None:
                 os.environ["TQDM_DISABLE"] = bars
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Turn transformers' bars off, where it was imported before and has read the environment already."""
+    theirs: Any = sys.modules.get("transformers.utils.logging")
+    shown = theirs is not None and theirs.is_progress_bar_enabled()
+    if shown:
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def quietly(verb: Callable[..., None]) -> Callable[..., None]:

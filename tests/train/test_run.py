@@ -80,14 +80,26 @@ def test_rows_held_out_by_share_or_by_number(settings, tmp_path) -> None:
 
 def test_answers_are_scored_too_and_may_decide_what_is_best(settings, tmp_path) -> None:
     outcome = run(
-        settings, tmp_path / "run", eval_generate="exact_match", metric_for_best_model="exact_match", load_best=True
-    )
-    assert all(set(scores) == {"loss", "exact_match"} for _, scores in outcome.result.scores)
+        settings, tmp_path / "run", eval_generate="exact_match,json_valid", metric_for_best_model="exact_match",
+        load_best=True,
+    )  # fmt: skip
+    assert all(set(scores) == {"loss", "exact_match", "json_valid"} for _, scores in outcome.result.scores)
     assert outcome.result.best == (3, 0.0), "no later one is better"
     assert read_provenance(outcome.adapter)["kept_step"] == 3
     with pytest.raises(ConfigError, match="There is no metric 'bleu'"):
         run(settings, tmp_path / "run", eval_generate="bleu", overwrite_output_dir=True)
     assert outcome.adapter.exists(), "the run that was there is as it was"
+
+
+def test_labels_of_one_token_are_scored_without_generation(settings, tmp_path) -> None:
+    rows = [{"prompt": f"is {i} even?", "completion": "yn"[i % 2]} for i in range(16)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labels = {**settings, "data": str(tmp_path / "labels.jsonl"), "eval_data": str(tmp_path / "labels.jsonl")}
+    outcome = run(labels, tmp_path / "a", metric_for_best_model="accuracy", load_best=True, num_train_epochs=4)
+    assert all(set(scores) == {"loss", "accuracy"} for _, scores in outcome.result.scores)
+    assert outcome.result.best[1] == max(scores["accuracy"] for step, scores in outcome.result.scores if step)
+    with pytest.raises(DataError, match="accuracy is of answers of one token"):
+        run(settings, tmp_path / "b", metric_for_best_model="accuracy")
 
 
 def test_checkpointing_and_batches_of_any_size_change_no_loss(settings, tmp_path) -> None:

@@ -101,9 +101,11 @@ class TrainConfig:
         WATCHING,
         -1,
     )
-    eval_generate: list[str] = option("Generate answers, too: exact_match ...", [], WATCHING)
+    eval_generate: list[str] = option("Generate answers, too: exact_match, field_f1, json_valid.", [], WATCHING)
     eval_generate_rows: int = option("On so many rows at most.", 100, WATCHING, 1)
-    metric_for_best_model: str = option("loss, or a metric of eval_generate.", "loss", WATCHING)
+    metric_for_best_model: str = option(
+        "loss, accuracy (answers of one token), or one of eval_generate.", "loss", WATCHING
+    )
     early_stopping_patience: int = option(
         "Stop after so many evaluations that are no better; 0: never.", 0, WATCHING, 0
     )
@@ -270,7 +272,7 @@ def _contradictions(run: Mapping[str, Any]) -> list[str]:
     if run.get("resume") and run.get("overwrite_output_dir"):
         faults.append("resume goes on with the run, overwrite_output_dir throws it away: give one of them.")
     best = run.get("metric_for_best_model", "loss")
-    if best not in ("loss", *run.get("eval_generate", [])):
+    if best not in ("loss", "accuracy", *run.get("eval_generate", [])):
         faults.append(f"metric_for_best_model is {best}, which nothing measures: give eval_generate: {best}, too.")
     wants = [n for n in ("early_stopping_patience", "load_best", "eval_generate") if run.get(n)]
     if wants and not run.get("eval_data") and not run.get("val_size"):

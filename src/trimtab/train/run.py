@@ -269,6 +269,8 @@ def scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict[
         scores = {"loss": found.loss}
         if found.accuracy is not None:
             scores["accuracy"] = found.accuracy
+        elif config.metric_for_best_model == "accuracy":
+            raise DataError("metric_for_best_model: accuracy is of answers of one token, and some held out are longer.")
         if config.eval_generate:
             names, size = config.eval_generate, config.eval_batch_size
             scores |= evaluate_generate(inner, base.tokenizer, part, names, batch_size=size).metrics

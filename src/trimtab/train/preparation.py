@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from trimtab.errors import DataError
 from trimtab.train.config import TrainConfig
 from trimtab.train.data import Example, Prepared, load_rows, prepare
+from trimtab.train.generate import stop_ids
+from trimtab.train.preflight import preflight
 from trimtab.train.rows import Rows, splits
 
-__all__ = ["Data", "encode_data", "prepare_data", "read_data"]
+__all__ = ["Data", "encode_data", "prepare_data", "read_data", "show_data"]
 
 PACKED = 1024  # tokens of a packed sequence, unless max_length says it, or a row is longer
 
@@ -94,6 +98,18 @@ def encode_data(config: TrainConfig, tokenizer: Any, rows: Rows, held_out: Rows 
 def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
     """Read and encode the rows of a run; raises what `read_data` and `encode_data` do."""
     return encode_data(config, tokenizer, *read_data(config))
+
+
+def show_data(data: Data, model: Any, tokenizer: Any, console: Console) -> None:
+    """Look at the rows before the first step, and print what there is to say of them.
+
+    Raises:
+        DataError: training on them would be training on nothing, or would fail.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    preflight(data.train, tokenizer, stop_ids=stop_ids(model), vocab_size=size).render(console)
+    for line in data.notices:
+        console.print(line, style="yellow", markup=False)
 
 
 def _shared(learned: Sequence[Example], held_out: Sequence[Example]) -> int:

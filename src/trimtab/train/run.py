@@ -32,14 +32,12 @@ from trimtab.train.events import (
     StepOne,
     Trackers,
 )
-from trimtab.train.generate import stop_ids
 from trimtab.train.loop import Event, Run, TrainResult, train
 from trimtab.train.metrics import metric
 from trimtab.train.model import Base, adapt, load_base, make_optimizer, merge_first, rate_by_width
 from trimtab.train.plan import measure, targets, try_evaluation, try_longest
 from trimtab.train.plot import plot_losses
-from trimtab.train.preflight import preflight
-from trimtab.train.preparation import Data, encode_data, read_data
+from trimtab.train.preparation import Data, encode_data, read_data, show_data
 from trimtab.train.processes import Alone, processes
 from trimtab.train.progress import Progress
 from trimtab.train.provenance import NAME, fingerprint, provenance
@@ -143,11 +141,8 @@ class _Job:
         """The header, and what the rows are: raises where they cannot be trained on."""
         facts = facts_of(self.config, self.base, self.data, self.batches, self.model, self.group.count, self.by_width)
         show_facts(self.console, f"Run in {self.config.folder}", facts)
-        model = self.base.model
-        stops, size = stop_ids(model), model.get_input_embeddings().weight.shape[0]
-        looked = preflight(self.data.train, self.base.tokenizer, stop_ids=stops, vocab_size=size)
-        looked.render(self.console)
-        for line in (*self.base.notices, *self.data.notices):
+        show_data(self.data, self.base.model, self.base.tokenizer, self.console)
+        for line in self.base.notices:
             self.console.print(line, style="yellow", markup=False)
         self.console.print()
         if self.config.packing:

@@ -127,10 +127,12 @@ def data_sets(verb: str, config: TrainConfig, base: Any) -> tuple[Any, Any]:
     """(rows to learn, rows to be tested on or None): encoded for `train`, and as they are for the others."""
     from datasets import Dataset
 
-    from trimtab.train.preparation import prepare_data, read_data
+    from trimtab.train.preparation import prepare_data, read_data, show_data
+    from trimtab.train.report import console_for
 
     if verb == "train":
         data = prepare_data(config, base.tokenizer)
+        show_data(data, base.model, base.tokenizer, console_for())
         parts = [[{"input_ids": e.ids, "labels": e.labels} for e in part] for part in (data.examples, data.held_out)]
     else:
         parts = [list(rows or ()) for rows in read_data(config)]

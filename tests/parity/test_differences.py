@@ -235,3 +235,16 @@ def test_copy_state_is_strict() -> None:
     """The helper of these tests compares names."""
     with pytest.raises(AssertionError):
         copy_state(build("llama"), build("gpt2"))
+
+
+def test_randloras_bases_are_saved_once(tmp_path: Path) -> None:
+    """D2-9: PEFT writes them again for every layer. Both libraries read both files (test_methods.py)."""
+    counts, sizes = [], []
+    for library in BOTH:
+        config = library.RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        folder = tmp_path / library.__name__
+        quiet(quiet(library.get_peft_model, build("llama"), config).save_pretrained, str(folder))
+        counts.append(sum("randlora_B" in key for key in weights_file(folder)))
+        sizes.append((folder / "adapter_model.safetensors").stat().st_size)
+    assert counts == [1, 1 + 4]
+    assert sizes[0] < sizes[1] / 2

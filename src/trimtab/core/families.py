@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.combining import Recipe, split, split_product
-from trimtab.core.kernels import delta_linear
-from trimtab.core.method import Leaf, Leaves, Method, require_rank
+from trimtab.core.kernels import delta_linear, grouped
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
 
@@ -33,6 +33,34 @@ def no_input(site: Site) -> None:
 def names_at(site: Site) -> tuple[str, str]:
     """What the pair is called at a site."""
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+
+
+def first_of(stacks: Sequence[Sequence[Any]]) -> Any:
+    """The first method of any stack."""
+    return next(m for stack in stacks for m in stack)
+
+
+def skipped(method: Method, call: Call, p: float) -> bool:
+    """Whether, in training, the adapter sits this forward out at its layer: with probability `p`."""
+    return bool(p and method.training and torch.rand(1, generator=call.generator(method, "module")) < p)
+
+
+def kept_rows(method: Method, call: Call, p: float, rescale: bool) -> Tensor | None:
+    """Which outputs (out,) see the update in training, each with probability 1 - p, scaled up for those that do not."""
+    if not p or not method.training:
+        return None
+    kept = (torch.rand(method.site.fan_out, generator=call.generator(method, "rank")) > p).float()
+    kept = kept / kept.mean().clamp_min(1 / len(kept)) if rescale else kept
+    return kept.to(method.site.device)
+
+
+def drawn_places(site: Site, n: int, seed: int | None) -> Tensor:
+    """Places (n,) of a matrix (out, in), counted row by row: drawn from a seed, as PEFT draws them."""
+    if seed is None:
+        raise ConfigError(
+            "`random_loc_seed` must be a number: the places are not in the file, but drawn again from it."
+        )
+    return torch.randperm(site.fan_out * site.fan_in, generator=torch.Generator().manual_seed(seed))[:n]
 
 
 class LowRank(Method):
@@ -108,6 +136,31 @@ class LowRank(Method):
             tasks = [m.scaling * wide(m.lora_B_bias.detach()) for m, _ in biased]
             tensors["lora_B_bias"] = recipe.merge(tasks, [w for _, w in biased])
         return tensors
+
+    @staticmethod
+    def added(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any) -> Tensor | None:
+        """y with every row's updates added, by two batched products for all rows; None where these do not apply.
+
+        Args:
+            stacks: the methods of each group of rows, of one linear site.
+            cut: its `rows` tell each row's group; what is stacked is kept in its `banks` while no gradient is wanted.
+        """
+        name, scales = first_of(stacks).site.name, [m.scaling for stack in stacks for m in stack]
+        bank = cut.banks.get(name)
+        kept = bank is not None and bank.source is stacks and bank.stamp == grouped.stamp_of(bank.parts, scales)
+        if not kept or torch.is_grad_enabled():
+            updates = [[(*m.factors, m.scaling) for m in stack] for stack in stacks]
+            parts = tuple(t for group in updates for A, B, _ in group for t in (A, B))
+            if not grouped.applies(y, x, len(cut.rows), parts):
+                return None
+            owners = None if cut.sorted and len(stacks) == len(cut.rows) else cut.rows
+            stamp = grouped.stamp_of(parts, scales)
+            bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, owners))
+            if not torch.is_grad_enabled():
+                cut.banks[name] = bank
+        elif not grouped.applies(y, x, len(cut.rows), (bank.A, bank.B)):
+            return None
+        return grouped.add_rows(y, x, bank.A, bank.B)
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The update of an output up to its last product: (h, B) with s·B·A·x = B·h.

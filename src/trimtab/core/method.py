@@ -137,6 +137,8 @@ class Method:
         self.templates: dict[str, str] = {}  # leaf -> where it lives below `home`
         self.trained: tuple[str, ...] = ()  # the leaves that are trained
         self.commons: Mapping[str, Any] = {}  # name -> {adapter: shared tensor}
+        self.peers: Sequence[Site] = ()  # the sites of the whole adapter, in the model's order
+        self.position = 0  # of this site among them
         self.setup(config)
 
     # ------------------------------------------------------------------ to override
@@ -179,7 +181,7 @@ class Method:
 
     # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
     through: ClassVar[Callable[..., Tensor | None] | None] = None
-    # All adapters of a mixed batch at once, (methods, y, x, cut, calls) -> y, or None: then they are taken in turn.
+    # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.
     combine: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
@@ -237,7 +239,9 @@ class Method:
     # ------------------------------------------------------------------ for formulas
     def shared(self, name: str) -> Tensor:
         """A tensor that the adapter keeps once."""
-        tensor: Tensor = self.commons[name][self.adapter]
+        container, _, rest = name.partition(".")
+        found = self.commons[container][self.adapter]
+        tensor: Tensor = getattr(found, rest) if rest else found
         return tensor
 
     @property

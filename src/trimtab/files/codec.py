@@ -312,6 +312,7 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
     """Compare the tensors of a file with the slots of an adapter. Nothing is changed."""
     slots = list(slots)
     wanted = {s.on_disk(prefix): s for s in slots}
+    once = {s.disk for s in slots if s.shared}  # which PEFT 0.21 may write again below a layer
     mismatched = [
         (key, tuple(tensors[key].shape), tuple(slot.get().shape))
         for key, slot in wanted.items()
@@ -319,7 +320,11 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
     ]
     return Fit(
         missing=[k for k, slot in wanted.items() if k not in tensors and not slot.optional],
-        unexpected=[k for k in tensors if k not in wanted and not any(part in k for part in IGNORED)],
+        unexpected=[
+            k
+            for k in tensors
+            if k not in wanted and k.rpartition(".")[2] not in once and not any(part in k for part in IGNORED)
+        ],
         mismatched=mismatched,
     )
 

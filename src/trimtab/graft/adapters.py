@@ -166,7 +166,8 @@ def install(adapter: Adapter, tensors: Sequence[Tensor], commons: Mapping[str, L
     for (i, name, leaf, _), tensor in zip(layout.spans(), tensors, strict=True):
         value = stored(tensor, leaf)
         if i < 0:
-            commons[name].put(adapter.name, "", value)
+            container, _, rest = name.partition(".")
+            commons[container].put(adapter.name, rest, value)
         else:
             held[i][name] = value
     for place, method, own in zip(layout.places, made, held, strict=True):
@@ -186,6 +187,14 @@ def stored(tensor: Tensor, leaf: Leaf) -> Tensor:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+def common(commons: Mapping[str, Leaves], name: str, adapter: str) -> Tensor:
+    """A tensor that an adapter keeps once; "v.0" is the tensor "0" of the adapter in the container "v"."""
+    container, _, rest = name.partition(".")
+    found = commons[container].find(adapter)
+    tensor: Tensor = getattr(found, rest) if rest else found
+    return tensor
+
+
 def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
     """An adapter's tensors in the module tree, in the order of its layout."""
     methods: dict[int, Method] = {}
@@ -195,6 +204,6 @@ def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
         methods[i] = place.layer.methods[adapter.name][at]
         seen[place.layer] = at + 1
     return [
-        commons[name].find(adapter.name) if i < 0 else methods[i].tensor(name)
+        common(commons, name, adapter.name) if i < 0 else methods[i].tensor(name)
         for i, name, _, _ in adapter.layout.spans()
     ]

@@ -16,7 +16,7 @@ from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
 from trimtab.formats import weights
 from trimtab.graft import merging, prompts, slots
-from trimtab.graft.adapters import Adapter, Layout, install
+from trimtab.graft.adapters import Adapter, Layout, common, install
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, chains, place
 from trimtab.graft.residents import Residents
@@ -168,7 +168,7 @@ class Graft:
     def _build(self, stage: Stage, adapter: Adapter, tensors: Fill | None, meta: bool) -> None:
         """Put the adapter's tensors where they belong, and give them their values."""
         for name in adapter.layout.shared:
-            self.commons.setdefault(name, Leaves())
+            self.commons.setdefault(name.partition(".")[0], Leaves())
         install(adapter, adapter.layout.buffers(torch.device("meta") if meta else None), self.commons)
         self.residents.used([adapter.name])
         self._rename(stage.new)
@@ -277,7 +277,7 @@ class Graft:
         if adapter.prompt is not None:
             adapter.prompt.requires_grad_(trainable)
         for key, leaf in adapter.layout.shared.items():
-            tensor = self.commons[key].find(name)
+            tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(trainable)
 

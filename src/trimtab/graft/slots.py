@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import PromptMethod, leaf_template
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
@@ -34,9 +34,12 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[S
                 slot.state = declared.state
                 found.append(slot)
     for name, shared in adapter.layout.shared.items():
-        leaves: Any = commons[name]
-        store = leaves._parameters if adapter.name in leaves._parameters else leaves._buffers
-        found.append(Slot(f"{name}.{adapter.name}", name, store, adapter.name, optional=not shared.file, shared=True))
+        container, _, rest = name.partition(".")
+        holder: Any = commons[container]._modules[adapter.name] if rest else commons[container]
+        key = rest or adapter.name
+        store = holder._parameters if key in holder._parameters else holder._buffers
+        memory = leaf_template(name).format(adapter.name)
+        found.append(Slot(memory, name, store, key, optional=not shared.file, shared=True))
     for wrapper in adapter.saved:
         module = wrapper.modules_to_save[adapter.name]
         for key in module.state_dict():

@@ -14,7 +14,7 @@ from trimtab.core.report import warn
 from trimtab.core.site import Site, site_class
 from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
-from trimtab.graft.adapters import Adapter, Kind, Layout, Place
+from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
 from trimtab.graft.selection import choose, companions
 from trimtab.layer.adapted import AdaptedLayer
@@ -84,6 +84,8 @@ class Stage:
             for cls, options, prefix in wanted:
                 leaves = cls.leaves(site, options, layout.shared)
                 formula = cls(layer, site, "", options)
+                if cls is method:
+                    formula.peers, formula.position = own, own.index(site)
                 home = len(layout.places)
                 if cls.tied:
                     home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)
@@ -196,7 +198,7 @@ class Stage:
 def start(adapter: Adapter, commons: Mapping[str, Leaves]) -> None:
     """Give an adapter's tensors their starting values."""
     if adapter.layout.shared:
-        shared = {name: commons[name].find(adapter.name) for name in adapter.layout.shared}
+        shared = {name: common(commons, name, adapter.name) for name in adapter.layout.shared}
         adapter.method.start_shared(adapter.config, [m.site for m in adapter.methods], shared)
     for layer in adapter.layers:
         for method in layer.methods[adapter.name]:

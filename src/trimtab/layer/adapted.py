@@ -17,8 +17,8 @@ from trimtab.layer import groups
 from trimtab.layer.face import Face
 from trimtab.layer.leaves import Leaves
 from trimtab.layer.originals import Originals
-from trimtab.layer.plan import BASE, Board, Route
-from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled
+from trimtab.layer.plan import Board, Route
+from trimtab.layer.spelling import Edits, Stack, fold, pick, scaled, spelled
 
 Step = Callable[..., Any]
 
@@ -131,8 +131,8 @@ class AdaptedLayer(Face):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        chosen = [() if name == BASE else (name,) for name in plan.names]
-        stacks = [self.stack(names) for names in chosen]
+        chosen = [tuple(name for name, _ in group) for group in plan.groups]
+        stacks = [[scaled(m, s) for name, s in group for m in self.stack((name,))] for group in plan.groups]
         own = [not self.originals.others(names) for names in chosen]
         if not any(stacks) and all(own):
             return self._base
@@ -142,13 +142,17 @@ class AdaptedLayer(Face):
             with self.originals.instead(self.originals.others(chosen[group])):
                 return spelled(stacks[group], (), self._base, plan.calls[group], args, kwargs)
 
+        if not site.whole:
+            shared = groups.Mixed(plan, stacks, own, site, self._base, alone)
+            return lambda *args, **kwargs: shared(args, kwargs)
+        if any(scale != 1 for group in plan.groups for name, scale in group if name in self.methods):
+            raise RouteError(f"'{self.name}' computes with its adapters inside: a row cannot scale them.")
+
         def nested(group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.board.using(active=chosen[group], plan=None, call=plan.calls[group], epoch=None):
                 return self(*args, **kwargs)  # here and in every layer inside
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            if not site.whole:
-                return groups.mixed(plan, stacks, own, site, self._base, alone, args, kwargs)
             count, device = site.rows(args, kwargs)
             cut = plan.cut((count,), device, self.name)
             parts = [nested(i, *site.cut(args, kwargs, rows)) for i, rows in enumerate(cut.index)]
@@ -160,7 +164,7 @@ class AdaptedLayer(Face):
         """A parameter as the model must see it where it reads the layer's without calling it."""
         route = self.board.now()
         active, enabled = route.at(self.own)
-        if enabled and route.plan is not None and not self.methods.keys().isdisjoint(route.plan.names):
+        if enabled and route.plan is not None and not self.methods.keys().isdisjoint(route.plan.adapters):
             raise RouteError(f"'{self.name}' is read, not called: it cannot know which rows belong to which adapter.")
         stack = self.stack(active) if enabled else []
         with self.originals.instead(self.originals.others(active, enabled)):

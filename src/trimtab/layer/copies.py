@@ -44,10 +44,14 @@ class SavedModule(Switched):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the copy (or original) that the current route chooses, row by row in a mixed batch."""
         plan = self.board.now().plan
-        if plan is None or not any(name in self.modules_to_save for name in plan.names):
+        if plan is None or not any(name in self.modules_to_save for name in plan.adapters):
             return (self.chosen() if plan is None else self.original_module)(*args, **kwargs)
-        copies = self.modules_to_save._modules
-        return groups.dealt(plan, [copies.get(n) or self.original_module for n in plan.names], args, kwargs, self.name)
+        return groups.dealt(plan, [self._of(group) for group in plan.groups], args, kwargs, self.name)
+
+    def _of(self, group: Sequence[tuple[str, float]]) -> nn.Module:
+        """What runs for rows that want these adapters: the copy of the last that has one, as outside mixed batches."""
+        names = [name for name, _ in group if name in self.modules_to_save]
+        return self.modules_to_save[names[-1]] if names else self.original_module
 
     @property
     def adapters(self) -> list[str]:

@@ -15,17 +15,8 @@ from trimtab.layer.spelling import Edits, Stack, first_input, is_fused
 Run = Callable[..., Any]
 
 
-def mixed(
-    plan: Plan,
-    stacks: Sequence[Stack],
-    own: Sequence[bool],
-    site: Any,
-    base: Run,
-    alone: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The output of an adapted layer for a batch whose rows go to different adapters.
+class Mixed:
+    """How an adapted layer computes a batch whose rows go to different adapters: chosen once a plan.
 
     Args:
         stacks: the methods of each group of the plan, of one site.
@@ -33,45 +24,54 @@ def mixed(
         base: the frozen layer.
         alone: the layer's output for the rows of one group, by itself.
     """
-    x, args, kwargs = first_input(args, kwargs)
-    lead = site.lead(x)
-    cut = plan.cut(lead, x.device, site.name)
-    shared = [o and all(is_fused(m) for m in stack) for o, stack in zip(own, stacks, strict=True)]
-    edits = [Edits(stack) for stack in stacks]
-    if all(shared) and all(e.plain for e in edits):  # one base product of the rows as they lie
-        y = base(x, *args, **kwargs)
-        at_once = _at_once(stacks, y, x, cut, plan)
-        if at_once is not None:
-            return at_once
-        parts = [
-            e.after(part, [mine] * (len(e.stack) + 1), call)
-            for e, part, mine, call in zip(edits, cut.deal(y), cut.deal(x), plan.calls, strict=True)
+
+    def __init__(
+        self,
+        plan: Plan,
+        stacks: Sequence[Stack],
+        own: Sequence[bool],
+        site: Any,
+        base: Run,
+        alone: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        self.plan, self.stacks, self.site, self.base, self.alone = plan, stacks, site, base, alone
+        self.shared = [o and all(is_fused(m) for m in stack) for o, stack in zip(own, stacks, strict=True)]
+        self.edits = [Edits(stack) for stack in stacks]
+        self.at_rest = all(self.shared) and all(e.plain for e in self.edits)  # the base product of the rows as they lie
+        classes = {type(m) for stack in stacks for m in stack}
+        self.rows = classes.pop().rows if len(classes) == 1 else None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output."""
+        x, args, kwargs = first_input(args, kwargs)
+        lead = self.site.lead(x)
+        cut = self.plan.cut(lead, x.device, self.site.name)
+        if self.at_rest:
+            y = self.base(x, *args, **kwargs)
+            at_once = self.rows(self.stacks, y, x, cut, self.plan.calls) if self.rows is not None else None
+            return cut.join(self._after(cut.deal(y), cut.deal(x)), lead) if at_once is None else at_once
+        return cut.join(self._apart(cut.deal(x), cut.axis, args, kwargs), lead)
+
+    def _after(self, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        """The base's outputs as the stacks edit them, none of which edits its input."""
+        return [
+            e.after(y, [x] * (len(e.stack) + 1), call)
+            for e, y, x, call in zip(self.edits, ys, xs, self.plan.calls, strict=True)
         ]
-        return cut.join(parts, lead)
-    xs = cut.deal(x)
-    inputs = [
-        e.before(part, call) if s else [part] for e, part, call, s in zip(edits, xs, plan.calls, shared, strict=True)
-    ]
-    ys: dict[int, Tensor] = {}
-    together = [i for i, s in enumerate(shared) if s]
-    if together:
-        y = base(torch.cat([inputs[i][0] for i in together], cut.axis), *args, **kwargs)
-        ys = dict(zip(together, y.split([inputs[i][0].shape[cut.axis] for i in together], cut.axis), strict=True))
-    parts = [
-        edits[i].after(ys[i], inputs[i], plan.calls[i]) if i in ys else alone(i, (xs[i], *args), kwargs)
-        for i in range(len(stacks))
-    ]
-    return cut.join(parts, lead)
 
-
-def _at_once(stacks: Sequence[Stack], y: Tensor, x: Tensor, cut: Cut, plan: Plan) -> Tensor | None:
-    """All groups' edits by the method's own `rows`, where each has at most one and all are of one class."""
-    methods = [stack[0] if len(stack) == 1 else None for stack in stacks]
-    classes = {type(m) for m in methods if m is not None}
-    if any(len(stack) > 1 for stack in stacks) or len(classes) != 1:
-        return None
-    rows = classes.pop().rows
-    return rows(methods, y, x, cut, plan.calls) if rows is not None else None
+    def _apart(self, xs: Sequence[Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The groups' outputs: one base product for those that can share it, one each for the others."""
+        calls = self.plan.calls
+        together = [i for i, s in enumerate(self.shared) if s]
+        inputs = {i: self.edits[i].before(xs[i], calls[i]) for i in together}
+        ys: dict[int, Tensor] = {}
+        if together:
+            y = self.base(torch.cat([inputs[i][0] for i in together], axis), *args, **kwargs)
+            ys = dict(zip(together, y.split([inputs[i][0].shape[axis] for i in together], axis), strict=True))
+        return [
+            self.edits[i].after(ys[i], inputs[i], calls[i]) if i in ys else self.alone(i, (xs[i], *args), kwargs)
+            for i in range(len(self.stacks))
+        ]
 
 
 def dealt(plan: Plan, run: Sequence[Run], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -19,16 +19,43 @@ BASE = "__base__"  # the row that wants no adapter
 PLAIN = Call()
 
 
+Row = str | Sequence[str | tuple[str, float]]  # what a row of a mixed batch wants
+
+
+def wanted(row: Row) -> tuple[tuple[str, float], ...]:
+    """The adapters of a row, innermost first, each with its scale."""
+    if isinstance(row, str):
+        return () if row == BASE else ((row, 1.0),)
+    pairs = [(item, 1.0) if isinstance(item, str) else item for item in row]
+    if any(not (isinstance(p, tuple | list) and len(p) == 2 and isinstance(p[0], str)) for p in pairs):
+        raise AdapterNameError(
+            f"A row of `adapter_names` is a name, or a list of names or (name, scale) pairs, not {row!r}."
+        )
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise AdapterNameError(f"A row of `adapter_names` names an adapter twice: {row!r}.")
+    return tuple((name, float(scale)) for name, scale in pairs if name != BASE)
+
+
 class Cut:
     """How the rows of one input go to the groups of a plan.
 
     Attributes:
         index: for each group, which entries of the axis are its.
         order: the permutation that puts the groups' entries, one after another, back in order.
-        slot: for each entry of the axis, its group.
+        rows: the group of each row of the batch, where the first axis has every row's entries side by side; else None.
+        banks: what methods stack of their tensors for all rows; it holds as long as they find it does.
     """
 
-    def __init__(self, owners: Sequence[int], groups: int, axis: int, flat: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        owners: Sequence[int],
+        groups: int,
+        axis: int,
+        flat: bool,
+        device: torch.device,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         self.axis, self.flat = axis, flat
         places: list[list[int]] = [[] for _ in range(groups)]
         for i, group in enumerate(owners):
@@ -37,9 +64,9 @@ class Cut:
         self.sorted = order == list(range(len(order)))
         self.sizes = [len(rows) for rows in places]
         self.index = [torch.tensor(rows, dtype=torch.long, device=device) for rows in places]
-        self.slot = torch.tensor(list(owners), dtype=torch.long, device=device)
+        self.rows = None if rows is None else torch.tensor(list(rows), dtype=torch.long, device=device)
         self.order = torch.tensor(order, dtype=torch.long, device=device).argsort()
-        self.banks: dict[Any, Any] = {}  # what methods stack of their tensors for all groups, while the plan stands
+        self.banks: dict[str, Any] = {}
 
     def take(self, x: Tensor, group: int) -> Tensor:
         """The group's part of `x`."""
@@ -62,7 +89,7 @@ class Plan:
     """Which rows of a batch, or which tokens of a packed sequence, go to which adapters; made once a forward.
 
     Args:
-        names: the adapter of each row ("__base__": none).
+        names: the adapter of each row ("__base__": none), or several, innermost first, each with its scale or by name.
         lengths: how many tokens each row has, where the rows lie one after another in one sequence (1, tokens).
         rows: other numbers of rows that layers may see for the same batch: a multiple for beams.
         tokens: lengths of the sequences, so that layers that see (rows · tokens, d) can be told apart.
@@ -71,7 +98,7 @@ class Plan:
 
     def __init__(
         self,
-        names: Sequence[str],
+        names: Sequence[Row],
         lengths: Sequence[int] | None = None,
         rows: Sequence[int] = (),
         tokens: Sequence[int] = (),
@@ -80,15 +107,26 @@ class Plan:
     ) -> None:
         if lengths is not None and len(lengths) != len(names):
             raise ValueError(f"Every row needs a length, but there are {len(names)} and {len(lengths)}.")
-        self.names = tuple(dict.fromkeys(names))  # of the groups
-        self.owners = [self.names.index(name) for name in names]
+        rows_ = [wanted(row) for row in names]
+        self.groups = tuple(dict.fromkeys(rows_))  # what each group's rows want: (adapter, scale), innermost first
+        number = {group: i for i, group in enumerate(self.groups)}
+        self.owners = [number[row] for row in rows_]
         self.lengths = None if lengths is None else [int(n) for n in lengths]
         self.rows, self.tokens = {len(names), *rows}, {1, *tokens}
-        extras = extras or {}
-        self.calls = [self._call(group, name, (calls or {}).get(name), extras) for group, name in enumerate(self.names)]
+        extras, calls = extras or {}, calls or {}
+        self.calls = [
+            self._call(i, calls.get(group[0][0] if len(group) == 1 else ""), extras)
+            for i, group in enumerate(self.groups)
+        ]
+        self._whole: dict[Any, Cut] = {}
         self._cuts: dict[Any, Cut] = {}
 
-    def _call(self, group: int, name: str, given: Call | None, extras: Mapping[str, Any]) -> Call:
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that any row wants."""
+        return list(dict.fromkeys(name for group in self.groups for name, _ in group))
+
+    def _call(self, group: int, given: Call | None, extras: Mapping[str, Any]) -> Call:
         mine = [i for i, owner in enumerate(self.owners) if owner == group]
         own = {
             k: v[torch.tensor(mine, device=v.device)] if isinstance(v, Tensor) and v.ndim else v
@@ -116,7 +154,7 @@ class Plan:
         return self._cuts[key]
 
     def _made(self, lead: tuple[int, ...], device: torch.device, name: str) -> Cut:
-        groups, count = len(self.names), len(self.owners)
+        groups, count = len(self.groups), len(self.owners)
         if self.lengths is not None:
             total = 1
             for n in lead:
@@ -139,7 +177,12 @@ class Plan:
         return {r * t for r in self.rows for t in self.tokens}
 
     def _each(self, times: int, axis: int, device: torch.device) -> Cut:
-        return Cut([g for g in self.owners for _ in range(times)], len(self.names), axis, False, device)
+        key = (times, axis, device)
+        if key not in self._whole:
+            entries = [g for g in self.owners for _ in range(times)]
+            rows = self.owners if axis == 0 else None
+            self._whole[key] = Cut(entries, len(self.groups), axis, False, device, rows)
+        return self._whole[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trimtab.core.method import Call, Method, overrides
 from trimtab.core.site import Site
+from trimtab.errors import RouteError
 
 Stack = Sequence[Method]  # of one site, innermost first
 Spelling = Literal["base", "through", "fused", "weight"]
@@ -27,6 +29,19 @@ def pick(stack: Stack) -> Spelling:
 def is_fused(method: Method) -> bool:
     """Whether a method edits the input and output of its site."""
     return method.site.fused and method.site.kind in method.fused
+
+
+def scaled(method: Method, scale: float) -> Method:
+    """The method with its update scaled, as a row of a mixed batch may ask for it."""
+    if scale == 1:
+        return method
+    if "scaling" not in method.views:
+        raise RouteError(
+            f"{type(method).__name__} at '{method.site.name}' has no scale: a row of `adapter_names` can only name it."
+        )
+    own = copy.copy(method)
+    own.scaling = method.scaling * scale
+    return own
 
 
 class Edits:

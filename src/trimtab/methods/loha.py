@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.families import Delta, wide
+from trimtab.core.families import Delta, kept_rows, skipped, wide
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 
@@ -111,11 +111,7 @@ class LoHa(Delta):
         return self.with_delta(x, self.form, *(getattr(self, n) for n in self.names))
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        rows = None
-        skipped = self.options.module_dropout if self.training else 0
-        if skipped and torch.rand(1, generator=call.generator(self, "module")) < skipped:
+        if skipped(self, call, self.options.module_dropout):
             return y
-        if self.training and self.options.rank_dropout:
-            kept = torch.rand(self.site.fan_out, generator=call.generator(self, "rank")) > self.options.rank_dropout
-            rows = (kept.float() / kept.float().mean().clamp_min(1 / len(kept))).to(y.device)
+        rows = kept_rows(self, call, self.options.rank_dropout, rescale=True)
         return self.plus_delta(y, x, lambda *t: self.form(*t, rows=rows), *(getattr(self, n) for n in self.names))

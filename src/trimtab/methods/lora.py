@@ -6,6 +6,7 @@ rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): s = alpha / sqrt(
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -177,6 +178,15 @@ class Lora(LowRank):
         (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
         drop = call.dropout(self, x, self.dropout) if dropped else None
         return lora_linear(x, W, b, pa[ka], pb[kb], self.scaling, drop)
+
+    @staticmethod
+    def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
+        first = next(m for stack in stacks for m in stack)
+        methods = [m for stack in stacks for m in stack]
+        dropped = first.training and any(m.dropout for m in methods)
+        if first.site.kind != "linear" or cut.rows is None or dropped or any(m.biased for m in methods):
+            return None
+        return LowRank.added(stacks, y, x, cut)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))

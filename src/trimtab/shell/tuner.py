@@ -17,7 +17,7 @@ from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.plan import Plan, require_known
+from trimtab.layer.plan import Plan, Row, require_known
 from trimtab.methods import config_class, method_class
 
 
@@ -189,7 +189,7 @@ class Tuner(nn.Module):
     @contextlib.contextmanager
     def routed(
         self,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[Row] | None = None,
         lengths: Sequence[int] | None = None,
         open: bool = False,
         shape: Sequence[int] = (),
@@ -198,6 +198,8 @@ class Tuner(nn.Module):
         """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
 
         Args:
+            adapter_names: a row may also name several, innermost first, each with its scale or by name alone:
+                `[("sql", 0.7), "style"]`.
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
@@ -207,15 +209,15 @@ class Tuner(nn.Module):
                 yield
             return
         graft = self.graft
-        require_known(adapter_names, graft.adapters)
+        plan = Plan(adapter_names, lengths, extras=extras)
+        require_known(plan.adapters, graft.adapters)
         if graft.biased():
             raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
         if graft.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        graft.residents.bring(dict.fromkeys(adapter_names))
-        plan = Plan(adapter_names, lengths, extras=extras)
+        graft.residents.bring(plan.adapters)
         plan.tell(shape)
         hook = self.model.register_forward_pre_hook(partial(_tell, plan), with_kwargs=True)
         try:
@@ -225,7 +227,7 @@ class Tuner(nn.Module):
             hook.remove()
             graft.settle()
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
         if adapter_names is None:
             return self._penalised(self.model(*args, **kwargs))

@@ -47,8 +47,14 @@ def lora_linear(
     else factors in fp32 act exactly on an x in half precision: the output is no further from the true one than PEFT's.
     Anything unusual (a W that is trained, tensor subclasses, tracing, function transforms) takes the plain spelling.
     """
-    if drop is None and not torch.is_grad_enabled() and x.ndim > 1 and _fits(x, x.dtype, W, A, B) and not autocasts(x):
-        return _unrecorded(x, W, b, A, B, scale)
+    if drop is None and not torch.is_grad_enabled() and x.ndim > 1:
+        if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
+            y, u = F.linear(x, W, b), F.linear(x, A)
+            if y.ndim == 2:
+                return torch.addmm(y, u, B.t(), alpha=scale)
+            return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.t(), alpha=scale).view_as(y)
+        if _fits(x, x.dtype, W, A, B) and not autocasts(x):
+            return _unrecorded(x, W, b, A, B, scale)
     return lora_linear_group(x, [Layer(W, b, A, B, scale, drop)])[0]
 
 
@@ -97,12 +103,10 @@ def _exact(x: Tensor, dtype: torch.dtype, A: Tensor) -> bool:
 
 
 def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The forward pass alone, with as few operations as there can be: a row a step when text is generated."""
+    """The forward pass alone, in place, of factors in another number format than x."""
     flat = x.flatten(0, -2)
     y = F.linear(flat, W, b)
-    if A.dtype == x.dtype:
-        y.addmm_(torch.mm(flat, A.t()), B.t(), alpha=scale)
-    elif x.dtype == torch.bfloat16 and A.dtype == torch.float32:
+    if x.dtype == torch.bfloat16 and A.dtype == torch.float32:
         if max(flat.numel(), y.numel()) <= SMALL:
             y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
         else:

@@ -1,0 +1,91 @@
+"""FourierFT (Gao et al. 2024, https://arxiv.org/abs/2405.03003, eq. 2-4).   W' = W + s Re(ifft2(F)).
+
+F (out, in) is zero but for n trained entries, whose places are drawn from a seed that the config names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
+from trimtab.core.families import Delta, drawn_places, wide
+from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+
+
+@dataclass
+class FourierFTConfig(LayerConfig):
+    """The configuration of a FourierFT adapter."""
+
+    n_frequency: int = help_field("How many entries of the spectrum are trained, a layer.", 1000)
+    scaling: float = help_field("The scale of the update.", 150.0)
+    random_loc_seed: int | None = help_field("The seed that the entries' places are drawn from.", 777)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    bias: str = help_field("Which biases of the base are trained too: none, all or fourier_only.", "none")
+    n_frequency_pattern: dict[str, int] = help_field(
+        "Module name or regular expression -> its own number of entries.", factory=dict
+    )
+    init_weights: bool = help_field("Start from F = 0; else from a random F.", False)
+
+    patterns = ("n_frequency_pattern",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FOURIERFT
+
+    def resolve(self, name: str) -> FourierFTConfig:
+        """This config with the number of entries that the pattern gives the module `name`."""
+        own, pattern = self.shallow(), match_pattern(self.n_frequency_pattern, name)
+        own.n_frequency = self.n_frequency if pattern is None else self.n_frequency_pattern[pattern]
+        return own
+
+
+class FourierFT(Delta):
+    """A delta of full size with a sparse spectrum."""
+
+    config, prefix = FourierFTConfig, "fourierft_"
+    kinds = fused = frozenset({"linear"})
+    targets = {**ATTENTION, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        n, size = config.n_frequency, site.fan_in * site.fan_out
+        require_rank(n, "n_frequency")
+        if n > size:
+            raise ConfigError(
+                "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
+                f"value passed is {n} and the product is {size} at '{site.name}'"
+            )
+        return {
+            "fourierft_spectrum": Leaf((n,)),  # (n_frequency,)
+            "fourierft_places": Leaf((n,), train=False, file=False, buffer=True, dtype=torch.int64),  # (n_frequency,)
+        }
+
+    def setup(self, config: Any) -> None:
+        self.scaling = self.unit = config.scaling
+
+    def reset(self, config: Any) -> None:
+        places = drawn_places(self.site, config.n_frequency, config.random_loc_seed)
+        self.fourierft_places.copy_(places)
+        if config.init_weights:
+            self.fourierft_spectrum.zero_()
+        else:
+            self.fourierft_spectrum.normal_()
+
+    def form(self, spectrum: Tensor) -> Tensor:
+        """dW (out, in), in fp32 at least."""
+        out, into = self.site.fan_out, self.site.fan_in
+        F = wide(spectrum).new_zeros(out * into).index_put((self.fourierft_places,), wide(spectrum))
+        return self.scaling * torch.fft.ifft2(F.view(out, into)).real
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.form(self.fourierft_spectrum)
+
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        return self.plus_delta(y, x, self.form, self.fourierft_spectrum)

@@ -1,0 +1,144 @@
+"""Mixed batches by row: many adapters at once, several of them in one row, each with its scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.contract.cases import move
+from tests.models import llama, tokens
+from trimtab import IA3Config, LoraConfig, PeftModel, get_peft_model
+from trimtab.errors import AdapterNameError, RouteError
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+RANKS = {"one": 2, "two": 4, "three": 3}
+
+
+def several(**more: Any) -> PeftModel:
+    """Three LoRAs of different ranks and scales, one of which is at fewer layers."""
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=LINEAR, **more), "one")
+    model.add_adapter("two", LoraConfig(r=4, lora_alpha=3, target_modules=LINEAR, **more))
+    model.add_adapter("three", LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj"], **more))
+    for name in RANKS:
+        move(model, name)
+    return model.eval()
+
+
+def alone(model: PeftModel, row: Any, ids: Tensor) -> Tensor:
+    """The output of one row with its adapters made the active ones, their scales set by hand."""
+    pairs = [(row, 1.0)] if isinstance(row, str) else [(r, 1.0) if isinstance(r, str) else r for r in row]
+    pairs = [(name, scale) for name, scale in pairs if name != "__base__"]
+    if not pairs:
+        with model.disable_adapter():
+            return model(ids).logits
+    model.set_adapter([name for name, _ in pairs])
+    layers = model.graft.layers.values()
+    for layer in layers:
+        for name, scale in pairs:
+            if name in layer.adapters:
+                layer.set_scale(name, scale)
+    out = model(ids).logits
+    for layer in layers:
+        for name, _ in pairs:
+            if name in layer.adapters:
+                layer.set_scale(name, 1.0)
+    return out
+
+
+ROWS: dict[str, list[Any]] = {
+    "each its own": ["one", "two", "three"],
+    "with the base": ["two", "__base__", "one"],
+    "some twice": ["two", "one", "two"],
+    "two in a row": [["one", "two"], "three", "__base__"],
+    "scaled": [[("one", 0.7), ("two", -0.3)], [("three", 2.0)], [("two", 0.0), "one"]],
+    "all the base": ["__base__"] * 3,
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_a_row_is_as_alone(rows: list[Any], grad: bool) -> None:
+    model, ids = several(), tokens(3, 5, 64)
+    with torch.set_grad_enabled(grad):
+        mixed = model(ids, adapter_names=rows).logits
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(mixed[[i]], alone(model, row, ids[[i]]), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_its_rows_alone() -> None:
+    model, ids = several(), tokens(3, 5, 64)
+    rows = [[("one", 0.5), "two"], "two", "three"]
+    model.set_requires_grad(list(RANKS))
+
+    def gradients() -> dict[str, Tensor]:
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "lora_" in n}
+        model.zero_grad()
+        return found
+
+    model(ids, adapter_names=rows).logits.square().sum().backward()
+    mixed = gradients()
+    for i, row in enumerate(rows):
+        model.set_adapter(list(RANKS))  # all trainable
+        alone(model, row, ids[[i]]).square().sum().backward()
+    apart = gradients()
+    assert mixed.keys() == apart.keys()
+    for name, gradient in apart.items():
+        torch.testing.assert_close(mixed[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_stacked_is_stacked_anew_when_weights_change() -> None:
+    model, ids = several(), tokens(2, 5, 64)
+    layer = next(iter(model.graft.layers.values()))
+    with model.base_model.routed(["one", "two"]):
+        before = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+        layer.lora_B["one"].weight.mul_(3)
+        after = model(ids).logits
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1], before[1])
+    torch.testing.assert_close(after[:1], alone(model, "one", ids[:1]), rtol=1e-5, atol=1e-5)
+
+
+def test_generation_with_rows_is_as_alone() -> None:
+    model, ids = several(), tokens(3, 4, 64)
+    rows = ["two", [("one", 0.5), "three"], "__base__"]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        mixed = model.generate(input_ids=ids, adapter_names=rows, num_beams=beams, **settings)
+        for i, row in enumerate(rows):
+            own = model.generate(input_ids=ids[[i]], adapter_names=[row], num_beams=beams, **settings)
+            assert torch.equal(mixed[[i], : own.shape[1]], own)
+
+
+@torch.no_grad()
+def test_half_precision_rows() -> None:
+    ids = tokens(3, 5, 64)
+    model = get_peft_model(llama().bfloat16(), LoraConfig(r=2, target_modules=LINEAR), "one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=LINEAR))
+    for name in ("one", "two"):
+        move(model, name)
+    model.eval()
+    mixed = model(ids, adapter_names=["two", "__base__", "one"]).logits
+    assert mixed.dtype == torch.bfloat16
+    for i, row in enumerate(["two", "__base__", "one"]):
+        torch.testing.assert_close(mixed[[i]], alone(model, row, ids[[i]]), rtol=0.05, atol=0.05)
+
+
+def test_what_a_row_cannot_want() -> None:
+    model, ids = several(), tokens(1, 5, 64)
+    for row, said in (
+        ([("one", 1.0), "one"], "twice"),
+        ([3], "a name, or a list of names"),
+        ([("one", 0.5, 2)], "a name, or a list of names"),
+        ([("nobody", 1.0)], "nobody"),
+    ):
+        with pytest.raises((AdapterNameError, ValueError), match=said):
+            model(ids, adapter_names=[row])
+    model.add_adapter("scales", IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    model.eval()
+    with pytest.raises(RouteError, match="has no scale"):
+        model(ids, adapter_names=[[("scales", 0.5)]])

@@ -29,10 +29,20 @@ def page() -> str:
     """The whole page."""
     from trimtab.cli import app
 
-    verbs = {info.name or info.callback.__name__: info for info in app.registered_commands if not info.hidden}
+    verbs = commands(app)
     table = "| verb | what it does |\n|---|---|\n"
-    table += "".join(f"| [{n}](#trimtab-{n}) | {cell(document(v.callback)[0])} |\n" for n, v in verbs.items())
-    return HEAD + table + "".join(section(name, info.callback) for name, info in verbs.items())
+    for name, verb in verbs.items():
+        table += f"| [{name}](#trimtab-{name.replace(' ', '-')}) | {cell(document(verb)[0])} |\n"
+    return HEAD + table + "".join(section(name, verb) for name, verb in verbs.items())
+
+
+def commands(app: Any, before: str = "") -> dict[str, Callable[..., Any]]:
+    """{what is typed: the function} of every command that is not hidden, those of groups included."""
+    shown = [info for info in app.registered_commands if not info.hidden]
+    found = {before + (info.name or info.callback.__name__): info.callback for info in shown}
+    for group in app.registered_groups:
+        found |= commands(group.typer_instance, f"{before}{group.typer_instance.info.name} ")
+    return found
 
 
 def document(function: Callable[..., Any]) -> tuple[str, list[str], str]:

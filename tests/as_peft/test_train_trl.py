@@ -92,6 +92,7 @@ def test_a_run_is_resumed_and_an_adapter_continued(there) -> None:
     [
         ("dpo", {"betta": 1}, r"trimtab dpo: betta is no setting.*did you mean beta\?"),
         ("train", {"optimizer": "lorafa"}, "do not take optimizer lorafa"),
+        ("dpo", {"train_on": "all", "plain": True}, "do not take train_on, plain"),
         ("grpo", {}, "needs functions that reward"),
         ("grpo", {"reward_funcs": "rewards.py:long"}, "rewards.py has no long"),
         ("grpo", {"reward_funcs": "no.py:long"}, "there is no file no.py"),

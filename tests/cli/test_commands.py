@@ -24,5 +24,6 @@ def test_the_page_is_current_and_has_every_verb() -> None:
     for info in app.registered_commands:
         name = info.name or info.callback.__name__
         assert info.hidden or f"\n## trimtab {name}\n" in text
+    assert "\n## trimtab rank inspect\n" in text
     assert "| `--config`, `-c` | PATH |" in text
     assert text.count("`--learning-rate` |") == 1, "the options of train stand there only"

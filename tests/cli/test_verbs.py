@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
 from rich.cells import cell_len
@@ -53,7 +52,6 @@ def root(tmp_path_factory):
 def run(root, monkeypatch):
     """Run a verb in this process, in the fixture's folder."""
     monkeypatch.chdir(root)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `ready` sets its own
     monkeypatch.setenv("NO_COLOR", "1")
 
     def call(*args: str, input: str | None = None, columns: int = 100):
@@ -80,6 +78,7 @@ def test_help_has_an_example(verb) -> None:
     assert result.exit_code == 0
     assert f"Example: trimtab {verb}" in result.output
     assert "--json" in result.output
+    assert "--verbose" in result.output
 
 
 def test_no_help_imports_anything_heavy() -> None:
@@ -113,7 +112,6 @@ ERRORS = (
 @pytest.mark.parametrize(("args", "words"), ERRORS, ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "")
 def test_errors_are_one_message_and_1(root, monkeypatch, capsys, args, words) -> None:
     monkeypatch.chdir(root)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "argv", ["trimtab", *args])
     with pytest.raises(SystemExit) as exit:
         main()
@@ -384,6 +382,27 @@ def test_inspect_shows_where_it_comes_from(run, root, tmp_path) -> None:
     out = ok(run("inspect", str(tmp_path / "x"))).stdout
     for words in ("tiny, fingerprint abcdef", "9 of d.jsonl, sha256 777777777777", "loss 0.500", "trimtab 0.1"):
         assert words in out
+
+
+def test_an_adapter_of_another_base_or_template_is_told(run, root, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trimtab.train.provenance import fingerprint, provenance
+
+    base_folder(tmp_path / "base", initializer_range=0.2)
+    others = AutoTokenizer.from_pretrained(root / "base")
+    others.chat_template += " "
+    of_another = provenance("other", None, fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), others)
+    adapter = str(shutil.copytree(root / "one", tmp_path / "one"))
+    known = tmp_path / "one" / "trimtab.json"
+    for args in (["eval", adapter, "--data", "labels.jsonl", "--limit", "1"], ["generate", "-a", adapter, "-p", "Hi",
+                 "--max-new-tokens", "1"], ["compare", adapter, "-p", "Hi", "--max-new-tokens", "1"]):  # fmt: skip
+        known.write_text(json.dumps(of_another))
+        said = " ".join(ok(run(*args)).stderr.split())
+        assert f"The adapter {adapter} was trained on other; you loaded {root / 'base'}, and" in said
+        assert f"The adapter {adapter} was trained with another chat template than that of {root / 'base'}." in said
+        known.write_text('{"base_model": null}')
+        assert "was trained" not in ok(run(*args)).stderr
 
 
 def test_diff(run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import warnings
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -17,7 +16,6 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def test_every_block_of_the_page(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command sets its own
     names: dict[str, object] = {"__name__": "__main__"}
     verbs = set()
     for kind, block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):

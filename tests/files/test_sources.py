@@ -20,7 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from trimtab.errors import MissingPackageError
 from trimtab.files import sources
-from trimtab.files.sources import PACKAGED, BaseModelError, PackagedModel, cache_folder, packaged, resolve_base
+from trimtab.files.sources import (
+    PACKAGED,
+    BaseModelError,
+    PackagedModel,
+    cache_folder,
+    packaged,
+    packaged_name,
+    resolve_base,
+)
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
@@ -144,6 +152,21 @@ def test_a_folder_wins_over_a_packaged_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "minilm-l6-v2").mkdir()
     assert resolve_base("minilm-l6-v2") == "minilm-l6-v2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("smollm2-135m", "smollm2-135m-instruct"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("minilm", "minilm-l6-v2"),
+        ("smollm", "smollm"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+    ],
+)
+def test_the_beginning_of_a_packaged_name(asked, name, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert packaged_name(asked) == name
 
 
 def test_the_cache_folder(tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -166,6 +167,24 @@ run_training(config, events=[Full()])
     whole = run(settings, tmp_path / "whole")
     resumed = run({}, tmp_path / "run", resume=True)
     assert resumed.result.losses == whole.result.losses
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing_but_the_last_write(settings, tmp_path) -> None:
+    """As above, in this process, after the last checkpoint."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(Event):
+        def end(self, run) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(TrainError, match=r"adapter could not be written: .*checkpoint-6 is as it was"):
+            run(settings, tmp_path / "run", Full())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-3", "checkpoint-6", "metrics.jsonl",
+                                                                    "run.yaml"]  # fmt: skip
+    assert run({}, tmp_path / "run", resume=True).adapter.exists()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path) -> None:

@@ -56,7 +56,7 @@ def test_later_sources_win_and_other_names_are_told() -> None:
     config, notices = read_config({"lora_r": 8, "epochs": 2}, {"num-train-epochs": 5, "bf16": True})
     assert (config.adapter["r"], config.num_train_epochs, config.precision) == (8, 5.0, "bf16")
     assert notices == ["lora_r is read as r.", "epochs is read as num_train_epochs.", "bf16 is read as precision."]
-    assert read_config({"completion_only_loss": False, "lora_target": "all"})[0].train_on_prompt
+    assert read_config({"completion_only_loss": False, "lora_target": "all"})[0].train_on == "all"
     assert read_config({"lora_target": "all"})[0].adapter == {"target_modules": "all-linear"}
 
 

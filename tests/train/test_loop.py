@@ -12,9 +12,10 @@ import torch
 
 from trimtab.train.batches import Batches
 from trimtab.train.data import collate, encode_rows
+from trimtab.train.evaluate import evaluate_loss
 from trimtab.train.events import EarlyStopping, Evaluate, Interrupt, Metrics, Schedule, StepOne, Trackers
 from trimtab.train.generate import complete, exact_match, generate_ids, references
-from trimtab.train.loop import Event, TrainError, evaluate, loss_of, train
+from trimtab.train.loop import Event, TrainError, loss_of, train
 from trimtab.train.plot import plot_losses
 from trimtab.train.progress import Progress, clock, size
 
@@ -42,11 +43,11 @@ def test_it_learns_and_leaves_frozen_parameters_alone(model, tokenizer, rows) ->
     for name, p in model.named_parameters():
         p.requires_grad_("embed" not in name)
     before = parameters(model)
-    first = evaluate(model.eval(), rows)
+    first = evaluate_loss(model.eval(), rows).loss
     batches = Batches(rows, epochs=40)
     result = train(model, batches, adamw(model, 5e-3), [Schedule("linear", 8)])
     assert result.step == len(batches) == 80  # 2 batches an epoch
-    assert evaluate(model, rows) < 0.1 * first
+    assert evaluate_loss(model, rows).loss < 0.1 * first
     assert exact_match(complete(model, tokenizer, rows, 8), references(tokenizer, rows)) == 1.0
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
@@ -74,10 +75,6 @@ def test_skipping_the_head_changes_no_loss_and_no_gradient(model, rows) -> None:
     torch.testing.assert_close(loss, plain)
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_evaluate_weighs_tokens_not_batches(model, rows) -> None:
-    assert evaluate(model, rows, batch_size=1) == pytest.approx(evaluate(model, rows, batch_size=10), rel=1e-5)
 
 
 def test_gradients_are_clipped_or_not(model_factory, rows) -> None:
@@ -178,7 +175,7 @@ def test_hooks_come_in_their_order_and_functions_after_each_step(model, rows) ->
 
 
 def test_metrics_and_the_schedule(model, rows, tmp_path) -> None:
-    score = Evaluate(lambda model: {"loss": evaluate(model, rows[:2])}, every=4)
+    score = Evaluate(lambda model: {"loss": evaluate_loss(model, rows[:2]).loss}, every=4)
     events = [Schedule("linear", 2), Metrics(tmp_path / "metrics.jsonl"), score]
     result = train(model, Batches(rows, epochs=5), adamw(model), events)
     steps = [m for m in metrics(tmp_path) if "loss" in m]
@@ -227,7 +224,15 @@ def test_other_scores_are_better_when_higher(model, rows) -> None:
     assert train(model, Batches(rows, max_steps=3), adamw(model), [event]).best == (2, 0.5)
 
 
-def test_ctrl_c_once_ends_after_the_step_twice_at_once(model, rows) -> None:
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_once_ends_after_the_step_twice_at_once(model, rows, heard) -> None:
     said = []
 
     class Press(Event):

@@ -79,7 +79,7 @@ def test_fully_sharded_trains_saves_and_resumes(settings, tmp_path) -> None:
 
 
 def test_every_process_has_as_many_batches_and_every_batch_counts_once() -> None:
-    batches = [Batch((i,), 1, 1) for i in range(5)]
+    batches = [Batch((i,), 1, 1, 1) for i in range(5)]
     groups = []
     for rank in range(3):
         group = Alone()

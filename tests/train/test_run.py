@@ -14,8 +14,8 @@ from tests.train.conftest import make_model
 from trimtab import AutoPeftModelForCausalLM
 from trimtab.errors import AdapterFileError, BaseModelError, ConfigError, DataError, TrainError
 from trimtab.train.data import encode_rows, read_rows
+from trimtab.train.evaluate import evaluate_loss
 from trimtab.train.folder import read_run
-from trimtab.train.loop import evaluate
 from trimtab.train.provenance import check_provenance, read_provenance
 from trimtab.train.report import console_for
 from trimtab.train.run import Outcome, run_training
@@ -44,7 +44,7 @@ def test_what_a_run_leaves(settings, tmp_path, tokenizer) -> None:
     assert outcome.result.eval_losses[-1][1] < outcome.result.eval_losses[0][1]
     model = AutoPeftModelForCausalLM.from_pretrained(outcome.adapter)
     valid = encode_rows(read_rows(settings["eval_data"]), tokenizer)
-    assert evaluate(model, valid) == pytest.approx(outcome.result.eval_losses[-1][1], rel=1e-6)
+    assert evaluate_loss(model, valid).loss == pytest.approx(outcome.result.eval_losses[-1][1], rel=1e-6)
     assert model.active_peft_config.scaling() == 2.0
 
 
@@ -60,7 +60,7 @@ def test_its_file_runs_the_same_again(settings, tmp_path) -> None:
 
 
 def test_a_csv_of_two_columns_needs_no_more_than_its_name(settings, tmp_path) -> None:
-    (tmp_path / "sums.csv").write_text("question,answer\n" + "".join(f"{i}+{i}=,{2 * i}\n" for i in range(24)))
+    (tmp_path / "sums.csv").write_text("Frage,Antwort\n" + "".join(f"{i}+{i}=,{2 * i}\n" for i in range(24)))
     del settings["eval_data"]
     a = run({**settings, "data": str(tmp_path / "sums.csv")}, tmp_path / "a", max_steps=3)
     b = run(settings, tmp_path / "b", max_steps=3)
@@ -80,14 +80,26 @@ def test_rows_held_out_by_share_or_by_number(settings, tmp_path) -> None:
 
 def test_answers_are_scored_too_and_may_decide_what_is_best(settings, tmp_path) -> None:
     outcome = run(
-        settings, tmp_path / "run", eval_generate="exact_match", metric_for_best_model="exact_match", load_best=True
-    )
-    assert all(set(scores) == {"loss", "exact_match"} for _, scores in outcome.result.scores)
+        settings, tmp_path / "run", eval_generate="exact_match,json_valid", metric_for_best_model="exact_match",
+        load_best=True,
+    )  # fmt: skip
+    assert all(set(scores) == {"loss", "exact_match", "json_valid"} for _, scores in outcome.result.scores)
     assert outcome.result.best == (3, 0.0), "no later one is better"
     assert read_provenance(outcome.adapter)["kept_step"] == 3
-    with pytest.raises(ConfigError, match="eval_generate: bleu is unknown"):
+    with pytest.raises(ConfigError, match="There is no metric 'bleu'"):
         run(settings, tmp_path / "run", eval_generate="bleu", overwrite_output_dir=True)
     assert outcome.adapter.exists(), "the run that was there is as it was"
+
+
+def test_labels_of_one_token_are_scored_without_generation(settings, tmp_path) -> None:
+    rows = [{"prompt": f"is {i} even?", "completion": "yn"[i % 2]} for i in range(16)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labels = {**settings, "data": str(tmp_path / "labels.jsonl"), "eval_data": str(tmp_path / "labels.jsonl")}
+    outcome = run(labels, tmp_path / "a", metric_for_best_model="accuracy", load_best=True, num_train_epochs=4)
+    assert all(set(scores) == {"loss", "accuracy"} for _, scores in outcome.result.scores)
+    assert outcome.result.best[1] == max(scores["accuracy"] for step, scores in outcome.result.scores if step)
+    with pytest.raises(DataError, match="accuracy is of answers of one token"):
+        run(settings, tmp_path / "b", metric_for_best_model="accuracy")
 
 
 def test_checkpointing_and_batches_of_any_size_change_no_loss(settings, tmp_path) -> None:
@@ -223,7 +235,7 @@ def test_models_and_rows_that_are_not_there(settings, tmp_path) -> None:
     with pytest.raises(ConfigError, match="Name the rows to learn"):
         read_run({"model": "x"})
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "completion": ""}) + "\n")
-    with pytest.raises(DataError, match="row 1: no token of it would be trained"):
+    with pytest.raises(DataError, match=r"bad.jsonl, line 1: no token of it would be trained"):
         run(settings, tmp_path / "a", data=str(tmp_path / "bad.jsonl"))
     with pytest.raises(DataError, match="has no column 'q'; it has"):
         run(settings, tmp_path / "a", prompt_field="q")
@@ -237,5 +249,5 @@ def test_an_output_that_cannot_be_written(settings, tmp_path) -> None:
 
 
 def test_a_rate_that_breaks_the_model_names_rows(settings, tmp_path) -> None:
-    with pytest.raises(TrainError, match=r"at step \d.*train.jsonl, row"):
+    with pytest.raises(TrainError, match=r"at step \d.*train.jsonl, line"):
         run(settings, tmp_path / "a", learning_rate=1e30, max_grad_norm=0, num_train_epochs=20, warmup_ratio=0)

@@ -242,7 +242,6 @@ def test_what_a_tool_takes_by_default_is_said(registry) -> None:
         (FACTORY.replace("dataset: mine", "dataset: odd"), ["columns.prompt of the entry odd"]),
         (FACTORY.replace("dataset: mine", "dataset: mine,shared"), ["join the data sets"]),
         (FACTORY.replace("finetuning_type: lora", "finetuning_type: full"), ["finetuning_type: full"]),
-        (FACTORY + "mask_history: true", ["mask_history"]),
     ],
 )
 def test_what_cannot_be_honoured_is_named_all_of_it(text, faults, registry) -> None:

@@ -18,6 +18,7 @@ from trimtab.cli.inspect import inspect
 from trimtab.cli.merge import merge
 from trimtab.cli.methods import methods
 from trimtab.cli.options import EXTRA
+from trimtab.cli.quiet import quietly
 from trimtab.cli.rank import rank
 from trimtab.cli.train import train
 from trimtab.cli.trl import dpo, grpo, kto, reward
@@ -31,15 +32,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(chat)
-app.command()(compare)
-app.command()(merge)
-app.command("fuse", hidden=True)(merge)
-app.command()(inspect)
-app.command()(diff)
-app.command()(check)
+app.command("eval")(quietly(evaluate))
+for verb in (generate, chat, compare, merge, inspect, diff, check):
+    app.command()(quietly(verb))
+app.command("fuse", hidden=True)(quietly(merge))
 for verb in (train, dpo, kto, reward, grpo):
     app.command(context_settings=EXTRA, options_metavar="[RUN.yaml | ROWS] [OPTIONS]")(verb)
 app.command()(demo)

@@ -32,7 +32,7 @@ def chat(
     if model is None and not adapter:
         raise typer.BadParameter("Name a model (--model), an adapter (--adapter), or both.")
     common.ready()
-    opened = common.open_quietly(model, adapter, dtype, device)
+    opened = common.open_checked(model, adapter, dtype, device)
     from trimtab.train.chat import Chat
     from trimtab.train.generate import sampling_of
 

@@ -46,41 +46,29 @@ CompletionField = Annotated[str | None, typer.Option(help="Column of the answer,
 
 
 def ready() -> None:
-    """Make the libraries that follow quiet, before they are imported."""
+    """Set what libraries read as they are imported."""
     # Threads that wait should sleep, not spin: on a machine that others use too, spinning is several times as slow.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.showwarning = _show_warning
 
 
-def open_quietly(
+def open_checked(
     model: str | None,
     adapters: list[str] | None,
     dtype: str | None,
     device: str | None,
     task: str | None = "CAUSAL_LM",
 ) -> Opened:
-    """`open_model`, without the bars of the libraries below; of language models, unless `task` says otherwise."""
-    import logging
-
-    # They tell of optional parts that do not load, which nobody asked for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as theirs
-
-    theirs.disable_progress_bar()
+    """`open_model`, of language models unless `task` says otherwise; says where an adapter is for another base."""
     warnings.filterwarnings("ignore", "Adapter name '.*' should not be contained")  # that is for those who train
     from trimtab.shell.opening import open_model
+    from trimtab.train.provenance import check_provenance
 
-    return open_model(model, adapters or [], dtype=dtype, device=device, task=task)
-
-
-def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    from trimtab.errors import PeftWarning
-
-    if issubclass(category, PeftWarning):  # those of other libraries are for their callers
-        note(f"note: {message}")
+    opened = open_model(model, adapters or [], dtype=dtype, device=device, task=task)
+    for path in opened.adapters.values():
+        for line in check_provenance(path, opened.model, opened.base, opened.tokenizer):
+            note(f"Warning: {line}")
+    return opened
 
 
 def note(line: str) -> None:

@@ -39,7 +39,7 @@ def compare(
     Ends with 1 where the adapter changes nothing.
     """
     common.ready()
-    opened = common.open_quietly(model, [adapter], dtype, device)
+    opened = common.open_checked(model, [adapter], dtype, device)
     from trimtab.train.compare import compare as run
     from trimtab.train.evaluate import examples_of
     from trimtab.train.prompts import asked_in

@@ -52,9 +52,9 @@ def evaluate(
     """
     common.ready()
     if model is None:
-        opened = common.open_quietly(model_or_adapter, None, dtype, device)
+        opened = common.open_checked(model_or_adapter, None, dtype, device)
     else:
-        opened = common.open_quietly(model, [model_or_adapter], dtype, device)
+        opened = common.open_checked(model, [model_or_adapter], dtype, device)
     from trimtab.train.evaluate import evaluate_rows, examples_of
 
     tokenizer = opened.need_tokenizer()

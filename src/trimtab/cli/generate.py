@@ -50,7 +50,7 @@ def generate(
         if not texts[0]:
             raise typer.BadParameter("There is no prompt on stdin.")
     common.ready()
-    opened = common.open_quietly(model, adapter, dtype, device)
+    opened = common.open_checked(model, adapter, dtype, device)
     from trimtab.train.generate import answer, sampling_of, stream
     from trimtab.train.prompts import prompts_of
 

@@ -39,7 +39,7 @@ def merge(
     Example: trimtab merge runs/a/adapter --output merged
     """
     common.ready()
-    opened = common.open_quietly(model, adapters, "auto", device, task=None)
+    opened = common.open_checked(model, adapters, "auto", device, task=None)
     from trimtab.export.merge import PROMPTS
     from trimtab.export.merge import merge as run
 

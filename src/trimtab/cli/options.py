@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,10 +107,3 @@ def rest(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             value = left.pop(0) if left and not left[0].startswith("--") else "true"
         found[name] = value
     return found, words
-
-
-def ready() -> None:
-    """Set what libraries read as they are imported."""
-    # Threads that wait should sleep, not spin: on a machine that others use too, spinning is several times as slow.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

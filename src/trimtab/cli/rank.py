@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli import common
+from trimtab.cli.quiet import quietly
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,6 +32,7 @@ Epsilon = Annotated[float, typer.Option(min=0, max=1, help="The cosine below whi
 
 
 @rank.command()
+@quietly
 def inspect(
     adapter: Adapter,
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, not groups of them.")] = False,
@@ -46,7 +50,7 @@ def inspect(
     A LoRA needs no base model. With one (--model, or --intruders) other methods work too, and intruder dimensions are
     counted: strong directions of the adapted weight that the base did not have (arXiv 2410.21228).
     """
-    _ready()
+    common.ready()
     from trimtab.rank import show
     from trimtab.rank.survey import inspect_ranks
 
@@ -65,6 +69,7 @@ def inspect(
 
 
 @rank.command()
+@quietly
 def mend(
     adapter: Adapter,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new adapter.")],
@@ -83,7 +88,7 @@ def mend(
 
     Give held-out rows of the task, or text of another kind, to see what it costs and brings.
     """
-    _ready()
+    common.ready()
     from trimtab.rank import show
     from trimtab.rank.intruders import mend_adapter
 
@@ -93,6 +98,7 @@ def mend(
 
 
 @rank.command()
+@quietly
 def resize(
     adapter: Adapter,
     rank: Annotated[int | None, typer.Option(help="This rank in every layer; smaller ones grow, exactly.")] = None,
@@ -118,7 +124,7 @@ def resize(
     Energy is the sum of the squares of the singular values. The file is PEFT's, with rank_pattern and alpha_pattern
     where layers differ; a layer that keeps nothing is left out of it.
     """
-    _ready()
+    common.ready()
     from trimtab.rank import show
     from trimtab.rank.resize import resize_adapter
 
@@ -131,6 +137,7 @@ def resize(
 
 
 @rank.command()
+@quietly
 def suggest(
     model: Annotated[str, typer.Option("--model", "-m", help="Base model: folder, Hub id, GGUF file, packaged model.")],
     data: Annotated[
@@ -148,7 +155,7 @@ def suggest(
 
     LoRA does well while its parameters are at least the tokens it is trained on.
     """
-    _ready()
+    common.ready()
     from trimtab.rank import show
     from trimtab.rank.suggest import config_of, estimate_ranks, suggest_rank
     from trimtab.train.data import batch_plan, encode_rows, read_rows
@@ -174,39 +181,29 @@ def suggest(
 
 
 # ---------------------------------------------------------------------- models and data
-def _ready() -> None:
-    """Make the libraries that follow quiet, before they are imported."""
-    import logging
-
-    # Threads that wait should sleep, not spin: on a machine that others use too, spinning is several times as slow.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("torchao", "torch.utils._pytree"):  # they tell of optional parts that nobody asked for
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _open(adapter: str, model: str | None) -> tuple[Any, Any]:
     """The base of an adapter, and its tokenizer where it has one."""
     from trimtab.core.config import PeftConfig
     from trimtab.errors import BaseModelError
+    from trimtab.train.provenance import check_provenance
 
     config = PeftConfig.from_pretrained(adapter)
     name = model or config.base_model_name_or_path
     if not name:
         raise BaseModelError(f"The adapter {adapter} does not name its base model: give it (--model).")
-    return _load(name, config), _tokenizer(name, needed=False)
+    base, tokenizer = _load(name, config), _tokenizer(name, needed=False)
+    for line in check_provenance(adapter, base, name):
+        common.note(f"Warning: {line}")
+    return base, tokenizer
 
 
 def _load(name: str, config: Any = None) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as theirs
 
     from trimtab.errors import BaseModelError
     from trimtab.files.sources import resolve_base
     from trimtab.shell.auto import AutoPeftModel
 
-    theirs.disable_progress_bar()
     cls = AutoModelForCausalLM
     task = getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None))
     if task is not None or getattr(config, "auto_mapping", None):
@@ -256,7 +253,7 @@ def _scorer(
     from trimtab.errors import BaseModelError
     from trimtab.shell.peft_model import PeftModel
     from trimtab.train.data import encode_rows, read_rows
-    from trimtab.train.loop import evaluate
+    from trimtab.train.evaluate import evaluate_loss
 
     if tokenizer is None:
         raise BaseModelError("The base model has no tokenizer beside its weights: rows cannot be encoded.")
@@ -265,7 +262,7 @@ def _scorer(
     def score(folder: str | os.PathLike[str]) -> float:
         wrapped = PeftModel.from_pretrained(base, folder)
         try:
-            return evaluate(wrapped, examples, pad_id=tokenizer.pad_token_id or 0)
+            return evaluate_loss(wrapped, examples, tokenizer.pad_token_id or 0).loss
         finally:
             wrapped.unload()
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.cli.options import given_by, options, ready
+from trimtab.cli.common import ready
+from trimtab.cli.options import given_by, options
 from trimtab.cli.quiet import Verbose, quiet
 from trimtab.errors import ConfigError
 

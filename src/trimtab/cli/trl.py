@@ -12,13 +12,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from trimtab.cli.options import given_by, options, ready
+from trimtab.cli.common import ready
+from trimtab.cli.options import given_by, options
 from trimtab.cli.quiet import Verbose
 from trimtab.errors import ConfigError
 
 # What the process runs: the alias has to be there before anything that imports peft.
 START = """
-from trimtab.cli.options import ready
+from trimtab.cli.common import ready
 from trimtab.cli.quiet import quiet
 import sys
 ready()

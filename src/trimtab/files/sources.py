@@ -30,6 +30,7 @@ __all__ = [
     "cache_folder",
     "packaged",
     "packaged_minilm",
+    "packaged_name",
     "packaged_smollm2",
     "resolve_base",
 ]
@@ -86,7 +87,8 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def resolve_base(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:
     """What to give `from_pretrained` for a base model named `name_or_path`.
 
-    - a name in `PACKAGED` ("smollm2-135m-instruct", "minilm-l6-v2"): the model out of its package;
+    - a name in `PACKAGED` ("smollm2-135m-instruct", "minilm-l6-v2"), or its beginning ("smollm2-135m"): the model out
+      of its package;
     - a `.gguf` file, or a folder that holds one and no config.json: converted to safetensors;
     - anything else, a local folder or a Hub id: unchanged.
 
@@ -108,9 +110,17 @@ def resolve_base(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathL
         if not path.is_file():
             raise BaseModelError(f"There is no file {path}.")
         return _from_gguf(path, cache_dir)
-    if name.lower() in PACKAGED:
-        return packaged(PACKAGED[name.lower()], cache_dir)
-    return name
+    name = packaged_name(name)
+    return packaged(PACKAGED[name], cache_dir) if name in PACKAGED else name
+
+
+def packaged_name(name: str) -> str:
+    """A packaged model's whole name for its beginning ("smollm2-135m"), or the name as it is."""
+    if Path(name).expanduser().exists():
+        return name
+    asked = name.lower()
+    found = [asked] if asked in PACKAGED else [known for known in PACKAGED if known.startswith(f"{asked}-")]
+    return found[0] if len(found) == 1 else name
 
 
 def packaged_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> str:

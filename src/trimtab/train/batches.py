@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from trimtab.errors import TrainError
-from trimtab.train.data import Example, batch_plan, collate
+from trimtab.train.data import Example, batch_plan, collate, collate_packed, pack
 
 __all__ = ["Batch", "Batches", "digest"]
-
-Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
-Plan = Callable[[int], list[list[int]]]  # epoch -> the batches of it, as places of examples
 
 
 @dataclass(frozen=True)
@@ -28,22 +26,23 @@ class Batch:
     rows: tuple[int, ...]  # their places among the examples
     tokens: int  # of them, without padding
     trained: int  # how many of those the loss counts
+    size: int  # tokens with padding
 
 
 class Batches:
     """The batches of every step of a run. No row is left out: the last step of an epoch may be short.
 
     Args:
-        batch_size: rows of a batch; ignored where `plan` is given.
+        batch_size: rows of a batch; sequences, each a batch of a step by itself, where rows are packed.
         accumulate: batches of a step.
         epochs: passes over the rows, whole or not.
         max_steps: steps in all, instead of epochs, where positive.
         names: what to call each row in a message; by default its number, from 1.
-        plan: the batches of an epoch, where rows of like length are not to share one.
-        collate: examples to the tensors of a batch.
+        packed: tokens of a sequence that several rows share; 0: rows of like length share a batch, padded.
 
     Raises:
         TrainError: there are no rows.
+        DataError: rows longer than `packed`.
     """
 
     def __init__(
@@ -56,24 +55,29 @@ class Batches:
         seed: int = 0,
         pad_id: int = 0,
         names: Sequence[str] = (),
-        plan: Plan | None = None,
-        collate: Collate | None = None,
+        packed: int = 0,
     ) -> None:
         if not examples:
             raise TrainError("There are no rows to train on.")
-        self.examples, self.names = examples, names
-        self._plan = plan or (lambda epoch: batch_plan(examples, batch_size, seed=seed * 1_000_003 + epoch))
-        self._collate = collate or (lambda part: _collate(part, pad_id))
+        self.examples, self.names, self.pad_id = examples, names, pad_id
+        self._bins = pack(examples, packed) if packed else []
+        accumulate *= batch_size if packed else 1
         self._steps: list[list[list[int]]] = []
         self._ends: list[int] = []  # step at which each epoch ends
         while len(self._steps) < max_steps if max_steps > 0 else len(self._ends) < epochs:
-            batches = self._plan(len(self._ends))
+            batches = self._epoch(batch_size, seed * 1_000_003 + len(self._ends))
             steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
             rest = epochs - len(self._ends)
             whole = max_steps > 0 or rest >= 1
             self._ends.append(len(self._steps) + len(steps))
             self._steps += steps if whole else steps[: max(round(rest * len(steps)), not self._steps)]
         del self._steps[max_steps if max_steps > 0 else len(self._steps) :]
+
+    def _epoch(self, batch_size: int, seed: int) -> list[list[int]]:
+        """The batches of one pass over the rows, as places of examples."""
+        if not self._bins:
+            return batch_plan(self.examples, batch_size, seed=seed)
+        return random.Random(seed).sample(self._bins, len(self._bins))
 
     def __len__(self) -> int:
         """How many steps there are."""
@@ -85,11 +89,18 @@ class Batches:
     def batch(self, rows: Sequence[int]) -> Batch:
         """These rows as a batch."""
         part = [self.examples[i] for i in rows]
-        return Batch(tuple(rows), sum(len(e.ids) for e in part), sum(e.trained for e in part))
+        lengths = [len(e.ids) for e in part]
+        size = sum(lengths) if self._bins else len(part) * max(lengths)
+        return Batch(tuple(rows), sum(lengths), sum(e.trained for e in part), size)
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """A batch as the model takes it."""
-        return self._collate([self.examples[i] for i in batch.rows])
+        part = [self.examples[i] for i in batch.rows]
+        if not self._bins:
+            return collate(part, self.pad_id)
+        tensors = collate_packed(part)
+        del tensors["seq_lengths"]
+        return tensors
 
     def tokens(self, start: int = 0, stop: int | None = None) -> int:
         """Tokens of the steps from `start` to before `stop`, without padding."""
@@ -109,10 +120,6 @@ class Batches:
     def name(self, row: int) -> str:
         """What a message calls a row."""
         return self.names[row] if self.names else f"row {row + 1}"
-
-
-def _collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    return collate(examples, pad_id)
 
 
 def digest(examples: Sequence[Example]) -> str:

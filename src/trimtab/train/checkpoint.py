@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from trimtab.errors import TrainError
 from trimtab.train.loop import Event, Run, TrainResult
 from trimtab.train.processes import Alone
 
-__all__ = ["Checkpoints", "checkpoints_in", "load_checkpoint", "write_folder"]
+__all__ = ["Checkpoints", "checkpoints_in", "load_checkpoint", "write_folder", "writing"]
 
 STATE = "trainer_state.pt"
 
@@ -101,17 +102,28 @@ def save_checkpoint(target: Path, run: Run, identity: Mapping[str, Any]) -> None
         if processes.main:
             torch.save(state, folder / STATE)
 
-    try:
+    with writing(f"The checkpoint {target}", target.parent):
         if processes.main:
             write_folder(target, write)
         else:
             write(target)
+    processes.wait()
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Around what writes into a run's folder.
+
+    Raises:
+        TrainError: it failed; says which checkpoint there is to go on from.
+    """
+    try:
+        yield
     except Exception as e:  # torch and safetensors have errors of their own for a full disk
-        older = checkpoints_in(target.parent)
+        older = checkpoints_in(folder)
         left = f" {older[-1].name} is as it was; go on from it with --resume." if older else ""
         reason = e.__context__ if isinstance(e.__context__, OSError) else e
-        raise TrainError(f"The checkpoint {target} could not be written: {reason}.{left}") from e
-    processes.wait()
+        raise TrainError(f"{what} could not be written: {reason}.{left}") from e
 
 
 def load_checkpoint(

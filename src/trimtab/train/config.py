@@ -39,17 +39,27 @@ class TrainConfig:
     revision: str | None = option("Revision of the model on the Hub.", None, DATA)
     data: str | None = option("Rows to learn: a file (.jsonl, .json, .csv ...), a folder, a Hub data set.", None, DATA)
     eval_data: str | None = option("Rows to be tested on, the same.", None, DATA)
+    split: str | None = option("Which part of a folder or data set. Default: train.", None, DATA)
+    eval_split: str | None = option("Which part of eval_data. Default: valid, where it has one.", None, DATA)
     val_size: float = option("Without eval_data: share of the rows to hold out (number, if 1 or more).", 0.0, DATA, 0)
     prompt_field: str | None = option("Column of the prompt, where it is called otherwise.", None, DATA)
     completion_field: str | None = option("Column of the answer.", None, DATA)
     messages_field: str | None = option("Column of the conversation.", None, DATA)
     text_field: str | None = option("Column of plain text.", None, DATA)
     system: str | None = option("System message of conversations without one ('' for none).", None, DATA)
-    train_on_prompt: bool = option("Learn prompts too, not answers only.", False, DATA)
+    train_on: Literal["completions", "last", "all"] = option(
+        "What is learned: every answer, the last one of a conversation, or prompts too.", "completions", DATA
+    )
+    template: Literal["own", "trl"] = option("trl: TRL's chat template for training.", "own", DATA)
+    plain: bool = option("Prompts and answers that are strings are joined without the chat template.", False, DATA)
     max_length: int | None = option("Longest row in tokens. Default: the model's own limit.", None, DATA, 2)
-    too_long: Literal["error", "drop", "truncate"] = option("What to do with longer rows.", "error", DATA)
+    too_long: Literal["error", "drop", "truncate", "keep_end"] = option(
+        "What to do with longer rows; truncate cuts their end off, keep_end their beginning.", "error", DATA
+    )
     skip_bad_rows: bool = option("Leave out rows that cannot be read, and count them.", False, DATA)
-    packing: bool = option("Put several rows into one sequence of max_length.", False, DATA)
+    packing: bool = option(
+        "Put several rows into one sequence of max_length (1,024 tokens, or the longest row).", False, DATA
+    )
 
     method: str = option("Any of `trimtab methods`, dora, rslora; its fields are options, too.", "lora", ADAPTER)
     continue_from: str | None = option("Start from the weights of this adapter.", None, ADAPTER)
@@ -91,9 +101,11 @@ class TrainConfig:
         WATCHING,
         -1,
     )
-    eval_generate: list[str] = option("Generate answers, too: exact_match ...", [], WATCHING)
+    eval_generate: list[str] = option("Generate answers, too: exact_match, field_f1, json_valid.", [], WATCHING)
     eval_generate_rows: int = option("On so many rows at most.", 100, WATCHING, 1)
-    metric_for_best_model: str = option("loss, or a metric of eval_generate.", "loss", WATCHING)
+    metric_for_best_model: str = option(
+        "loss, accuracy (answers of one token), or one of eval_generate.", "loss", WATCHING
+    )
     early_stopping_patience: int = option(
         "Stop after so many evaluations that are no better; 0: never.", 0, WATCHING, 0
     )
@@ -260,7 +272,7 @@ def _contradictions(run: Mapping[str, Any]) -> list[str]:
     if run.get("resume") and run.get("overwrite_output_dir"):
         faults.append("resume goes on with the run, overwrite_output_dir throws it away: give one of them.")
     best = run.get("metric_for_best_model", "loss")
-    if best not in ("loss", *run.get("eval_generate", [])):
+    if best not in ("loss", "accuracy", *run.get("eval_generate", [])):
         faults.append(f"metric_for_best_model is {best}, which nothing measures: give eval_generate: {best}, too.")
     wants = [n for n in ("early_stopping_patience", "load_best", "eval_generate") if run.get(n)]
     if wants and not run.get("eval_data") and not run.get("val_size"):

@@ -19,13 +19,16 @@ from torch import nn
 from trimtab.core.extras import need
 from trimtab.files.sources import resolve_base
 from trimtab.train.config import TrainConfig
-from trimtab.train.data import DataError, Example, encode_rows, read_rows
+from trimtab.train.data import DataError, Example, load_rows
+from trimtab.train.evaluate import evaluate_loss
 from trimtab.train.generate import complete, exact_match, generate_ids, references
-from trimtab.train.loop import TrainResult, evaluate, loss_of
-from trimtab.train.model import adapt, load_base
+from trimtab.train.loop import TrainResult, loss_of
+from trimtab.train.model import Base, adapt, load_base
+from trimtab.train.preparation import Data, encode_data
 from trimtab.train.progress import clock
 from trimtab.train.report import console_for
-from trimtab.train.run import Data, run_training
+from trimtab.train.rows import Rows
+from trimtab.train.run import run_training
 
 ROWS = 400  # what the figures in the README are for
 TRAIN_SECONDS = 480.0  # what training may take before the demo takes fewer rows; with all it gets about half right
@@ -60,21 +63,22 @@ class Score:
 class Task:
     """The data as the demo uses it."""
 
-    train: list[Example]
-    valid: list[Example]
-    test: list[Example]
-    prompts: list[str]  # of the test rows, as text
-    expected: list[str]
+    rows: dict[str, Rows]  # train, valid, test
+    config: TrainConfig
+    tokenizer: Any
 
-    @property
-    def longest_answer(self) -> int:
-        return 8 + max(len(e.ids) - e.prompt_length for e in (*self.train, *self.test))
+    def __post_init__(self) -> None:
+        self.data: Data = encode_data(self.config, self.tokenizer, self.rows["train"], self.rows["valid"])
+        self.test: list[Example] = encode_data(self.config, self.tokenizer, self.rows["test"], None).examples
+        self.prompts = [str(row.get("prompt", row)) for row in self.rows["test"]]
+        self.expected = references(self.tokenizer, self.test)
+        self.longest_answer = 8 + max(len(e.ids) - e.prompt_length for e in (*self.data.examples, *self.test))
 
     def first(self, rows: int, share: float = 1.0) -> Task:
         """The same with fewer rows to train on, and a share of those to be tested on."""
-        n, m = (max(MIN_TEST_ROWS, round(share * len(part))) for part in (self.test, self.valid))
-        return replace(self, train=self.train[:rows], valid=self.valid[:m], test=self.test[:n],
-                       prompts=self.prompts[:n], expected=self.expected[:n])  # fmt: skip
+        n, m = (max(MIN_TEST_ROWS, round(share * len(self.rows[part]))) for part in ("test", "valid"))
+        fewer = {"train": self.rows["train"][:rows], "valid": self.rows["valid"][:m], "test": self.rows["test"][:n]}
+        return Task(fewer, self.config, self.tokenizer)
 
 
 def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> int:
@@ -89,46 +93,44 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
     )  # fmt: skip
     loaded, folder = load_base(config), resolve_base(base)
     model, tokenizer = loaded.model, loaded.tokenizer
-    task = load_task(source, tokenizer)
+    task = load_task(source, config, tokenizer)
     console.print(f"Base model: {base} ({sum(p.numel() for p in model.parameters()):,} parameters, {folder})")
-    console.print(f"Task: {len(task.train)} rows to learn from, {len(task.test)} others to be tested on, for example")
+    console.print(
+        f"Task: {len(task.rows['train'])} rows to learn from, {len(task.test)} others to be tested on, for example"
+    )
     console.print(f"  {task.prompts[0]}\n  -> {task.expected[0]}", markup=False)
     adapted = adapt(loaded, config, steps=1)
     adapted.print_trainable_parameters()
     task, training = affordable(adapted, task, config, rows, console)
-    model = loaded.model = adapted.unload()  # the run makes its own
+    loaded.model = adapted.unload()  # the run makes its own
 
     console.print(f"\nBefore: scoring the base model on {len(task.test)} rows")
     start = time.monotonic()
-    before = score(model, tokenizer, task)
+    before = score(loaded, task)
     console.print(f"  held-out loss {before.loss:.3f}, exact match {before.exact:.0%}")
     left = training + 2 * (time.monotonic() - start)  # held-out loss as it trains, the adapter's score, the reload
     console.print(f"  Expect about {clock(left)} (min:s) more, at this speed.")
 
     scale = SETTINGS["lora_alpha"] / SETTINGS["r"]
     console.print(
-        f"\nTraining: {len(task.train)} rows x {epochs:g} passes, r={SETTINGS['r']}, scale alpha/r={scale:g}, "
+        f"\nTraining: {len(task.rows['train'])} rows x {epochs:g} passes, r={SETTINGS['r']}, scale alpha/r={scale:g}, "
         f"learning rate {config.learning_rate:g}, batches of {config.per_device_train_batch_size}"
     )
-    outcome = run_training(config, console_for(quiet=True), base=loaded, data=Data(task.train, task.valid))
-    model, result = outcome.model, outcome.result
+    outcome = run_training(config, console_for(quiet=True), base=loaded, data=task.data)
+    adapted, result = outcome.model, outcome.result
     if outcome.adapter is None:
         console.print("Interrupted.")
         return 130
 
     console.print("\nAfter: scoring the adapter, merged into the base for as long: it generates faster so")
-    model.merge_adapter()
-    after = score(model, tokenizer, task, loss=result.eval_losses[-1][1])
-    model.unmerge_adapter()  # the base is again what it was, bit for bit
+    adapted.merge_adapter()
+    after = score(replace(loaded, model=adapted), task, loss=result.eval_losses[-1][1])
+    adapted.unmerge_adapter()  # the base is again what it was, bit for bit
     show(console, task, before, after, result)
     show_files(console, outcome.adapter, Path(folder), out / "loss.png")
-    same = reload_is_equal(model, tokenizer, task, outcome.adapter, console)
+    same = reload_is_equal(replace(loaded, model=adapted), task, outcome.adapter, console)
     console.print(f"Done in {clock(time.monotonic() - began)} (min:s).")
     return 0 if same else 1
-
-
-def pad_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def default_data() -> Path:
@@ -140,26 +142,17 @@ def default_data() -> Path:
     raise DataError("The demo's data is not installed. Name a folder with train, valid and test.jsonl: --data FOLDER")
 
 
-def load_task(folder: Path, tokenizer: Any) -> Task:
-    rows = {split: read_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
-    valid, test = rows["valid"][:VALID_ROWS], rows["test"][:TEST_ROWS]
-    examples = {
-        split: encode_rows(part, tokenizer, system=SYSTEM) for split, part in (("valid", valid), ("test", test))
-    }
-    prompts = [str(row.get("prompt", row)) for row in test]
-    return Task(
-        train=encode_rows(rows["train"], tokenizer, system=SYSTEM),
-        **examples,
-        prompts=prompts,
-        expected=references(tokenizer, examples["test"]),
-    )
+def load_task(folder: Path, config: TrainConfig, tokenizer: Any) -> Task:
+    rows = {split: load_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    return Task({**rows, "valid": rows["valid"][:VALID_ROWS], "test": rows["test"][:TEST_ROWS]}, config, tokenizer)
 
 
 def affordable(model: nn.Module, task: Task, config: TrainConfig, rows: int, console: Console) -> tuple[Task, float]:
     """As much of the task as is wanted (`rows`), or as this machine can train on in `TRAIN_SECONDS`; the seconds."""
-    wanted = min(rows or ROWS, len(task.train))
+    wanted = min(rows or ROWS, len(task.rows["train"]))
     task = task.first(wanted, min(1.0, wanted / ROWS) if rows else 1.0)
-    seconds = config.num_train_epochs * sum(len(e.ids) for e in task.train) / speed(model, task.train)
+    examples = task.data.examples
+    seconds = config.num_train_epochs * sum(len(e.ids) for e in examples) / speed(model, examples)
     console.print(f"This machine trains on {wanted} rows in about {clock(seconds)} (min:s).")
     share = TRAIN_SECONDS / seconds
     if rows or share >= 1.0:
@@ -185,10 +178,10 @@ def speed(model: nn.Module, examples: list[Example], size: int = 4, steps: int =
     return sum(len(e.ids) for batch in batches for e in batch) / (time.perf_counter() - start)
 
 
-def score(model: nn.Module, tokenizer: Any, task: Task, loss: float | None = None) -> Score:
+def score(base: Base, task: Task, loss: float | None = None) -> Score:
     if loss is None:
-        loss = evaluate(model, task.valid, pad_id=pad_id(tokenizer))
-    answers = complete(model, tokenizer, task.test, task.longest_answer)
+        loss = evaluate_loss(base.model, task.data.held_out, base.pad_id).loss
+    answers = complete(base.model, base.tokenizer, task.test, task.longest_answer)
     return Score(loss, answers, exact_match(answers, task.expected))
 
 
@@ -198,7 +191,7 @@ def show(console: Console, task: Task, before: Score, after: Score, result: Trai
         f"  {result.tokens:,} tokens in {clock(result.seconds)} (min:s), {result.tokens_per_second:,.0f} tokens/s\n"
     )
     table = Table("", "before", "after")
-    table.add_row(f"held-out loss ({len(task.valid)} rows)", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row(f"held-out loss ({len(task.data.held_out)} rows)", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row(f"exact match ({len(task.test)} rows)", f"{before.exact:.0%}", f"[bold]{after.exact:.0%}[/bold]")
     console.print(table)
     table = Table("prompt", "before", "after", show_lines=True)
@@ -221,11 +214,11 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def reload_is_equal(model: nn.Module, tokenizer: Any, task: Task, adapter: Path, console: Console) -> bool:
+def reload_is_equal(base: Base, task: Task, adapter: Path, console: Console) -> bool:
     """Whether a fresh process that loads the adapter answers with the very same tokens."""
     prompts = [e.ids[: e.prompt_length] for e in task.test[:3]]
-    here = generate_ids(model, prompts, pad_id(tokenizer), task.longest_answer)
-    question = json.dumps([str(adapter), prompts, pad_id(tokenizer), task.longest_answer])
+    here = generate_ids(base.model, prompts, base.pad_id, task.longest_answer)
+    question = json.dumps([str(adapter), prompts, base.pad_id, task.longest_answer])
     done = subprocess.run(
         [sys.executable, "-c", RELOAD],
         input=question,

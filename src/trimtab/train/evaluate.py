@@ -6,7 +6,6 @@ short, and with what they took given back.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.errors import DataError
 from trimtab.train.data import IGNORE, Example, collate, encode_rows, read_rows
 from trimtab.train.generate import Counting, as_fits, complete, free_memory, pad_token, references, silently
+from trimtab.train.loss import takes_positions
 from trimtab.train.metrics import METRICS, Metric, fitting, metric
 from trimtab.train.prompts import require_file
 
@@ -283,12 +283,3 @@ def _label(e: Example, special: Sequence[int]) -> int | None:
     while answer and answer[-1] in special:
         answer.pop()
     return answer[0] if len(answer) == 1 else None
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward can be told which positions need logits."""
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):  # the prompt shifts every position
-        return False
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    return {"logits_to_keep", "use_cache"} <= set(inspect.signature(base.forward).parameters)

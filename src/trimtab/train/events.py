@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.core.io import write_whole
 from trimtab.errors import TrainError
+from trimtab.train.checkpoint import writing
 from trimtab.train.loop import Event, Run
 
 __all__ = [
@@ -190,10 +191,9 @@ class Metrics(Event):
 
     def _write(self, run: Run, **metrics: float) -> None:
         if run.processes.main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": run.step, "epoch": round(run.batches.epoch(run.step), 4), **metrics}) + "\n"
-                )
+            line = json.dumps({"step": run.step, "epoch": round(run.batches.epoch(run.step), 4), **metrics})
+            with writing(str(self.path), self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
 
 
 def step_metrics(run: Run) -> dict[str, float]:

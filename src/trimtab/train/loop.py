@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import TrainError
 from trimtab.train.batches import Batch, Batches
-from trimtab.train.loss import batch_loss, evaluate, loss_of
+from trimtab.train.loss import batch_loss, loss_of
 from trimtab.train.processes import Alone
 
-__all__ = ["Event", "Run", "TrainError", "TrainResult", "evaluate", "loss_of", "train"]
+__all__ = ["Event", "Run", "TrainError", "TrainResult", "loss_of", "train"]
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.train.data import IGNORE, Example, batch_plan, collate
+from trimtab.train.data import IGNORE, Example, collate
 
-__all__ = ["batch_loss", "evaluate", "loss_of"]
+__all__ = ["batch_loss", "loss_of", "takes_positions"]
 
 
 def loss_of(model: nn.Module, examples: Sequence[Example], pad_id: int = 0) -> Tensor:  # ()
@@ -24,31 +24,18 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:  # ()
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items()}
     labels = inputs["labels"]
-    if _takes_positions(model):
+    if takes_positions(model):
         # The head is a good part of a small model's work: skip it before the first position that predicts anything.
         # The loss shifts the labels by one within the slice, as it would within the whole.
         first = int((labels[:, 1:] != IGNORE).any(dim=0).int().argmax())
         positions = torch.arange(first, labels.shape[1], device=device)
         return model(**{**inputs, "labels": labels[:, first:]}, logits_to_keep=positions, use_cache=False).loss
-    return model(**inputs).loss
+    # Packed rows are kept apart only where there is no cache.
+    return model(**inputs, **({"use_cache": False} if "position_ids" in inputs else {})).loss
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 16, pad_id: int = 0) -> float:
-    """Mean loss over the trained tokens of `examples`; dropout off, the longest rows first."""
-    was_training = model.training
-    model.eval()
-    try:
-        total = 0.0
-        for batch in batch_plan(examples, batch_size):
-            part = [examples[i] for i in batch]
-            total += float(loss_of(model, part, pad_id)) * sum(e.trained for e in part)
-    finally:
-        model.train(was_training)
-    return total / sum(e.trained for e in examples)
-
-
-def _takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward can be told which positions need logits."""
     model = getattr(model, "module", model)  # DDP shows nothing of what it holds
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):  # the prompt shifts every position

@@ -11,7 +11,7 @@ from torch import nn
 
 from trimtab.core.config import CONFIG_NAME
 from trimtab.errors import AdapterFileError, BaseModelError, ConfigError
-from trimtab.files.sources import PACKAGED, resolve_base
+from trimtab.files.sources import packaged_name, resolve_base
 from trimtab.shell.convert import prepare_model_for_kbit_training
 from trimtab.shell.peft_model import PeftModel
 from trimtab.shell.tasks import get_peft_model
@@ -39,6 +39,12 @@ class Base:
     name: str  # what a saved adapter calls it
     precision: Precision
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def commit(self) -> str | None:
+        """What was loaded, where it is from the Hub."""
+        found: str | None = getattr(self.model.config, "_commit_hash", None)
+        return found
 
     @property
     def pad_id(self) -> int:
@@ -82,12 +88,6 @@ def load_base(config: TrainConfig, model: str | None = None, cls: Any = None, **
     else:
         loaded.to(device)
     return Base(loaded, tokenizer, name, precision)
-
-
-def packaged_name(name: str) -> str:
-    """A packaged model's whole name for the beginning of it ("smollm2-135m"), or the name as it is."""
-    found = [n for n in PACKAGED if n.startswith(f"{name.lower()}-")]
-    return found[0] if len(found) == 1 and not Path(name).exists() else name
 
 
 def default_device() -> str:
@@ -145,7 +145,7 @@ def merge_first(base: Base, config: TrainConfig, folder: Path | None) -> Base:
 
 def _on(base: Base, adapter: str, is_trainable: bool = False) -> PeftModel:
     """The base with an adapter that was trained before; says so where that was on another base."""
-    known = check_provenance(adapter, base.model, base.name)
+    known = check_provenance(adapter, base.model, base.name, base.tokenizer)
     try:
         model: PeftModel = PeftModel.from_pretrained(base.model, adapter, is_trainable=is_trainable)
     except AdapterFileError as e:

@@ -19,8 +19,12 @@ def _bf16(value: Any) -> Any:
     return {True: "bf16", "true": "bf16", False: "fp32", "false": "fp32"}.get(value, value)
 
 
-def _not(value: Any) -> Any:
-    return {True: False, "true": False, False: True, "false": True}.get(value, value)
+def _all(value: Any) -> Any:
+    return {True: "all", "true": "all", False: "completions", "false": "completions"}.get(value, value)
+
+
+def _only(value: Any) -> Any:
+    return {True: "completions", "true": "completions", False: "all", "false": "all"}.get(value, value)
 
 
 def _optim(value: Any) -> Any:
@@ -69,8 +73,8 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 ALIASES |= {
     "optim": ("optimizer", _optim),
-    "completion_only_loss": ("train_on_prompt", _not),
-    "train_on_inputs": ("train_on_prompt", _same),
+    "completion_only_loss": ("train_on", _only),
+    "train_on_inputs": ("train_on", _all),
     "lora_target_modules": ("target_modules", _all_linear),
     "lora_target": ("target_modules", _all_linear),
     "bf16": ("precision", _bf16),

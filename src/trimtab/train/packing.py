@@ -79,6 +79,11 @@ def check_packing(model: nn.Module, examples: Sequence[Example]) -> None:
     Raises:
         TrainError: the losses differ, or the model cannot take packed sequences at all; says by how much, and where.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TrainError(
+            "A prompt would stand before the first of the packed examples, and not before the others. "
+            "Train without packing."
+        )
     if len(examples) < 2 or max(len(e.ids) for e in examples) < 2:
         return
     shortest = sorted(examples, key=lambda e: (len(e.ids) < SHORT, abs(len(e.ids) - SHORT)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from trimtab.core.config import match_pattern
 from trimtab.errors import TrainError
 from trimtab.shell.status import get_layer_status
 from trimtab.train.batches import Batch, Batches
+from trimtab.train.evaluate import evaluate_loss
+from trimtab.train.example import Example
 from trimtab.train.loss import batch_loss
 from trimtab.train.progress import memory
 
-__all__ = ["Cost", "Target", "measure", "targets", "try_longest"]
+__all__ = ["Cost", "Target", "measure", "targets", "try_evaluation", "try_longest"]
 
 SECONDS = 10.0  # what timing steps may take
 
@@ -123,7 +125,7 @@ def try_longest(model: nn.Module, batches: Batches) -> None:
         TrainError: it does not fit the memory.
     """
     every = (batch for step in range(len(batches)) for batch in batches[step])
-    longest = max(every, key=lambda b: len(b.rows) * max(len(batches.examples[i].ids) for i in b.rows))
+    longest = max(every, key=lambda b: b.size)
     was_training = model.training
     model.train()
     try:
@@ -139,6 +141,21 @@ def try_longest(model: nn.Module, batches: Batches) -> None:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
+
+
+def try_evaluation(model: nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int) -> None:
+    """Score one batch of the longest rows to be tested on, for the same reason.
+
+    Raises:
+        TrainError: not even one row fits the memory.
+    """
+    longest = sorted(examples, key=lambda e: -len(e.ids))[:batch_size]
+    try:
+        evaluate_loss(model, longest, pad_id, batch_size * len(longest[0].ids))
+    except torch.OutOfMemoryError as e:
+        raise TrainError(
+            f"The longest row to be tested on ({len(longest[0].ids)} tokens) does not fit the memory: leave it out."
+        ) from e
 
 
 def _timed(model: nn.Module, batches: Batches, part: Iterable[Batch], seconds: float) -> Iterable[tuple[int, float]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 NAME = "trimtab.json"
 TENSORS, VALUES = 16, 256
+TEMPLATE = "chat_template_sha256"
 PACKAGES = ("trimtab", "torch", "transformers", "accelerate", "trl")
 
 __all__ = ["NAME", "check_provenance", "fingerprint", "provenance", "read_provenance"]
@@ -34,14 +35,13 @@ def provenance(
     """What `trimtab.json` holds.
 
     Args:
+        revision: the base's on the Hub: what was asked for, or the commit that came.
         prints: the base's fingerprint, taken before it was adapted.
         more: data, settings, scores: anything that is plain.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    template = json.dumps(template, sort_keys=True) if isinstance(template, dict | list) else template
     return {
         "base_model": {"name": base, "revision": revision, "fingerprint": dict(prints)},
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        TEMPLATE: _template(tokenizer),
         "versions": _versions(),
         **more,
     }
@@ -75,25 +75,41 @@ def read_provenance(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_provenance(adapter: str | os.PathLike[str], model: nn.Module, name: str | None = None) -> list[str]:
+def check_provenance(
+    adapter: str | os.PathLike[str], model: nn.Module, name: str | None = None, tokenizer: Any = None
+) -> list[str]:
     """Sentences on how the model differs from the one the adapter was trained on; none where nothing is known to.
 
     Args:
         adapter: its folder.
         model: the base, or a model with adapters on it that have not changed the base's own weights.
         name: what the model is called in the sentences; by default its own name.
+        tokenizer: the one that is used, whose chat template is compared, too.
     """
-    then = read_provenance(adapter).get("base_model", {})
-    prints, tensors = then.get("fingerprint", {}), base_tensors(model)
+    content = read_provenance(adapter)
+    then = content.get("base_model")
+    then = then if isinstance(then, dict) else {}
+    prints, tensors = then.get("fingerprint"), base_tensors(model)
+    prints = prints if isinstance(prints, dict) else {}
     common = {n: p for n, p in prints.items() if n in tensors and _readable(tensors[n])}
     other = [n for n, p in common.items() if _hash(tensors[n]) != p]
     trained = f"The adapter {os.fspath(adapter)} was trained on {then.get('name')}"
     name = name or str(getattr(model, "name_or_path", "") or "another model")
-    if prints and not common:
-        return [f"{trained}; you loaded {name}, which has none of the tensors that its fingerprint is of."]
+    said = []
+    if prints and not prints.keys() & tensors.keys():
+        said.append(f"{trained}; you loaded {name}, which has none of the tensors that its fingerprint is of.")
     if other:
-        return [f"{trained}; you loaded {name}, and {len(other)} of {len(common)} tensors compared differ from it."]
-    return []
+        said.append(f"{trained}; you loaded {name}, and {len(other)} of {len(common)} tensors compared differ from it.")
+    if tokenizer is not None and TEMPLATE in content and content[TEMPLATE] != _template(tokenizer):
+        said.append(f"The adapter {os.fspath(adapter)} was trained with another chat template than that of {name}.")
+    return said
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The hash of a tokenizer's chat template, if it has one."""
+    template = getattr(tokenizer, "chat_template", None)
+    template = json.dumps(template, sort_keys=True) if isinstance(template, dict | list) else template
+    return hashlib.sha256(template.encode()).hexdigest() if template else None
 
 
 def _readable(tensor: Tensor) -> bool:

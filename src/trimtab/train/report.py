@@ -26,18 +26,17 @@ def facts_of(
 ) -> list[tuple[str, str]]:
     """The header of a run: (what, what is true of it)."""
     trainable, total = model.get_nb_trainable_parameters()
-    tokens, trained = (sum(n) for n in zip(*((len(e.ids), e.trained) for e in data.examples)))
-    longest = max(len(e.ids) for e in data.examples)
     device = next(model.parameters()).device.type
     width = " (by the model's width)" if by_width else ""
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * count  # of a step
+    kind = f"sequences of up to {data.packed(config):,} tokens" if config.packing else "rows"
     facts = [
         ("model", f"{base.name}, {parameters(total - trainable)} in {base.precision.name} on {device} "
                   f"({base.precision.why})"),
-        ("rows", f"{len(data.examples):,} of {data.facts}: {tokens:,} tokens, {trained:,} of them learned, longest row "
-                 f"{longest:,}" + (f"; {len(data.valid):,} held out" if data.valid else "; none held out")),
+        ("rows", f"{len(data.examples):,} to learn, " + (f"{len(data.held_out):,}" if data.held_out else "none")
+                 + " held out"),
         ("adapter", f"{adapter_in_words(model)}; {trainable:,} trainable parameters ({trainable / total:.2%})"),
-        ("steps", f"{len(batches):,} of {rows} rows, {batches.epoch(len(batches)):.4g} passes; {config.optimizer}, "
+        ("steps", f"{len(batches):,} of {rows} {kind}, {batches.epoch(len(batches)):.4g} passes; {config.optimizer}, "
                   f"learning rate {config.learning_rate:g}{width}, {config.lr_scheduler_type}"),
     ]  # fmt: skip
     if count > 1:
@@ -71,7 +70,7 @@ def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int
         + (f" at {config.revision}" if config.revision else "")
         + f", in {base.precision.name}",
         "Method": f"{config.method}" + (f" ({settings})" if settings else ""),
-        "Rows": f"{len(data.examples):,} learned, {len(data.valid):,} held out",
+        "Rows": f"{len(data.examples):,} learned, {len(data.held_out):,} held out",
         "Steps": f"{result.step:,}" + (f"; the weights are of step {kept:,}, the best" if kept != result.step else ""),
         "Optimiser": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}",
         "Tokens": f"{result.tokens:,} in {span(result.seconds)}",

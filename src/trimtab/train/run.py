@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ import torch
 from rich.console import Console
 
 from trimtab import __version__
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import DataError
 from trimtab.shell.peft_model import PeftModel
 from trimtab.train import folder as files
 from trimtab.train.adapters import adapter_settings
 from trimtab.train.batches import Batches, digest
 from trimtab.train.card import write_card
-from trimtab.train.checkpoint import Checkpoints, load_checkpoint, put_tensors, saved_tensors, write_folder
+from trimtab.train.checkpoint import Checkpoints, load_checkpoint, put_tensors, saved_tensors, write_folder, writing
 from trimtab.train.config import ADAPTER, FIELDS, LOOP, TrainConfig
-from trimtab.train.data import Example, encode_rows, read_rows
+from trimtab.train.data import check_packing
+from trimtab.train.evaluate import evaluate_generate, evaluate_loss
 from trimtab.train.events import (
     EarlyStopping,
     Evaluate,
@@ -32,79 +32,18 @@ from trimtab.train.events import (
     StepOne,
     Trackers,
 )
-from trimtab.train.generate import complete, exact_match, references
-from trimtab.train.loop import Event, Run, TrainResult, evaluate, train
+from trimtab.train.loop import Event, Run, TrainResult, train
+from trimtab.train.metrics import metric
 from trimtab.train.model import Base, adapt, load_base, make_optimizer, merge_first, rate_by_width
-from trimtab.train.plan import measure, targets, try_longest
+from trimtab.train.plan import measure, targets, try_evaluation, try_longest
 from trimtab.train.plot import plot_losses
+from trimtab.train.preparation import Data, encode_data, read_data, show_data
 from trimtab.train.processes import Alone, processes
 from trimtab.train.progress import Progress
 from trimtab.train.provenance import NAME, fingerprint, provenance
 from trimtab.train.report import card_facts, console_for, facts_of, show_end, show_facts, show_plan
 
-__all__ = ["Data", "Outcome", "prepare_data", "run_training"]
-
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"exact_match": exact_match}
-
-
-# --- the seam to the data ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """The rows of a run, encoded."""
-
-    examples: list[Example]
-    valid: list[Example] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of the rows to learn, for messages
-    facts: str = ""  # where they are from
-
-
-def prepare_data(config: TrainConfig, tokenizer: Any) -> Data:
-    """Read and encode the rows of a run.
-
-    Raises:
-        DataError: rows that cannot be read or trained on, named.
-    """
-    assert config.data is not None
-    if config.packing:
-        raise ConfigError("packing is not built in yet: leave it out.")
-    columns = {"prompt": config.prompt_field, "completion": config.completion_field,
-               "messages": config.messages_field, "text": config.text_field}  # fmt: skip
-    fields = {ours: theirs for ours, theirs in columns.items() if theirs}
-
-    def encoded(path: str) -> tuple[list[Example], list[str]]:
-        rows = _two_columns(list(read_rows(path, fields)))
-        found = encode_rows(rows, tokenizer, config.max_length, config.too_long, config.system)
-        if config.train_on_prompt:
-            found = [replace(e, labels=list(e.ids)) for e in found]
-        return found, [f"{Path(path).name}, row {n}" for n in range(1, len(found) + 1)]
-
-    examples, names = encoded(config.data)
-    valid = encoded(config.eval_data)[0] if config.eval_data else []
-    if not valid and config.val_size:
-        count = round(config.val_size if config.val_size >= 1 else config.val_size * len(examples))
-        if not 0 < count < len(examples):
-            raise DataError(
-                f"val_size would hold out {count} of {len(examples)} rows: leave some to learn and to test."
-            )
-        held = set(random.Random(config.seed).sample(range(len(examples)), count))
-        valid = [examples[i] for i in sorted(held)]
-        names = [name for i, name in enumerate(names) if i not in held]
-        examples = [e for i, e in enumerate(examples) if i not in held]
-    return Data(examples, valid, names, config.data)
-
-
-def _two_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of two columns of any names: what is asked, and the answer."""
-    keys = list(rows[0]) if rows else []
-    known = {"messages", "conversations", "prompt", "completion", "instruction", "text", "input_ids"}
-    if len(keys) != 2 or known & set(keys):
-        return rows
-    return [{"prompt": row.get(keys[0]), "completion": row.get(keys[1])} for row in rows]
-
-
-# --- the run --------------------------------------------------------------------------------------------------------
+__all__ = ["Outcome", "run_training"]
 
 
 @dataclass
@@ -140,8 +79,11 @@ def run_training(
     group = group or processes()
     console = console or console_for(quiet=not group.main)
     checkpoint = None if config.plan else _claim(config, group)
+    rows = read_data(config) if data is None else None  # before the model: reading them is quick
     base = base or _base(config, group)
-    data = data or prepare_data(config, base.tokenizer)
+    if data is None:
+        assert rows is not None
+        data = encode_data(config, base.tokenizer, *rows)
     batches = Batches(
         data.examples,
         batch_size=config.per_device_train_batch_size,
@@ -150,7 +92,8 @@ def run_training(
         max_steps=config.max_steps,
         seed=config.seed,
         pad_id=base.pad_id,
-        names=data.names,
+        names=data.train.places,
+        packed=data.packed(config),
     )
     prints = fingerprint(base.model)
     model = adapt(base, config, len(batches))
@@ -195,11 +138,15 @@ class _Job:
     by_width: bool  # the learning rate is
 
     def announce(self) -> None:
-        """The header."""
+        """The header, and what the rows are: raises where they cannot be trained on."""
         facts = facts_of(self.config, self.base, self.data, self.batches, self.model, self.group.count, self.by_width)
         show_facts(self.console, f"Run in {self.config.folder}", facts)
+        show_data(self.data, self.base.model, self.base.tokenizer, self.console)
         for line in self.base.notices:
             self.console.print(line, style="yellow", markup=False)
+        self.console.print()
+        if self.config.packing:
+            check_packing(self.model, self.data.examples)
 
     def plan(self) -> Outcome:
         """What would be trained, and what it would take."""
@@ -218,6 +165,8 @@ class _Job:
             self.console.print(_where(result, len(batches)))
         own, optimizer = self.events(), make_optimizer(self.model, config)
         try_longest(self.model, batches)
+        if self.data.held_out:
+            try_evaluation(self.model, self.data.held_out, config.eval_batch_size, self.base.pad_id)
         if group.main:  # nothing of an earlier run is touched before this
             if not config.resume:
                 files.clear(config)
@@ -242,7 +191,7 @@ class _Job:
         free = {n for n, f in FIELDS.items() if f.metadata["section"] not in (LOOP, ADAPTER)} - {"model", "revision"}
         free |= {"per_device_eval_batch_size", "device"}
         own = {n: v for n, v in self.config.to_dict().items() if n not in free}
-        return {**own, "rows": digest(self.data.examples)}
+        return {**own, "rows": digest(self.data.examples), "packed": self.data.packed(self.config)}
 
     def events(self) -> list[Event]:
         """The run's own events, in the order in which they see a step."""
@@ -252,7 +201,7 @@ class _Job:
         events += [Interrupt(progress.note), Metrics(config.folder / files.METRICS), progress]
         if config.report_to:
             events.append(Trackers(config.report_to, config.folder, config.folder.name, config.to_dict()))
-        if self.data.valid:
+        if self.data.held_out:
             every = _steps(config.eval_steps, batches)
             events.append(Evaluate(scorer(config, self.data, self.base), every, config.metric_for_best_model))
         if config.early_stopping_patience:
@@ -267,7 +216,7 @@ class _Job:
             kept = result.best[0]
             put_tensors(model, saved_tensors(config.folder / f"checkpoint-{kept}"))
         content = provenance(
-            base.name, config.revision, self.prints, base.tokenizer,
+            base.name, base.commit or config.revision, self.prints, base.tokenizer,
             data={"rows": len(self.data.examples), "sha256": digest(self.data.examples), "from": config.data},
             config=config.to_dict(), steps=result.step, kept_step=kept,
             scores=next((dict(scores) for step, scores in reversed(result.scores) if step == kept), {}),
@@ -281,7 +230,8 @@ class _Job:
 
         adapter = config.folder / files.ADAPTER
         if self.group.main:
-            write_folder(adapter, write)
+            with writing(f"The adapter {adapter}", config.folder):
+                write_folder(adapter, write)
             plot = _plot(config, base, result)
             more = {"loss plot": plot, "metrics": config.folder / files.METRICS}
             show_end(self.console, result, adapter, kept, more)
@@ -294,22 +244,31 @@ class _Job:
 def scorer(config: TrainConfig, data: Data, base: Base) -> Callable[[Any], dict[str, float]]:
     """The function that scores the model on the held-out rows: its loss, and the metrics of its answers.
 
+    Where every answer is one token, how many of them are right is told by the same forward as the loss.
+
     Raises:
         ConfigError: a metric that is unknown.
+        DataError: answers are to be generated, and there are rows that ask nothing.
     """
-    unknown = [name for name in config.eval_generate if name not in METRICS]
-    if unknown:
-        raise ConfigError(f"eval_generate: {', '.join(unknown)} is unknown; there is {', '.join(METRICS)}.")
-    part = data.valid[: config.eval_generate_rows]
-    longest = 8 + max((len(e.ids) - e.prompt_length for e in part), default=0)
-    expected = references(base.tokenizer, part) if config.eval_generate else []
+    for name in config.eval_generate:
+        metric(name)
+    rows, part = data.held_out, data.held_out[: config.eval_generate_rows]
+    if config.eval_generate and not all(e.prompt_length for e in part):
+        raise DataError("eval_generate is for rows that ask something; text has only a loss.")
+    special = tuple(base.tokenizer.all_special_ids)
+    tokens = config.eval_batch_size * max(len(e.ids) for e in rows)
 
     def score(model: Any) -> dict[str, float]:
-        scores = {"loss": evaluate(model, data.valid, config.eval_batch_size, base.pad_id)}
+        inner = getattr(model, "module", model)
+        found = evaluate_loss(inner, rows, base.pad_id, tokens, special)
+        scores = {"loss": found.loss}
+        if found.accuracy is not None:
+            scores["accuracy"] = found.accuracy
+        elif config.metric_for_best_model == "accuracy":
+            raise DataError("metric_for_best_model: accuracy is of answers of one token, and some held out are longer.")
         if config.eval_generate:
-            inner = getattr(model, "module", model)
-            answers = complete(inner, base.tokenizer, part, longest, config.eval_batch_size)
-            scores |= {name: METRICS[name](answers, expected) for name in config.eval_generate}
+            names, size = config.eval_generate, config.eval_batch_size
+            scores |= evaluate_generate(inner, base.tokenizer, part, names, batch_size=size).metrics
         return scores
 
     return score

@@ -26,7 +26,8 @@ from trimtab.train.model import Base, adapt, load_base, rate_by_width
 from trimtab.train.values import types_of
 
 VERBS = {"train": "SFT", "dpo": "DPO", "grpo": "GRPO", "kto": "KTO", "reward": "Reward"}
-OURS_ONLY = ("eval_generate", "on_top_of", "metric_for_best_model")  # what TRL's trainers do not do
+OURS_ONLY = ("eval_generate", "on_top_of", "metric_for_best_model", "packing")  # what TRL's trainers do not do
+ENCODING = ("train_on", "template", "plain", "too_long", "system")  # what is ours where rows are encoded here
 REWARDS = "reward_funcs"
 
 
@@ -111,7 +112,9 @@ def _model(verb: str, config: TrainConfig, base: Base) -> dict[str, Any]:
 
 def refuse(verb: str, config: TrainConfig) -> None:
     """Raise for settings that TRL's trainers cannot honour, and for one that is missing."""
-    wrong = [name for name in OURS_ONLY if getattr(config, name) not in (None, [], "loss")]
+    names = OURS_ONLY if verb == "train" else (*OURS_ONLY, *ENCODING)
+    usual = TrainConfig()
+    wrong = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if config.optimizer != "adamw":
         wrong.append(f"optimizer {config.optimizer}")
     if wrong:
@@ -124,14 +127,15 @@ def data_sets(verb: str, config: TrainConfig, base: Any) -> tuple[Any, Any]:
     """(rows to learn, rows to be tested on or None): encoded for `train`, and as they are for the others."""
     from datasets import Dataset
 
-    from trimtab.train.data import read_rows
-    from trimtab.train.run import prepare_data
+    from trimtab.train.preparation import prepare_data, read_data, show_data
+    from trimtab.train.report import console_for
 
     if verb == "train":
         data = prepare_data(config, base.tokenizer)
-        parts = [[{"input_ids": e.ids, "labels": e.labels} for e in part] for part in (data.examples, data.valid)]
+        show_data(data, base.model, base.tokenizer, console_for())
+        parts = [[{"input_ids": e.ids, "labels": e.labels} for e in part] for part in (data.examples, data.held_out)]
     else:
-        parts = [list(read_rows(path)) if path else [] for path in (config.data, config.eval_data)]
+        parts = [list(rows or ()) for rows in read_data(config)]
     train_set, eval_set = (Dataset.from_list(part) if part else None for part in parts)
     if train_set is None:
         raise TrainError("There are no rows to train on.")
@@ -142,8 +146,10 @@ def arguments_of(cls: Any, config: TrainConfig, base: Any, evaluated: bool) -> A
     """TRL's config: names that both have, and what follows from the device."""
     device = next(base.model.parameters()).device.type
     same = """learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
-        lr_scheduler_type weight_decay max_grad_norm seed save_total_limit packing""".split()
+        lr_scheduler_type weight_decay max_grad_norm seed save_total_limit""".split()
     known = {f.name for f in dataclasses.fields(cls)}
+    if config.max_length and "max_length" not in known:
+        raise ConfigError(f"{cls.__name__} has no max_length: leave it out.")
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     found = {name: getattr(config, name) for name in same}
     found |= {
@@ -153,7 +159,7 @@ def arguments_of(cls: Any, config: TrainConfig, base: Any, evaluated: bool) -> A
         "use_cpu": device == "cpu",
         "logging_steps": 1,
         "report_to": config.report_to or "none",
-        "max_length": None,
+        "max_length": None if cls.__name__ == "SFTConfig" else config.max_length,  # those rows are encoded here
         "load_best_model_at_end": config.keeps_best and evaluated,
         **_when("save", config.save_steps),
         **(_when("eval", config.eval_steps) if evaluated else {}),
@@ -184,7 +190,7 @@ def save(verb: str, config: TrainConfig, base: Any, prints: dict[str, str], trai
     (config.folder / files.METRICS).write_text(lines, encoding="utf-8")
     scores = [(e["step"], {"loss": e["eval_loss"]}) for e in history if "eval_loss" in e]
     content = provenance(
-        base.name, config.revision, prints, base.tokenizer, data={"rows": rows, "from": config.data},
+        base.name, base.commit or config.revision, prints, base.tokenizer, data={"rows": rows, "from": config.data},
         config=config.to_dict(), steps=trainer.state.global_step, trainer=type(trainer).__name__,
     )  # fmt: skip
 

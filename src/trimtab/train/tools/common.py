@@ -72,6 +72,10 @@ def strategy(ours: str) -> Callable[[Any], dict[str, Any]]:
     return rule
 
 
+def prompts(value: Any) -> dict[str, Any]:
+    return {"train_on": "all"} if value else {}
+
+
 def loraplus(value: Any) -> dict[str, Any]:
     return {"optimizer": "loraplus", "loraplus_lr_ratio": value}
 

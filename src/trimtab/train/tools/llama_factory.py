@@ -16,6 +16,7 @@ from trimtab.train.tools.common import (
     TEMPLATE,
     loraplus,
     only,
+    prompts,
     reports,
     stage,
 )
@@ -84,7 +85,7 @@ LLAMA_FACTORY = Tool(
         "pissa_iter": only(16, -1, None, why="the whole decomposition is taken", instead="init_lora_weights"),
         "loraplus_lr_ratio": loraplus, "template": TEMPLATE, "trust_remote_code": COMMON["trust_remote_code"],
         "cutoff_len": lambda v: {"max_length": v, "too_long": "truncate"},
-        "train_on_prompt": "train_on_prompt", "mask_history": Cannot("every answer of a conversation is learned"),
+        "train_on_prompt": prompts, "mask_history": lambda v: {"train_on": "last"} if v else {},
         "packing": packing, "neat_packing": packing, "val_size": "val_size",
         "default_system": "system", "max_samples": Cannot("take so many rows of the file yourself", "data"),
         "overwrite_cache": SPEED, "preprocessing_num_workers": SPEED, "preprocessing_batch_size": SPEED,

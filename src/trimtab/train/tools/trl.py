@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.train.tools.common import COMMON, QUANTISED, SPEED, TEMPLATE, data_set, only, same_if
+from trimtab.train.tools.common import COMMON, QUANTISED, SPEED, TEMPLATE, data_set, only, prompts, same_if
 from trimtab.train.translate import Cannot, Skip, Tool
 
 
@@ -47,8 +47,8 @@ TRL = Tool(
         "packing": "packing",
         "packing_strategy": only("bfd", why="rows are packed whole, the longest first"),
         "padding_free": SPEED, "eval_packing": SPEED, "pad_to_multiple_of": SPEED, "pad_token": SPEED,
-        "completion_only_loss": lambda v: {} if v is None else {"train_on_prompt": not v},
-        "assistant_only_loss": lambda v: {"train_on_prompt": False} if v else {},
+        "completion_only_loss": lambda v: {} if v is None else prompts(not v),
+        "assistant_only_loss": lambda v: prompts(False) if v else {},
         "eos_token": Cannot("the tokenizer's own end token is used"), "chat_template_path": TEMPLATE,
         "eval_strategy": evaluation,
         "activation_offloading": SPEED, "loss_type": only("nll", "chunked_nll", why="only the plain loss"),
@@ -58,5 +58,5 @@ TRL = Tool(
     together=together,
     keys=("use_peft", "dataset_name", "datasets"),
     notes=("TRL learns whole conversations of `messages` rows unless assistant_only_loss is set; here answers only are "
-           "learned, unless train_on_prompt is.",),
+           "learned, unless train_on is all.",),
 )  # fmt: skip

@@ -300,7 +300,9 @@ class PeftModel(nn.Module):
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs)
-        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs)):
+        tuner, names = self.base_model, self.active_adapters if adapter_names is None else adapter_names
+        extras = tuner.extras(names, args, kwargs)
+        with tuner.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), extras=extras):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import Call
+from trimtab.core.method import Call, overrides
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
 from trimtab.graft.adapters import Adapter
@@ -193,7 +194,8 @@ class Tuner(nn.Module):
         lengths: Sequence[int] | None = None,
         open: bool = False,
         shape: Sequence[int] = (),
-        **extras: Any,
+        extras: Mapping[str, Any] | None = None,
+        **given: Any,
     ) -> Iterator[None]:
         """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
 
@@ -201,7 +203,9 @@ class Tuner(nn.Module):
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
+            extras: what formulas read of the forward, by name; as are further arguments.
         """
+        extras = {**(extras or {}), **given}
         if adapter_names is None:
             with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
                 yield
@@ -228,15 +232,29 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
         if adapter_names is None:
-            return self._penalised(self.model(*args, **kwargs))
+            extras = self.extras(self.active_adapters, args, kwargs)
+            with self.routed(extras=extras) if extras else contextlib.nullcontext():
+                return self._penalised(self.model(*args, **kwargs))
         shape = batch_shape(args, kwargs)
         if shape and shape[0] != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {shape[0]} respectively."
             )
-        with self.routed(adapter_names, shape=shape):
+        with self.routed(adapter_names, shape=shape, extras=self.extras(adapter_names, args, kwargs)):
             return self.model(*args, **kwargs)
+
+    def extras(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """{adapter.name: what an adapter's formulas must know of a forward with these arguments}."""
+        found: dict[str, Any] = {}
+        for name in dict.fromkeys(names):
+            adapter = self.graft.adapters.get(name)
+            if adapter is None or not overrides(adapter.method, "extras"):
+                continue
+            inputs = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **kwargs}
+            own = adapter.method.extras(adapter.config, inputs, self.training)
+            found |= {f"{name}.{key}": value for key, value in own.items()}
+        return found
 
     def _penalised(self, outputs: Any) -> Any:
         """Outputs whose loss, in training, has the active adapters' penalties added."""

@@ -84,8 +84,14 @@ CASES = [
     Case("oft-shared", "OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.4}),
     Case("vera", "VERA", {"r": 4}),
     Case("vera-drawn", "VERA", {"r": 3, "save_projection": False, "projection_prng_key": 7, "vera_dropout": 0.3}),
+    Case("bitfit", "BITFIT"),
+    Case("bottleneck", "BOTTLENECK", {"r": 3, "scaling": 1.5, "non_linearity": "gelu"}),
+    Case("bottleneck-parallel", "BOTTLENECK", {"r": 3, "parallel": True}),
+    Case("loreft", "LOREFT", {"r": 2, "positions": "all"}),
+    Case("dylora", "DYLORA", {"r": 3, "rank": 2, "lora_alpha": 5, "lora_dropout": 0.4}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
+MERGEABLE = [case for case in CASES if case.method.mergeable]
 BY_NAME = {case.name: case for case in CASES}
 # One case of each formula: for tests that are quadratic, or compile.
 FORMULAS = [
@@ -102,6 +108,10 @@ FORMULAS = [
         "oft",
         "vera",
         "adalora",
+        "bitfit",
+        "bottleneck",
+        "loreft",
+        "dylora",
     )
 ]
 

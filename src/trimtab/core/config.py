@@ -74,6 +74,11 @@ class PeftType(str, enum.Enum):
     FROD = "FROD"
     DEFT = "DEFT"
     SHADOW = "SHADOW"
+    # methods that PEFT does not have
+    BITFIT = "BITFIT"
+    BOTTLENECK = "BOTTLENECK"
+    DYLORA = "DYLORA"
+    LOREFT = "LOREFT"
 
 
 class TaskType(str, enum.Enum):

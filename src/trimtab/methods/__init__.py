@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "BITFIT": ("bitfit", "BitFit", "BitFitConfig"),
+    "BOTTLENECK": ("bottleneck", "Bottleneck", "BottleneckConfig"),
+    "DYLORA": ("dylora", "DyLora", "DyLoraConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
+    "LOREFT": ("loreft", "LoReFT", "LoReFTConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.dropout import Dropout, mixed, rows_of
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, ReadOnlyWeight
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
 PROMPT = "prompt_embeddings"  # the key of a prompt in a file
+BIASED = "(layers with a bias)"  # another: every layer of the method's kinds that has one
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
 
@@ -103,6 +104,10 @@ class Call:
     def generator(self, method: Method, salt: str = "", device: Any = "cpu") -> torch.Generator:
         """A generator of random numbers that belong to no row."""
         return torch.Generator(device).manual_seed(self.key(method, salt))
+
+    def fact(self, method: Method, name: str) -> Any:
+        """What the method's `facts` found for this forward under `name`, or None."""
+        return self.extras.get(f"{method.adapter}.{name}")
 
 
 class Method:
@@ -201,6 +206,14 @@ class Method:
         """Raise where a model whose other adapters of this method have the configs `others` cannot take one more."""
 
     @classmethod
+    def facts(cls, config: Any, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
+        """What an adapter's formulas must know of a forward beside their own input, found once from its arguments.
+
+        Formulas read it by `call.fact`; a tensor's first axis is the batch's rows.
+        """
+        return {}
+
+    @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         """A term of one adapter's loss in training, from all its methods."""
         return None
@@ -265,7 +278,16 @@ class Method:
 
 def overrides(cls: type, hook: str) -> bool:
     """Whether a method says something of its own by a hook."""
-    return getattr(cls, hook) is not getattr(Method, hook)
+    own, default = getattr(cls, hook, None), getattr(Method, hook)
+    return own is not None and getattr(own, "__func__", own) is not getattr(default, "__func__", default)
+
+
+def no_weight(method: Method) -> ReadOnlyWeight:
+    """The error of a method that is no change of the weight, where one is asked for."""
+    return ReadOnlyWeight(
+        f"{type(method).__name__} at '{method.site.name}' is no change of the layer's weight: it cannot be merged, nor "
+        "stacked with an adapter that edits the weight only."
+    )
 
 
 class ModelMethod(nn.Module):
@@ -353,6 +375,7 @@ def require_rank(r: Any, name: str = "r") -> None:
 
 
 __all__ = [
+    "BIASED",
     "INPUT_EMBEDDING",
     "PROMPT",
     "Call",
@@ -363,6 +386,7 @@ __all__ = [
     "PromptMethod",
     "leaf_alias",
     "leaf_template",
+    "no_weight",
     "overrides",
     "require_rank",
 ]

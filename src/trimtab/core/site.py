@@ -30,7 +30,7 @@ class Site:
     """
 
     kind: ClassVar[str]
-    weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named
+    weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named ("": none is)
     bias_param: ClassVar[str] = "bias"  # the parameter that is added to its products ("": none)
     fused: ClassVar[bool] = True  # its input and output may be edited instead of its weight
     whole: ClassVar[bool] = False  # its rows lie in all of its arguments: it says how to cut a call, and join outputs
@@ -277,6 +277,7 @@ SITES = [
     "sites.conv:ConvSite",
     "sites.attention:AttentionSite",
     "sites.vector:VectorSite",
+    "sites.block:BlockSite",
 ]
 NAMED = "sites.parameter:ParameterSite"
 

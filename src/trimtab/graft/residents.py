@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from trimtab.graft import steps
@@ -50,12 +50,6 @@ class Residents:
                 install(adapter, tensors, self.commons)
                 adapter.settings = {}
             self.used([name])
-
-    def extras(self, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
-        """Take out of a forward's arguments what is for the formulas of these adapters."""
-        wanted = {x for n in names if n in self.adapters for x in self.adapters[n].method.extras}
-        found = {name: inputs.pop(name) for name in wanted if name in inputs}
-        return {name: value for name, value in found.items() if value is not None}
 
     def settle(self, needed: Iterable[str]) -> None:
         """Park all but the adapters that are needed and the few last used."""

@@ -16,7 +16,6 @@ from trimtab.layer import checkpointing
 HOOKS = ("begin", "step")
 
 
-@functools.cache
 def acts(method: type[Any]) -> bool:
     """Whether a method does anything before or after a step."""
     contract = ModelMethod if issubclass(method, ModelMethod) else Method

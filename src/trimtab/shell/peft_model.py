@@ -215,7 +215,7 @@ class PeftModel(Facts):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
         adapter = self._prompt(adapter_names)
-        extras = self.base_model.extras(kwargs, adapter_names)
+        extras = self.base_model.extras(kwargs, adapter_names, args)
         if adapter is not None:
             call = Call(extras=extras)
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs, call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import Call
+from trimtab.core.method import Call, overrides
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
 from trimtab.graft import steps
@@ -195,11 +196,26 @@ class Tuner(nn.Module):
         return self.graft.unload(pristine=pristine)
 
     # ------------------------------------------------------------------ forward
-    def extras(self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None) -> dict[str, Any]:
-        """Take out of a forward's arguments what is for the formulas of adapters (of the active ones by default)."""
+    def extras(
+        self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None, args: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """What the formulas of adapters (of the active ones by default) must know of a forward.
+
+        Args:
+            inputs: its arguments by name; those that are for formulas are taken out.
+            args: its other arguments.
+        """
         active = self.graft.board.route_here(quiet=True).active
         names = active if adapter_names is None else [name for row in adapter_names for name, _ in wanted(row)]
-        return self.graft.residents.extras(names, inputs)
+        adapters = [self.graft.adapters[n] for n in dict.fromkeys(names) if n in self.graft.adapters]
+        found = {name: inputs.pop(name, None) for a in adapters for name in a.method.extras if name in inputs}
+        curious = [a for a in adapters if overrides(a.method, "facts")]
+        if curious:
+            whole = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **inputs}
+            for adapter in curious:
+                facts = adapter.method.facts(adapter.config, whole, self.training)
+                found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     @contextlib.contextmanager
     def routed(
@@ -218,6 +234,7 @@ class Tuner(nn.Module):
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
+            extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
             with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
@@ -244,7 +261,7 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
-        extras = self.extras(kwargs, adapter_names)
+        extras = self.extras(kwargs, adapter_names, args)
         if adapter_names is None:
             with self.routed(**extras):
                 return self._penalised(self.model(*args, **kwargs))

@@ -122,9 +122,12 @@ CASES = [
         {"u": 4, "save_projection": False, "tinylora_dropout": 0.3, "init_weights": "uniform", "init_v_bound": 1.0},
         identity=False,
     ),
+    Case("lily", "LILY", {"r": 3, "num_B": 3, "scaling": 1.5}),
+    Case("lily-random", "LILY", {"r": 2, "stride_A": 2, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}
+MERGEABLE = [case for case in CASES if case.method.mergeable]
 # One case of each formula: for tests that are quadratic, or compile.
 FORMULAS = [
     BY_NAME[name]
@@ -147,6 +150,7 @@ FORMULAS = [
         "vblora",
         "unilora",
         "tinylora",
+        "lily",
     )
 ]
 

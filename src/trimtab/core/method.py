@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.core import dropout
 from trimtab.core.config import PeftConfig
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, ReadOnlyWeight
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
@@ -151,6 +151,11 @@ class Method:
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         """The adapter's tensors at a site by leaf name, each shape with a comment that names its axes."""
         raise NotImplementedError
+
+    @classmethod
+    def joint(cls, config: Any, sites: Sequence[Site]) -> Mapping[str, Sequence[int]]:
+        """leaf -> for each of an adapter's sites which of them keeps its tensor, where sites share one: the first."""
+        return {}
 
     def setup(self, config: Any) -> None:
         """Note what the formula needs beside its tensors (rank, scale)."""
@@ -331,6 +336,14 @@ class PromptMethod(ModelMethod):
         raise NotImplementedError
 
 
+def no_weight(method: Method) -> ReadOnlyWeight:
+    """The error of a method that is no change of the weight, where one is asked for."""
+    return ReadOnlyWeight(
+        f"{type(method).__name__} at '{method.site.name}' is no change of the layer's weight: it cannot be merged, nor "
+        "stacked with an adapter that edits the weight only."
+    )
+
+
 def require_rank(r: Any, name: str = "r") -> None:
     """Raise `ConfigError` unless `r` is a positive whole number."""
     if not isinstance(r, int) or r <= 0:
@@ -347,6 +360,7 @@ __all__ = [
     "PromptMethod",
     "leaf_alias",
     "leaf_template",
+    "no_weight",
     "overrides",
     "require_rank",
 ]

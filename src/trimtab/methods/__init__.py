@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "DELORA": ("delora", "Delora", "DeloraConfig"),
     "GRALORA": ("gralora", "Gralora", "GraloraConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
+    "LILY": ("lily", "Lily", "LilyConfig"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),

@@ -115,8 +115,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "uni_llama": (
         "llama",
         "UniLora",
-        "TinyLora",
-        "Lily",
         {"r": 3, "theta_d_length": 37, "target_modules": PROJECTIONS},
     ),
     "uni_gpt2": ("gpt2", "UniLora", {"r": 2, "theta_d_length": 500, "proj_seed": 5, "init_weights": False}),
@@ -148,6 +146,8 @@ METHODS_HERE = [
     "Pvera",
     "VBLoRA",
     "UniLora",
+    "TinyLora",
+    "Lily",
 ]
 
 

@@ -161,10 +161,13 @@ CASES = [
     Case("bottleneck-parallel", "BOTTLENECK", {"r": 3, "parallel": True}),
     Case("loreft", "LOREFT", {"r": 2, "positions": "all"}),
     Case("dylora", "DYLORA", {"r": 3, "rank": 2, "lora_alpha": 5, "lora_dropout": 0.4}),
+    Case("lily", "LILY", {"r": 3, "num_B": 3, "scaling": 1.5}),
+    Case("lily-random", "LILY", {"r": 2, "stride_A": 2, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 MERGEABLE = [case for case in CASES if case.method.mergeable]
 BY_NAME = {case.name: case for case in CASES}
+MERGEABLE = [case for case in CASES if case.method.mergeable]
 # One case of each formula: for tests that are quadratic, or compile.
 FORMULAS = [
     BY_NAME[name]
@@ -199,6 +202,7 @@ FORMULAS = [
         "bottleneck",
         "loreft",
         "dylora",
+        "lily",
     )
 ]
 

@@ -26,6 +26,7 @@ from tests.parity.pairs import (
     trainable,
     weights_file,
 )
+from trimtab.errors import ReadOnlyWeight
 from trimtab.methods import METHODS, config_class, load
 
 
@@ -150,7 +151,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vb_llama": ("llama", "VBLoRA", {**BANK, "r": 3, "target_modules": PROJECTIONS}),
     "vb_gpt2": ("gpt2", "VBLoRA", {**BANK, "topk": 3, "vector_length": 8}),
     "vb_few": ("bert", "VBLoRA", {**BANK, "save_only_topk_weights": True, "bias": "vblora_only"}),
-    "uni_llama": ("llama", "UniLora", "TinyLora", {"r": 3, "theta_d_length": 37, "target_modules": PROJECTIONS}),
+    "uni_llama": (
+        "llama",
+        "UniLora",
+        {"r": 3, "theta_d_length": 37, "target_modules": PROJECTIONS},
+    ),
     "uni_gpt2": ("gpt2", "UniLora", {"r": 2, "theta_d_length": 500, "proj_seed": 5, "init_weights": False}),
     "uni_kept": ("bert", "UniLora", {"r": 3, "theta_d_length": 30, "save_indices": True, "bias": "unilora_only"}),
     "tiny_llama": ("llama", "TinyLora", {"r": 3, "u": 7, "target_modules": PROJECTIONS}),
@@ -177,9 +182,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peanut_deep": ("bert", "Peanut", {"r": 4, "depth": 2, "act_fn": "silu", "init_weights": False}),
     "beft_bert": ("bert", "Beft", {}),
     "beft_random": ("bert", "Beft", {"init_weights": False}),
+    "lily_llama": ("llama", "Lily", {"r": 20, "target_modules": PROJECTIONS, "stride_A": 2, "scaling": 0.5}),
+    "lily_t5": ("t5", "Lily", {"r": 20, "target_modules": ["q", "wo"], "stride_A": 2, "num_B": 3}),
+    "lily_all": ("llama", "Lily", {"r": 20, "target_modules": "all-linear", "init_weights": False}),
+    "lily_regex": ("bert", "Lily", {"r": 20, "target_modules": ".*(query|dense)", "stride_A": 2}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
-STARTS_ALIKE = ("vb_",)  # whose starting values are drawn in another order: equal in distribution
+STARTS_ALIKE = ("vb_", "lily_")  # whose starting values are drawn in another order: equal in distribution
 ONCE = "vblora_vector_bank|unilora_theta_d|tinylora_v"  # kept once; theirs is registered at every layer as well, and found there first
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -218,6 +227,8 @@ METHODS_HERE = [
     "Deft",
     "Peanut",
     "Beft",
+    "TinyLora",
+    "Lily",
 ]
 
 
@@ -357,6 +368,11 @@ def test_gradients_of_cores_are_wrong_in_peft() -> None:
 def test_merges(case: str) -> None:
     ours, theirs = pair(case)
     name = CASES[case][0]
+    if not load(*METHODS[ours.peft_config["default"].peft_type.value][:2]).mergeable:
+        for model in (ours, theirs):
+            with pytest.raises((ReadOnlyWeight, NotImplementedError)):
+                quiet(model.merge_and_unload)
+        return
     if case == "oft_embedding":  # tied or not, theirs merges embeddings alike
         assert not ours.config.tie_word_embeddings
     near(run(quiet(ours.merge_and_unload), name), run(quiet(theirs.merge_and_unload), name))

@@ -163,6 +163,11 @@ class Method:
         """The adapter's tensors at a site by leaf name, each shape with a comment that names its axes."""
         raise NotImplementedError
 
+    @classmethod
+    def joint(cls, config: Any, sites: Sequence[Site]) -> Mapping[str, Sequence[int]]:
+        """leaf -> for each of an adapter's sites which of them keeps its tensor, where sites share one: the first."""
+        return {}
+
     def setup(self, config: Any) -> None:
         """Note what the formula needs beside its tensors (rank, scale)."""
 

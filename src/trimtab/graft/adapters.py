@@ -29,6 +29,7 @@ class Place:
         leaves: the tensors it has there; none where another layer keeps them.
         home: the place that keeps them.
         follows: its config is the adapter's own object, not one resolved for the site.
+        borrowed: leaves whose tensors are those of another place: that place.
     """
 
     layer: AdaptedLayer
@@ -37,6 +38,7 @@ class Place:
     kind: Kind
     home: int
     follows: bool
+    borrowed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -182,7 +184,8 @@ def install(adapter: Adapter, tensors: Sequence[Tensor], commons: Mapping[str, L
         else:
             held[i][name] = value
     for place, method, own in zip(layout.places, made, held, strict=True):
-        place.layer.attach(adapter.name, method, own)
+        lent = {leaf: held[i][leaf] for leaf, i in place.borrowed.items()}
+        place.layer.attach(adapter.name, method, own | lent)
         home = layout.places[place.home]
         method.home, method.commons = home.layer, commons
         if home is not place:
@@ -206,14 +209,29 @@ def common(commons: Mapping[str, Leaves], name: str, adapter: str) -> Tensor:
     return tensor
 
 
+def methods_of(adapter: Adapter) -> list[Method]:
+    """An adapter's methods in the module tree, in the order of its layout's places."""
+    seen: dict[AdaptedLayer, int] = {}
+    methods = []
+    for place in adapter.layout.places:
+        at = seen.get(place.layer, 0)
+        methods.append(place.layer.methods[adapter.name][at])
+        seen[place.layer] = at + 1
+    return methods
+
+
+def rejoin(adapter: Adapter) -> None:
+    """Make those tensors one again that several layers share, where each layer was filled by itself."""
+    methods = methods_of(adapter)
+    for method, place in zip(methods, adapter.layout.places, strict=True):
+        for leaf, i in place.borrowed.items():
+            holder, key = method.place_of(leaf)
+            holder[key] = methods[i].tensor(leaf)
+
+
 def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
     """An adapter's tensors in the module tree, in the order of its layout."""
-    methods: dict[int, Method] = {}
-    seen: dict[AdaptedLayer, int] = {}
-    for i, place in enumerate(adapter.layout.places):
-        at = seen.get(place.layer, 0)
-        methods[i] = place.layer.methods[adapter.name][at]
-        seen[place.layer] = at + 1
+    methods = methods_of(adapter)
     return [
         common(commons, name, adapter.name) if i < 0 else methods[i].tensor(name)
         for i, name, _, _ in adapter.layout.spans()

@@ -109,7 +109,9 @@ def _stands(layout: Layout, layer: AdaptedLayer, container: str | None) -> bool:
     places = [p for p in layout.places if p.layer is layer]
     if container is None:
         return bool(places)
-    return any(p.method.templates[leaf].partition(".{}")[0] == container for p in places for leaf in p.leaves)
+    return any(
+        p.method.templates[leaf].partition(".{}")[0] == container for p in places for leaf in (*p.leaves, *p.borrowed)
+    )
 
 
 def _has_layers(adapter: Adapter) -> bool:

@@ -77,6 +77,7 @@ class Stage:
         own = [sites[path] for path, wanted in plans.items() if any(cls is method for cls, _, _ in wanted)]
         layout.shared = method.share(config, own)
         homes: dict[int, int] = {}
+        keepers, at = method.joint(config, own), []  # at: the place of each of `own`
         for path, wanted in plans.items():
             site = sites[path]
             layer: AdaptedLayer = site.owner
@@ -84,16 +85,20 @@ class Stage:
             for cls, options, prefix in wanted:
                 leaves = cls.leaves(site, options, layout.shared)
                 formula = cls(layer, site, "", options)
+                borrowed: dict[str, int] = {}
                 if cls is method:
                     formula.peers, formula.position = own, own.index(site)
+                    at.append(len(layout.places))
+                    kept = {leaf: at[by[formula.position]] for leaf, by in keepers.items()}
+                    borrowed = {leaf: i for leaf, i in kept.items() if i != len(layout.places)}
                 home = len(layout.places)
                 if cls.tied:
                     home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)
                 formula.declared = leaves
                 formula.templates = {name: leaf_template(prefix + leaf_template(name)) for name in leaves}
                 formula.trained = tuple(name for name, leaf in leaves.items() if trains(leaf))
-                own_leaves = leaves if home == len(layout.places) else {}
-                layout.places.append(Place(layer, formula, own_leaves, kind, home, options is config))
+                own_leaves = {n: x for n, x in leaves.items() if n not in borrowed and home == len(layout.places)}
+                layout.places.append(Place(layer, formula, own_leaves, kind, home, options is config, borrowed))
         if own:
             layout.shared_kind = kind_of(own[0], autocast)
         return layout

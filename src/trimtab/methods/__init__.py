@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "HIRA": ("hira", "Hira", "HiraConfig"),
     "HRA": ("hra", "HRA", "HRAConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
+    "LILY": ("lily", "Lily", "LilyConfig"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LOKR": ("lokr", "LoKr", "LoKrConfig"),

@@ -88,6 +88,10 @@ CASES = [
     Case("waveft", "WAVEFT", {"n_frequency": 20, "scaling": 3.0}),
     Case("waveft-db3", "WAVEFT", {"n_frequency": 9, "wavelet_family": "db3", "init_weights": False}, identity=False),
     Case("waveft-sparse", "WAVEFT", {"n_frequency": 15, "use_idwt": False, "proportional_parameters": True}),
+    Case("shira", "SHIRA", {"r": 2}),
+    Case("shira-random", "SHIRA", {"r": 1, "random_seed": 3, "init_weights": False}, identity=False),
+    Case(
+    ),
     Case("hira", "HIRA", {"r": 3}),
     Case("hira-dropout", "HIRA", {"r": 2, "hira_dropout": 0.4, "init_weights": "gaussian"}),
     Case("hira-random", "HIRA", {"r": 2, "init_weights": False}, identity=False),
@@ -118,6 +122,7 @@ FORMULAS = [
         "ln-tuning",
         "c3a-zero",
         "fourierft",
+        "shira",
         "waveft",
         "hira",
         "miss",

@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "OFT": ("oft", "OFT", "OFTConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
+    "SHIRA": ("shira", "Shira", "ShiraConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
     "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),

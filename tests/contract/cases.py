@@ -90,7 +90,10 @@ CASES = [
     Case("waveft-sparse", "WAVEFT", {"n_frequency": 15, "use_idwt": False, "proportional_parameters": True}),
     Case("shira", "SHIRA", {"r": 2}),
     Case("shira-random", "SHIRA", {"r": 1, "random_seed": 3, "init_weights": False}, identity=False),
+    Case("glora", "GLORA", {"r": 2}),
+    Case("glora-vectors", "GLORA", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
     Case(
+        "glora-bias", "GLORA", {"config_A_B": "constant", "init_weights": False}, identity=False, sites=("up", "down")
     ),
     Case("hira", "HIRA", {"r": 3}),
     Case("hira-dropout", "HIRA", {"r": 2, "hira_dropout": 0.4, "init_weights": "gaussian"}),
@@ -122,6 +125,7 @@ FORMULAS = [
         "ln-tuning",
         "c3a-zero",
         "fourierft",
+        "glora",
         "shira",
         "waveft",
         "hira",

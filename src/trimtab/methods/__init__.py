@@ -17,6 +17,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
     "C3A": ("c3a", "C3A", "C3AConfig"),
     "FOURIERFT": ("fourierft", "FourierFT", "FourierFTConfig"),
+    "GLORA": ("glora", "Glora", "GloraConfig"),
     "HIRA": ("hira", "Hira", "HiraConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),
     "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),

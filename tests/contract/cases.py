@@ -95,6 +95,8 @@ CASES = [
     Case(
         "glora-bias", "GLORA", {"config_A_B": "constant", "init_weights": False}, identity=False, sites=("up", "down")
     ),
+    Case("super", "SUPERTUNING", {"sparsity": 0.6}),
+    Case("supra", "SUPERTUNING", {"sparsity": 0.8, "select_top": False, "r": 2, "lora_dropout": 0.4}),
     Case("hira", "HIRA", {"r": 3}),
     Case("hira-dropout", "HIRA", {"r": 2, "hira_dropout": 0.4, "init_weights": "gaussian"}),
     Case("hira-random", "HIRA", {"r": 2, "init_weights": False}, identity=False),
@@ -127,6 +129,7 @@ FORMULAS = [
         "fourierft",
         "glora",
         "shira",
+        "supra",
         "waveft",
         "hira",
         "miss",

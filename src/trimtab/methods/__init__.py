@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
     "SHIRA": ("shira", "Shira", "ShiraConfig"),
+    "SUPERTUNING": ("supertuning", "Supertuning", "SupertuningConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
     "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),

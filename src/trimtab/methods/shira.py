@@ -1,0 +1,101 @@
+"""SHiRA (Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175, section 3).   W' = W + S,   S sparse.
+
+The r (in + out) entries of S are trained; where they stand is drawn at random, or said by a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.families import Delta
+from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+
+
+@dataclass
+class ShiraConfig(LayerConfig):
+    """The configuration of a SHiRA adapter.
+
+    Attributes:
+        mask_fn: (the layer, r, random_seed=...) -> a tensor of the weight's shape, not zero at the entries to train;
+            set it on the config to choose them yourself. It is not saved: the file holds the entries.
+    """
+
+    r: int = help_field("r (in + out) entries of a layer are trained, as many as LoRA of that rank has.", 32)
+    mask_type: Literal["random"] = help_field("How the entries are chosen.", "random")
+    random_seed: int | None = help_field("The seed of the choice; None: torch's own generator.", None)
+    fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
+    init_weights: bool = help_field("Start from zeros; else random.", True)
+
+    exclude_modules: ClassVar[None] = None  # type: ignore[misc]
+    layers_to_transform: ClassVar[None] = None  # type: ignore[misc]
+    layers_pattern: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SHIRA
+        self.mask_fn: Callable[..., Tensor] | None = None
+
+
+class Shira(Delta):
+    """A sparse delta of high rank."""
+
+    config, prefix = ShiraConfig, "shira_"
+    kinds = fused = frozenset({"linear"})
+    targets = {**ATTENTION, "phi": ["q_proj", "v_proj"]}
+
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        require_rank(config.r)
+        n, size = config.r * (site.fan_in + site.fan_out), site.fan_in * site.fan_out
+        if n > size:
+            raise ConfigError(
+                f"The set rank {config.r} results in more shira params than the total number of params in the base "
+                f"layer {size} and this is not allowed. It is '{site.name}'."
+            )
+        return {
+            "shira_weight": Leaf((n,)),  # (n,)
+            "shira_indices": Leaf((2, n), train=False, buffer=True, dtype=torch.int32),  # (2, n)
+        }
+
+    def setup(self, config: Any) -> None:
+        self.scaling = self.unit = 1.0  # what `set_scale` multiplies
+
+    def reset(self, config: Any) -> None:
+        n, shape = len(self.shira_weight), (self.site.fan_out, self.site.fan_in)
+        if config.mask_fn is not None:
+            mask = config.mask_fn(self.site.layer, config.r, random_seed=config.random_seed)
+            places = (mask.T if self.site.flipped else mask).to("cpu").nonzero().T
+            if places.shape != (2, n):
+                raise ConfigError(f"`mask_fn` chose {places.shape[-1]} entries of '{self.site.name}' instead of {n}.")
+        else:
+            seed = config.random_seed
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            places = torch.randperm(shape[0] * shape[1], generator=generator)[:n].sort().values
+            places = torch.stack([places // shape[1], places % shape[1]])
+        self.shira_indices.copy_(places)
+        if config.init_weights:
+            self.shira_weight.zero_()
+        else:
+            self.shira_weight.normal_()
+
+    def form(self, values: Tensor) -> Tensor:
+        """S (out, in)."""
+        rows, columns = self.shira_indices.long()
+        into = self.site.fan_in
+        S = values.new_zeros(self.site.fan_out * into).index_put((rows * into + columns,), self.scaling * values)
+        return S.view(-1, into)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.form(self.shira_weight)
+
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        return self.plus_delta(y, x, self.form, self.shira_weight)

@@ -99,6 +99,9 @@ CASES = [
     Case("peanut", "PEANUT", {"r": 3, "scaling": 1.5}),
     Case("peanut-deep", "PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
     Case("beft", "BEFT"),
+    Case("psoft", "PSOFT", {"r": 3, "psoft_alpha": 5}),
+    Case("psoft-free", "PSOFT", {"r": 2, "psoft_orth": False, "psoft_mag_a": False, "psoft_dropout": 0.3}),
+    Case("psoft-series", "PSOFT", {"r": 3, "use_cayley_neumann": True, "psoft_mag_b": False}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

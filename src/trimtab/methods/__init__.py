@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PEANUT": ("peanut", "Peanut", "PeanutConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),
+    "PSOFT": ("psoft", "Psoft", "PsoftConfig"),
     "ROAD": ("road", "Road", "RoadConfig"),
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),

@@ -102,6 +102,8 @@ CASES = [
     Case("psoft", "PSOFT", {"r": 3, "psoft_alpha": 5}),
     Case("psoft-free", "PSOFT", {"r": 2, "psoft_orth": False, "psoft_mag_a": False, "psoft_dropout": 0.3}),
     Case("psoft-series", "PSOFT", {"r": 3, "use_cayley_neumann": True, "psoft_mag_b": False}),
+    Case("osf", "OSF", {"effective_rank": 0.5}),
+    Case("osf-random", "OSF", {"effective_rank": 3, "init_weights": False}, identity=False),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -113,6 +113,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "psoft_terms": ("llama", "Psoft", {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 2}),
     "psoft_lowrank": ("llama", "Psoft", {"r": 4, "psoft_svd": "lowrank", "random_seed": 5, "psoft_mag_a": False}),
     "psoft_roots": ("llama", "Psoft", {"r": 4, "ab_svd_init": "pissa_init", "init_weights": False}),
+    "osf_llama": ("llama", "OSF", {}),
+    "osf_pattern": ("bert", "OSF", {"rank_pattern": {"query": 3}, "target_modules": ["query", "key"]}),
+    "osf_random": ("llama", "OSF", {"effective_rank": 0.45, "init_weights": False, "target_modules": ["q_proj"]}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -141,6 +144,7 @@ METHODS_HERE = [
     "Peanut",
     "Beft",
     "Psoft",
+    "OSF",
 ]
 
 

@@ -24,6 +24,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "LOHA": ("loha", "LoHa", "LoHaConfig"),
     "LORA": ("lora", "Lora", "LoraConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
+    "OSF": ("osf", "OSF", "OSFConfig"),
     "PEANUT": ("peanut", "Peanut", "PeanutConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuning", "PromptTuningConfig"),

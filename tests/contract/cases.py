@@ -104,6 +104,7 @@ CASES = [
     Case("psoft-series", "PSOFT", {"r": 3, "use_cayley_neumann": True, "psoft_mag_b": False}),
     Case("osf", "OSF", {"effective_rank": 0.5}),
     Case("osf-random", "OSF", {"effective_rank": 3, "init_weights": False}, identity=False),
+    Case("adamss", "ADAMSS", {"r": 4, "num_subspaces": 2, "subspace_rank": 2}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -116,6 +116,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "osf_llama": ("llama", "OSF", {}),
     "osf_pattern": ("bert", "OSF", {"rank_pattern": {"query": 3}, "target_modules": ["query", "key"]}),
     "osf_random": ("llama", "OSF", {"effective_rank": 0.45, "init_weights": False, "target_modules": ["q_proj"]}),
+    "adamss_bert": ("bert", "Adamss", {"r": 6, "num_subspaces": 3, "subspace_rank": 2}),
+    "adamss_llama": ("llama", "Adamss", {"r": 99, "num_subspaces": 4, "random_seed": 3}),
 }
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -129,6 +131,7 @@ STACKED = [
     "peanut_llama",
     "beft_bert",
     "psoft_llama",
+    "adamss_bert",
 ]
 METHODS_HERE = [
     "IA3",
@@ -145,6 +148,7 @@ METHODS_HERE = [
     "Beft",
     "Psoft",
     "OSF",
+    "Adamss",
 ]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "ADAMSS": ("adamss", "Adamss", "AdamssConfig"),
     "BEFT": ("beft", "Beft", "BeftConfig"),
     "BOFT": ("boft", "BOFT", "BOFTConfig"),
     "DEFT": ("deft", "Deft", "DeftConfig"),

@@ -89,10 +89,10 @@ class Adamss(Method):
         return {
             **{f"adamss_A.{{}}.{k}": Leaf((rank, r)) for k, rank in enumerate(ranks)},  # (rank, r)
             **{
-                f"adamss_B.{{}}.{k}": Leaf((len(rows), rank))  # (outputs of the cluster, rank)
+                f"adamss_B.{{}}.{k}": Leaf((len(rows), rank))  # (outputs, rank)
                 for k, (rows, rank) in enumerate(zip(found, ranks, strict=True))
             },
-            "adamss_newB": Leaf(tuple(V.shape), train=False, buffer=True),  # (r, in + 1): V; in file
+            "adamss_newB": Leaf(tuple(V.shape), train=False, buffer=True),  # (r, columns): V
         }
 
     def setup(self, config: Any) -> None:

@@ -69,15 +69,13 @@ class OSF(Method):
         out, into, high = site.fan_out, site.fan_in, kept(site, config)
         r = min(out, into) - high
         shapes = {"U_low": (out, r), "S_low": (r,), "V_low": (r, into)}  # (out, r), (r,), (r, in)
-        start = {
-            f"_osf_{name}_init": Leaf(shape, train=False, file=False, buffer=True) for name, shape in shapes.items()
-        }
+        frozen = lambda shape: Leaf(shape, train=False, file=False, buffer=True)  # (...)
         # Of the longer side; the shorter one's complement is what U₀ or V₀ spans.
         longer = {"_osf_V_high": (high, into)} if into > out else {"_osf_U_high": (out, high)} if out > into else {}
         return {
-            **{f"osf_svd_params.{{}}.{name}": Leaf(shape) for name, shape in shapes.items()},
-            **start,
-            **{name: Leaf(shape, train=False, file=False, buffer=True) for name, shape in longer.items()},
+            **{f"osf_svd_params.{{}}.{name}": Leaf(shape) for name, shape in shapes.items()},  # (...)
+            **{f"_osf_{name}_init": frozen(shape) for name, shape in shapes.items()},
+            **{name: frozen(shape) for name, shape in longer.items()},
         }
 
     def reset(self, config: Any) -> None:

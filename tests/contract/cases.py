@@ -172,6 +172,12 @@ CASES = [
     Case("dylora", "DYLORA", {"r": 3, "rank": 2, "lora_alpha": 5, "lora_dropout": 0.4}),
     Case("lily", "LILY", {"r": 3, "num_B": 3, "scaling": 1.5}),
     Case("lily-random", "LILY", {"r": 2, "stride_A": 2, "init_weights": False}, identity=False),
+    Case("psoft", "PSOFT", {"r": 3, "psoft_alpha": 5}),
+    Case("psoft-free", "PSOFT", {"r": 2, "psoft_orth": False, "psoft_mag_a": False, "psoft_dropout": 0.3}),
+    Case("psoft-series", "PSOFT", {"r": 3, "use_cayley_neumann": True, "psoft_mag_b": False}),
+    Case("osf", "OSF", {"effective_rank": 0.5}),
+    Case("osf-random", "OSF", {"effective_rank": 3, "init_weights": False}, identity=False),
+    Case("adamss", "ADAMSS", {"r": 4, "num_subspaces": 2, "subspace_rank": 2}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
 MERGEABLE = [case for case in CASES if case.method.mergeable]

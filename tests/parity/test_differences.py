@@ -293,3 +293,50 @@ def test_randloras_bases_are_saved_once(tmp_path: Path) -> None:
         sizes.append((folder / "adapter_model.safetensors").stat().st_size)
     assert counts == [1, 1 + 4]
     assert sizes[0] < sizes[1] / 2
+def method(library: Any, kind: str, name: str = "llama", **fields: Any) -> Any:
+    """The model `name` with an adapter of another method than LoRA."""
+    torch.manual_seed(11)
+    return quiet(library.get_peft_model, build(name), quiet(getattr(library, f"{kind}Config"), **fields))
+
+
+def test_beft_without_a_bias_cannot_be_merged_in_peft() -> None:
+    ours, theirs = (method(library, "Beft", init_weights=False) for library in BOTH)
+    y = run(ours.eval(), "llama")
+    near(run(theirs.eval(), "llama"), y)
+    near(run(ours.merge_and_unload(), "llama"), y)
+    with pytest.raises(ValueError, match="no bias"):
+        quiet(theirs.merge_and_unload)
+
+
+def test_osf_cannot_be_unmerged_in_peft_and_skips_what_it_does_not_know() -> None:
+    ours, theirs = (method(library, "OSF", "gpt2", target_modules=["c_attn"]) for library in BOTH)
+    assert trainable(ours)
+    assert not trainable(theirs)
+    ours, theirs = (method(library, "OSF", init_weights=False) for library in BOTH)
+    y = run(ours.eval(), "llama")
+    ours.merge_adapter()
+    ours.unmerge_adapter()
+    assert torch.equal(run(ours, "llama"), y)
+    quiet(theirs.merge_adapter)
+    with pytest.raises(NotImplementedError):
+        theirs.unmerge_adapter()
+
+
+def test_butterfly_factors_need_an_extension_in_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs makes one of two factors, unless something stands in for its CUDA kernel: then both agree."""
+    from peft.tuners.boft import layer
+
+    class Kernel:
+        """Blocks (n, k, b, b) as n block-diagonal matrices."""
+
+        forward = staticmethod(lambda blocks: [torch.stack([torch.block_diag(*some) for some in blocks])])
+
+    fields = {"boft_block_size": 4, "boft_n_butterfly_factor": 2, "init_weights": False}
+    factors = lambda model: {len(p) for n, p in model.named_parameters() if "boft_R" in n}
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: None)
+    ours, theirs = (method(library, "BOFT", **fields) for library in BOTH)
+    assert (factors(ours), factors(theirs)) == ({2}, {1})
+    monkeypatch.setattr(layer, "get_fbd_cuda", Kernel)
+    theirs = method(peft, "BOFT", **fields)
+    assert factors(theirs) == {2}
+    near(run(ours.eval(), "llama"), run(theirs.eval(), "llama"))

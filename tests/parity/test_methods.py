@@ -196,6 +196,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lily_t5": ("t5", "Lily", {"r": 20, "target_modules": ["q", "wo"], "stride_A": 2, "num_B": 3}),
     "lily_all": ("llama", "Lily", {"r": 20, "target_modules": "all-linear", "init_weights": False}),
     "lily_regex": ("bert", "Lily", {"r": 20, "target_modules": ".*(query|dense)", "stride_A": 2}),
+    "psoft_llama": ("llama", "Psoft", {"r": 4, "psoft_alpha": 6}),
+    "psoft_free": ("bert", "Psoft", {"r": 4, "psoft_orth": False, "psoft_mag_b": False, "init_weights": False}),
+    "psoft_series": ("bert", "Psoft", {"r": 5, "use_cayley_neumann": True, "cayley_neumann_eps": 0.4}),
+    "psoft_terms": ("llama", "Psoft", {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 2}),
+    "psoft_lowrank": ("llama", "Psoft", {"r": 4, "psoft_svd": "lowrank", "random_seed": 5, "psoft_mag_a": False}),
+    "psoft_roots": ("llama", "Psoft", {"r": 4, "ab_svd_init": "pissa_init", "init_weights": False}),
+    "osf_llama": ("llama", "OSF", {}),
+    "osf_pattern": ("bert", "OSF", {"rank_pattern": {"query": 3}, "target_modules": ["query", "key"]}),
+    "osf_random": ("llama", "OSF", {"effective_rank": 0.45, "init_weights": False, "target_modules": ["q_proj"]}),
+    "adamss_bert": ("bert", "Adamss", {"r": 6, "num_subspaces": 3, "subspace_rank": 2}),
+    "adamss_llama": ("llama", "Adamss", {"r": 99, "num_subspaces": 4, "random_seed": 3}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
 STARTS_ALIKE = ("vb_", "lily_")  # whose starting values are drawn in another order: equal in distribution
@@ -211,6 +222,8 @@ STACKED = [
     "deft_llama",
     "peanut_llama",
     "beft_bert",
+    "psoft_llama",
+    "adamss_bert",
 ]
 METHODS_HERE = [
     "IA3",
@@ -239,6 +252,9 @@ METHODS_HERE = [
     "Beft",
     "TinyLora",
     "Lily",
+    "Psoft",
+    "OSF",
+    "Adamss",
 ]
 
 
@@ -318,6 +334,10 @@ def test_names_shapes_and_starts(case: str) -> None:
             assert abs(held[owned(name)].std() / parameter.std() - 1) < 0.2, name
         else:
             assert torch.equal(held[owned(name)], parameter), name
+        if parameter.requires_grad:
+            if ".adamss_A." in name:  # theirs is a random approximation of ours
+                continue
+            assert torch.equal(held[name], parameter), name
     assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "ADAMSS": ("adamss", "Adamss", "AdamssConfig"),
     "BEFT": ("beft", "Beft", "BeftConfig"),
     "BITFIT": ("bitfit", "BitFit", "BitFitConfig"),
     "BOFT": ("boft", "BOFT", "BOFTConfig"),
@@ -40,6 +41,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "MISS": ("miss", "Miss", "MissConfig"),
     "MULTITASK_PROMPT_TUNING": ("multitask_prompt_tuning", "MultitaskPromptTuning", "MultitaskPromptTuningConfig"),
     "OFT": ("oft", "OFT", "OFTConfig"),
+    "OSF": ("osf", "OSF", "OSFConfig"),
     "PEANUT": ("peanut", "Peanut", "PeanutConfig"),
     "POLY": ("poly", "Poly", "PolyConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
@@ -47,6 +49,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "PVERA": ("pvera", "Pvera", "PveraConfig"),
     "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
     "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
+    "PSOFT": ("psoft", "Psoft", "PsoftConfig"),
     "ROAD": ("road", "Road", "RoadConfig"),
     "TINYLORA": ("tinylora", "TinyLora", "TinyLoraConfig"),
     "SHIRA": ("shira", "Shira", "ShiraConfig"),

@@ -54,6 +54,9 @@ class Beft(Method):
         else:
             self.beft_bias.normal_()
 
+    def weight(self, W: Tensor) -> Tensor:
+        return W
+
     def bias(self, b: Tensor | None) -> Tensor | None:
         v: Tensor = self.beft_bias[0]
         return v if b is None else b + v

@@ -61,7 +61,7 @@ class Road(Method):
                 f"RoadLayer: '{site.name}' has {site.fan_out}."
             )
         size = site.fan_out // 2 * ENTRIES[config.variant][0]
-        return {"road_theta": Leaf((size,)), "road_alpha": Leaf((size,))}  # (groups · numbers a pair · g / 2,)
+        return {"road_theta": Leaf((size,)), "road_alpha": Leaf((size,))}  # (numbers,)
 
     def reset(self, config: Any) -> None:
         if config.init_weights:

@@ -1,0 +1,174 @@
+"""AdaMSS (PEFT's ADAMSS; adaptive multi-subspaces).   [W' b'] = [W b] + E V,   E's rows of cluster k = B_k A_k.
+
+V (r, in + 1) has the first right singular vectors of the layer's weight with its bias as a last column. The rows of the
+left ones are put into clusters by k-means, and each cluster of outputs has an update of its own small rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from trimtab.core.architectures import ATTENTION
+from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.families import wide
+from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
+from trimtab.core.site import Site
+from trimtab.errors import ConfigError
+
+KMEANS_SEED, POWERS = 123456789, 2  # as PEFT has them: the clusters are not in the file, they are found again on load
+
+
+@dataclass
+class AdamssConfig(LayerConfig):
+    """The configuration of an AdaMSS adapter."""
+
+    r: int = help_field("How many singular vectors are kept.", 100)
+    num_subspaces: int = help_field("How many clusters.", 5)
+    subspace_rank: int = help_field("The rank of a cluster's update, at most.", 1)
+    init_weights: str | None = help_field(
+        "'orthogonal': A from the cluster, B = 0; None: a small random B.", "orthogonal"
+    )
+    use_asa: bool = help_field("Prune clusters by importance in training.", False)
+    asa_target_subspaces: int = help_field("How many clusters of all layers are left in the end.", 50)
+    init_warmup: int = help_field("Steps before the pruning.", 50)
+    final_warmup: int = help_field("The step at which the pruning is done.", 1000)
+    mask_interval: int = help_field("Steps between two cuts.", 100)
+    asa_importance_beta: float = help_field("How much of the old importance its average keeps.", 0.85)
+    asa_uncertainty_beta: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
+    asa_schedule_exponent: float = help_field("The exponent of the schedule.", 3.0)
+    use_dynamic_rank: bool = help_field("A cluster's rank follows from its singular values.", False)
+    svd_threshold: float = help_field("The share of the largest squared one that counts.", 0.1)
+    random_seed: int = help_field("The seed of the decomposition.", 0)
+
+    exclude_modules: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADAMSS
+        if self.init_weights not in ("orthogonal", None):
+            raise ConfigError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
+        if not self.use_asa:
+            return
+        for name in ("asa_target_subspaces", "mask_interval"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"`{name}` must be a positive integer when `use_asa=True`, got {getattr(self, name)}."
+                )
+        if self.asa_schedule_exponent <= 0:
+            raise ConfigError(
+                "`asa_schedule_exponent` must be a positive number when `use_asa=True`, got "
+                f"{self.asa_schedule_exponent}."
+            )
+        if self.init_warmup >= self.final_warmup:
+            raise ConfigError(
+                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True` so that ASA has a non-empty "
+                f"pruning ramp, got init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
+            )
+
+
+class Adamss(Method):
+    """Updates of clusters of outputs within the span of the weight's first singular vectors."""
+
+    config, prefix, targets = AdamssConfig, "adamss_", {**ATTENTION, "vit": ["query", "value"]}
+    kinds = fused = frozenset({"linear", "conv"})
+
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        for name in ("r", "num_subspaces", "subspace_rank"):
+            require_rank(getattr(config, name), name)
+        if config.use_asa and not config.inference_mode:
+            raise NotImplementedError("`use_asa=True` of AdamssConfig does not act in training yet: leave it out.")
+        found = clusters(site, config)
+        U, V = decomposed(site, config)
+        r, ranks = len(V), [rank_of(U[rows], config) for rows in found]
+        return {
+            **{f"adamss_A.{{}}.{k}": Leaf((rank, r)) for k, rank in enumerate(ranks)},  # (rank, r)
+            **{
+                f"adamss_B.{{}}.{k}": Leaf((len(rows), rank))  # (outputs, rank)
+                for k, (rows, rank) in enumerate(zip(found, ranks, strict=True))
+            },
+            "adamss_newB": Leaf(tuple(V.shape), train=False, buffer=True),  # (r, columns): V
+        }
+
+    def setup(self, config: Any) -> None:
+        self.clusters = clusters(self.site, config)
+        self.order = torch.cat(self.clusters).argsort()  # which row of all B_k A_k an output has
+
+    def reset(self, config: Any) -> None:
+        U, V = decomposed(self.site, config)
+        self.adamss_newB.copy_(V)
+        for k, rows in enumerate(self.clusters):
+            A, B = self.pair(k)
+            A.copy_(torch.linalg.svd(U[rows.to(U.device)], full_matrices=False).Vh[: len(A)])
+            if config.init_weights is None:
+                B.normal_(0, 0.01)
+            else:
+                B.zero_()
+
+    def pair(self, k: int) -> tuple[Tensor, Tensor]:
+        """(A (rank, r), B (outputs, rank)) of a cluster."""
+        return self.tensor(f"adamss_A.{{}}.{k}"), self.tensor(f"adamss_B.{{}}.{k}")
+
+    def mixture(self) -> Tensor:
+        """E (out, r), in fp32 at least."""
+        pairs = (self.pair(k) for k in range(len(self.clusters)))
+        E = torch.cat([wide(B) @ wide(A) for A, B in pairs])
+        return E[self.order.to(E.device)]
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.mixture() @ wide(self.adamss_newB)[:, : self.site.fan_in]
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        extra = wide(self.adamss_newB)[:, self.site.fan_in :]
+        return b if b is None or not extra.shape[1] else b + (self.mixture() @ extra)[:, 0]
+
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        E, V, into = self.mixture(), self.adamss_newB, self.site.fan_in
+        shift = (E @ wide(V)[:, into:])[:, 0].to(y.dtype) if V.shape[1] > into else None
+        return self.site.add(y, self.site.apply(x, V[:, :into].to(y.dtype)), E.to(y.dtype), None, shift)
+
+
+def decomposed(site: Site, config: Any) -> tuple[Tensor, Tensor]:
+    """(U (out, r), V (r, in + 1)) of the weight with its bias; a random decomposition, the same for the same seed."""
+    W, b = wide(site.matrix().detach()), site.bias()
+    if b is not None:
+        W = torch.cat([W, b.detach().to(W)[:, None]], 1)
+    with torch.random.fork_rng(devices=[W.device] if W.device.type == "cuda" else []):
+        torch.manual_seed(config.random_seed)
+        U, _, V = torch.svd_lowrank(W, q=min(config.r, site.fan_in, site.fan_out), niter=POWERS)
+    return U, V.mT
+
+
+_FOUND: WeakKeyDictionary[Site, dict[tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
+
+
+def clusters(site: Site, config: Any) -> list[Tensor]:
+    """The outputs of each cluster, as indices; found once a site."""
+    known = _FOUND.setdefault(site, {})
+    key = (config.r, config.num_subspaces, config.random_seed)
+    if key not in known:
+        try:
+            from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise ImportError("AdaMSS finds its clusters with scikit-learn: pip install scikit-learn") from error
+        U, _ = decomposed(site, config)
+        means = KMeans(
+            min(config.num_subspaces, len(U)), init="random", n_init=1, max_iter=10, random_state=KMEANS_SEED
+        )
+        labels = torch.as_tensor(means.fit_predict(U.cpu().numpy()))
+        known[key] = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+    return known[key]
+
+
+def rank_of(rows: Tensor, config: Any) -> int:
+    """The rank of the update of a cluster that has these rows of U."""
+    most = min(config.subspace_rank, *rows.shape)
+    if not config.use_dynamic_rank:
+        return most
+    squares = torch.linalg.svdvals(rows).square()
+    return max(1, min(most, int((squares > config.svd_threshold * squares[0]).sum())))

@@ -152,6 +152,11 @@ class Method:
         """The adapter's tensors at a site by leaf name, each shape with a comment that names its axes."""
         raise NotImplementedError
 
+    @classmethod
+    def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
+        """The paths it adapts, of {path: kind of site}, where not by the common rules of `target_modules`."""
+        return None
+
     def setup(self, config: Any) -> None:
         """Note what the formula needs beside its tensors (rank, scale)."""
 
@@ -177,6 +182,8 @@ class Method:
 
     # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
     through: ClassVar[Callable[..., Tensor | None] | None] = None
+    # At a site that is a module as a whole: its call, (self, run, call, *args, **kwargs) -> what it returns instead.
+    around: ClassVar[Callable[..., Any] | None] = None
     # All adapters of a mixed batch at once, (methods, y, x, cut, calls) -> y, or None: then they are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.

@@ -279,6 +279,7 @@ SITES = [
     "sites.conv:ConvSite",
     "sites.attention:AttentionSite",
     "sites.vector:VectorSite",
+    "sites.module:ModuleSite",
 ]
 NAMED = "sites.parameter:ParameterSite"
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # peft_type: (file, method, config)
 METHODS: dict[str, tuple[str, str, str]] = {
     "ADALORA": ("adalora", "AdaLora", "AdaLoraConfig"),
+    "ADAPTION_PROMPT": ("adaption_prompt", "AdaptionPrompt", "AdaptionPromptConfig"),
     "CARTRIDGE": ("cartridge", "Cartridge", "CartridgeConfig"),
     "CPT": ("cpt", "CPT", "CPTConfig"),
     "IA3": ("ia3", "IA3", "IA3Config"),

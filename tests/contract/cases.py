@@ -298,5 +298,5 @@ def covered() -> set[str]:
 
 def missing() -> set[str]:
     """The methods of layers that have none."""
-    layers = {t for t, (file, method, _) in METHODS.items() if "model" not in load(file, method).kinds}
+    layers = {t for t, (file, method, _) in METHODS.items() if not {"model", "module"} & load(file, method).kinds}
     return layers - covered()

@@ -31,13 +31,20 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
+<<<<<<< HEAD
     kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
+=======
+    kinds = {n: kind(m, method) for n, m in base.modules.items()}
+>>>>>>> h/m4
     head = base.head
     linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
     if done := rewrite(config, base.model, base.modules, linear):
         warn(done)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = {n for n in linear if not inside(config.modules_to_save, n)}
+    own = method.chosen(config, kinds)
+    if own is not None:
+        return [Target(name, kinds[name], name) for name in own]
     targets = without_parts(base, select(kinds, config, strict=strict))
     if getattr(config, "target_parameters", None):
         names = [f"{n}.{p}" for n, m in base.modules.items() for p, v in m._parameters.items() if v is not None]
@@ -141,10 +148,17 @@ def input_embedding(base: Base) -> str:
     return base.input_embedding
 
 
+<<<<<<< HEAD
 def kind(module: nn.Module, able: frozenset[str] = frozenset()) -> str | None:
     """The kind of site a module is; whole blocks are one only to methods that are `able` to adapt them."""
     cls = site_class(module)
     return cls.kind if cls and (cls.weighs or cls.kind in able) else None
+=======
+def kind(module: nn.Module, method: type[Method]) -> str | None:
+    """The kind of site a module is; modules as a whole are one for methods of such modules only."""
+    cls = site_class(module)
+    return None if cls is None or (cls.kind == "module" and "module" not in method.kinds) else cls.kind
+>>>>>>> h/m4
 
 
 def callable_linear(module: nn.Module) -> bool:

@@ -17,8 +17,13 @@ from trimtab.layer import groups
 from trimtab.layer.face import Face
 from trimtab.layer.leaves import Leaves
 from trimtab.layer.originals import Originals
+<<<<<<< HEAD
 from trimtab.layer.plan import Board, Route
 from trimtab.layer.spelling import Edits, Stack, fold, pick, scaled, spelled
+=======
+from trimtab.layer.plan import BASE, Board, Route
+from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
+>>>>>>> h/m4
 
 Step = Callable[..., Any]
 
@@ -99,6 +104,8 @@ class AdaptedLayer(Face):
         how, call, base = pick(stack), route.call, self._base
         if how == "base":
             return base
+        if how == "around":
+            return partial(surrounded, stack, base, call)
         if how == "weight":
             return lambda *args, **kwargs: spelled(stack, self.below(), base, call, args, kwargs)
         edits = Edits(stack)

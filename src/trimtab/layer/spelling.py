@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,15 @@ from trimtab.core.site import Site
 from trimtab.errors import RouteError
 
 Stack = Sequence[Method]  # of one site, innermost first
-Spelling = Literal["base", "through", "fused", "weight"]
+Spelling = Literal["base", "around", "through", "fused", "weight"]
 
 
 def pick(stack: Stack) -> Spelling:
     """The cheapest spelling of a stack: a function of its methods and their site alone."""
     if not stack:
         return "base"
+    if stack[0].around is not None:
+        return "around"
     if not all(is_fused(m) for m in stack):
         return "weight"
     return "through" if len(stack) == 1 and type(stack[0]).through is not None else "fused"
@@ -95,6 +98,14 @@ def weighed(stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The layer run with the stack's weights: the spelling that every method has."""
     ((site, (W, b)),) = fold(stack).items()
     return site.run(W, b, *args, **kwargs)
+
+
+def surrounded(stack: Stack, base: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> Any:
+    """A module's call inside those of a stack's methods, the first innermost."""
+    run = base
+    for method in stack:
+        run = partial(method.around, run, call)  # type: ignore[arg-type, misc]
+    return run(*args, **kwargs)
 
 
 def spelled(

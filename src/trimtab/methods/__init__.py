@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "BOFT": ("boft", "BOFT", "BOFTConfig"),
     "BOTTLENECK": ("bottleneck", "Bottleneck", "BottleneckConfig"),
     "C3A": ("c3a", "C3A", "C3AConfig"),
+    "ADAPTION_PROMPT": ("adaption_prompt", "AdaptionPrompt", "AdaptionPromptConfig"),
     "CARTRIDGE": ("cartridge", "Cartridge", "CartridgeConfig"),
     "CPT": ("cpt", "CPT", "CPTConfig"),
     "DEFT": ("deft", "Deft", "DeftConfig"),

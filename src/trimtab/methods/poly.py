@@ -61,9 +61,9 @@ class Poly(Method):
                 f"{site.fan_out} out)."
             )
         return {
-            "poly_lora_A": Leaf((splits, skills, site.fan_in // splits, r)),  # (splits, skills, in/splits, r)
-            "poly_lora_B": Leaf((splits, skills, r, site.fan_out // splits)),  # (splits, skills, r, out/splits)
-            "poly_router.module_logits": Leaf((config.n_tasks, splits * skills)),  # (tasks, splits·skills)
+            "poly_lora_A": Leaf((splits, skills, site.fan_in // splits, r)),  # (n_splits, n_skills, in / n_splits, r)
+            "poly_lora_B": Leaf((splits, skills, r, site.fan_out // splits)),  # (n_splits, n_skills, r, out / n_splits)
+            "poly_router.module_logits": Leaf((config.n_tasks, splits * skills)),  # (n_tasks, n_splits · n_skills)
         }
 
     def setup(self, config: Any) -> None:

@@ -261,7 +261,7 @@ def test_families_give_helpers_and_no_hooks() -> None:
 @pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, PromptMethod)], ids=lambda c: c.__name__)
 def test_a_method_defines_what_it_promises(cls: Any) -> None:
     overrides = {hook for hook in HOOKS if getattr(cls, hook, None) is not getattr(Method, hook, None)}
-    definition = "around" if "module" in cls.kinds else "weight"  # a module as a whole has no weight
+    definition = "weight" if cls.around is None else "around"  # a block that is surrounded has no weight
     assert {"leaves", "reset", definition} <= overrides, "the formula by its weight is the definition"
     assert not cls.fused or overrides & {"before", "after", "through"}, "fused, but with no cheap spelling"
     assert cls.kinds <= kinds(), cls.kinds
@@ -362,4 +362,4 @@ def test_tensors_have_the_shapes_their_comments_say(case: Case) -> None:
 
 def test_every_layer_method_is_looked_at() -> None:
     seen = {case.method for case in CASES}
-    assert {c for c in CLASSES if not {"model", "module"} & c.kinds} <= seen
+    assert {c for c in CLASSES if "model" not in c.kinds and c.around is None} <= seen

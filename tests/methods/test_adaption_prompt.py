@@ -11,7 +11,7 @@ import torch
 from tests.methods.nets import adapted, numbers, same
 from tests.models import gpt2, llama, snapshot, tokens
 from trimtab import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
-from trimtab.errors import ReadOnlyWeight, RouteError
+from trimtab.errors import ReadOnlyWeight
 
 
 def config(**fields):
@@ -135,6 +135,16 @@ def test_generation_reads_on() -> None:
         assert torch.equal(a, b)
 
 
+@torch.no_grad()
+def test_a_mixed_batch_is_its_rows_alone() -> None:
+    model, x = adapted(config(), llama()), tokens(2, 5, 64)
+    alone = model(x).logits
+    mixed = model(x, adapter_names=["default", "__base__"], use_cache=False).logits
+    same(mixed[:1], alone[:1])
+    with model.disable_adapter():
+        same(mixed[1:], model(x).logits[1:])
+
+
 def test_errors() -> None:
     for fields, words in (
         ({"adapter_layers": 9}, "more adapter layers '9' than the model has '2'"),
@@ -144,8 +154,6 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             get_peft_model(llama(), config(**fields))
-    model, x = adapted(config(), llama()), tokens(vocabulary=64)
+    model = adapted(config(), llama())
     with pytest.raises(ReadOnlyWeight, match="no single weight"):
         model.merge_adapter()
-    with pytest.raises(RouteError, match="whole module"):
-        model(x, adapter_names=["default", "__base__"] * 2)

@@ -293,6 +293,8 @@ def test_randloras_bases_are_saved_once(tmp_path: Path) -> None:
         sizes.append((folder / "adapter_model.safetensors").stat().st_size)
     assert counts == [1, 1 + 4]
     assert sizes[0] < sizes[1] / 2
+
+
 def method(library: Any, kind: str, name: str = "llama", **fields: Any) -> Any:
     """The model `name` with an adapter of another method than LoRA."""
     torch.manual_seed(11)

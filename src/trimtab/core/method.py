@@ -164,15 +164,14 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-<<<<<<< HEAD
     def joint(cls, config: Any, sites: Sequence[Site]) -> Mapping[str, Sequence[int]]:
         """leaf -> for each of an adapter's sites which of them keeps its tensor, where sites share one: the first."""
         return {}
-=======
+
+    @classmethod
     def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
         """The paths it adapts, of {path: kind of site}, where not by the common rules of `target_modules`."""
         return None
->>>>>>> h/m4
 
     def setup(self, config: Any) -> None:
         """Note what the formula needs beside its tensors (rank, scale)."""
@@ -199,13 +198,9 @@ class Method:
 
     # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
     through: ClassVar[Callable[..., Tensor | None] | None] = None
-<<<<<<< HEAD
-    # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
-=======
     # At a site that is a module as a whole: its call, (self, run, call, *args, **kwargs) -> what it returns instead.
     around: ClassVar[Callable[..., Any] | None] = None
-    # All adapters of a mixed batch at once, (methods, y, x, cut, calls) -> y, or None: then they are taken in turn.
->>>>>>> h/m4
+    # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.
     combine: ClassVar[Callable[..., dict[str, Tensor]] | None] = None

@@ -277,11 +277,7 @@ SITES = [
     "sites.conv:ConvSite",
     "sites.attention:AttentionSite",
     "sites.vector:VectorSite",
-<<<<<<< HEAD
     "sites.block:BlockSite",
-=======
-    "sites.module:ModuleSite",
->>>>>>> h/m4
 ]
 NAMED = "sites.parameter:ParameterSite"
 

@@ -31,11 +31,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
-<<<<<<< HEAD
     kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
-=======
-    kinds = {n: kind(m, method) for n, m in base.modules.items()}
->>>>>>> h/m4
     head = base.head
     linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
     if done := rewrite(config, base.model, base.modules, linear):
@@ -148,17 +144,10 @@ def input_embedding(base: Base) -> str:
     return base.input_embedding
 
 
-<<<<<<< HEAD
 def kind(module: nn.Module, able: frozenset[str] = frozenset()) -> str | None:
     """The kind of site a module is; whole blocks are one only to methods that are `able` to adapt them."""
     cls = site_class(module)
     return cls.kind if cls and (cls.weighs or cls.kind in able) else None
-=======
-def kind(module: nn.Module, method: type[Method]) -> str | None:
-    """The kind of site a module is; modules as a whole are one for methods of such modules only."""
-    cls = site_class(module)
-    return None if cls is None or (cls.kind == "module" and "module" not in method.kinds) else cls.kind
->>>>>>> h/m4
 
 
 def callable_linear(module: nn.Module) -> bool:

@@ -17,13 +17,8 @@ from trimtab.layer import groups
 from trimtab.layer.face import Face
 from trimtab.layer.leaves import Leaves
 from trimtab.layer.originals import Originals
-<<<<<<< HEAD
 from trimtab.layer.plan import Board, Route
-from trimtab.layer.spelling import Edits, Stack, fold, pick, scaled, spelled
-=======
-from trimtab.layer.plan import BASE, Board, Route
-from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
->>>>>>> h/m4
+from trimtab.layer.spelling import Edits, Stack, fold, pick, scaled, spelled, surrounded
 
 Step = Callable[..., Any]
 

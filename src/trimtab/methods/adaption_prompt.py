@@ -38,7 +38,7 @@ class AdaptionPrompt(Method):
     """P (1, tokens, dim) and g (1,) of one attention."""
 
     config, prefix, mergeable = AdaptionPromptConfig, "adaption_", False
-    kinds = frozenset({"module"})
+    kinds = frozenset({"block"})
     targets = {
         "llama": "self_attn", "mistral": "self_attn", "gpt2": "attn", "qwen2": "self_attn", "qwen3": "self_attn",
     }  # fmt: skip

@@ -17,6 +17,8 @@ _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
     "trimtab.methods": ["PeftConfig", "register_method"],
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
+    "trimtab.methods.bdlora": ["BdLoraConfig"],
+    "trimtab.methods.kasa": ["KasaConfig"],
     "trimtab.init.corda": ["CordaConfig"],
     "trimtab.init.eva": ["EvaConfig"],
     "trimtab.init.loftq": ["LoftQConfig"],

@@ -73,6 +73,16 @@ CASES = [
     Case("dora", "LORA", {"r": 3, "lora_alpha": 5, "use_dora": True}),
     Case("dora-dropout", "LORA", {"r": 2, "use_dora": True, "lora_dropout": 0.4}),
     Case("dora-pissa", "LORA", {"r": 2, "use_dora": True, "init_lora_weights": "pissa"}, mutates=True),
+    Case("alora", "LORA", {"r": 2, "alora_invocation_tokens": [2]}),
+    Case("kasa", "LORA", {"r": 2, "lora_alpha": 3, "kasa_config": {"gamma": 0.1}}, identity=False, mutates=True),
+    Case("bdlora", "LORA", {"r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["up", "down", "head"]}}),
+    Case(
+        "bdlora-b",
+        "LORA",
+        {"r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["up", "down"]}},
+        sites=LINEAR[:2],
+    ),
+    Case("mica", "LORA", {"r": 2, "lora_alpha": 3, "init_lora_weights": "mica"}),
     Case("lora-tokens", "LORA", {"r": 2, "trainable_token_indices": {"embed": [1, 5]}}, sites=LINEAR),
     Case("tokens", "TRAINABLE_TOKENS", {"token_indices": [1, 2, 5]}),
     Case("ia3", "IA3", {"feedforward_modules": ".*down"}),
@@ -263,7 +273,9 @@ def move(model: PeftModel, adapter: str) -> None:
 
 def tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
     """The trained tensors of an adapter by their names in the model."""
-    return {n: p for n, p in model.named_parameters() if adapter in n.split(".")}
+    methods = [m for layer in model.modules() for m in getattr(layer, "methods", {}).get(adapter, ())]
+    frozen = {id(m.tensor(leaf)) for m in methods if m.places for leaf in m.declared if leaf not in m.trained}
+    return {n: p for n, p in model.named_parameters() if adapter in n.split(".") and id(p) not in frozen}
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -34,6 +34,7 @@ from tests.models import assert_untouched, snapshot, toy
 from trimtab import PeftModel, get_peft_model
 from trimtab.errors import ReadOnlyWeight
 from trimtab.layer.spelling import weighed
+from trimtab.methods import chooses
 from trimtab.methods.lora import VARIANTS
 
 everywhere = pytest.mark.parametrize(("case", "site"), pairs())
@@ -60,7 +61,7 @@ def base_output(dtype: torch.dtype = torch.float32) -> Tensor:
 def test_every_method_has_a_row() -> None:
     assert not missing(), f"add a row for each to {Case.__module__}"
     for field in VARIANTS:
-        assert any(case.options.get(field) for case in CASES), f"no row sets `{field}`"
+        assert any(chooses(field, case.options) for case in CASES), f"no row sets `{field}`"
 
 
 # ---------------------------------------------------------------------- start

@@ -157,7 +157,7 @@ LINEAR = [
     case
     for case in CASES
     if "linear" in case.method.kinds and not case.mutates and case.peft_type not in WHOLE
-    and not case.options.get("trainable_token_indices")
+    and not case.options.get("trainable_token_indices") and not case.options.get("alora_invocation_tokens")  # no tokens
 ]  # fmt: skip
 
 

@@ -159,6 +159,19 @@ def test_lora_ga_comes_nearest_to_a_full_step() -> None:
     assert errors[1] > 1.2 * best
 
 
+def test_batches_and_cpus_that_only_ours_take(corda: Any) -> None:
+    base = llama()
+    config = quiet(peft.LoraConfig, init_lora_weights="corda", target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match="expects a tensor with <= 2 dimensions"):
+        corda.preprocess_corda(base, config, run_model=lambda: base(**batches()[0]))
+    config = quiet(trimtab.LoraConfig, init_lora_weights="corda", target_modules=TARGETS)
+    trimtab.preprocess_corda(llama_model := llama(), config, run_model=lambda: llama_model(**batches()[0]))
+    if not torch.cuda.is_available():
+        with pytest.raises(AssertionError, match="CUDA"):
+            lora(peft, "loftq", loftq_config=peft.LoftQConfig())
+    lora(trimtab, "loftq", loftq_config=trimtab.LoftQConfig())
+
+
 def test_what_starts_need() -> None:
     for library in BOTH:
         with pytest.raises(ValueError, match="`loftq_config` must be specified"):

@@ -29,7 +29,6 @@ STARTS: dict[Any, tuple[str, bool]] = {
     "lora_ga": ("lora_ga", True),
     "loftq": ("loftq", True),
 }
-PENDING = ("mica",)
 # name: (the field of the config that has its settings, what PEFT calls it; None: it is silent about it)
 SETTINGS = {"eva": ("eva_config", "EVA"), "corda": ("corda_config", "CorDA"), "lora_ga": ("lora_ga_config", None)}
 LINEAR = ("eva", "corda", "lora_ga", "loftq")  # these start layers that have one matrix; others plainly
@@ -57,8 +56,6 @@ def complete(config: Any) -> None:
 
 def mutates(name: bool | str) -> bool:
     """Whether the initialisation changes the base's weights. Raises for a name that does not act."""
-    if isinstance(name, str) and name in PENDING:
-        raise NotImplementedError(f"`init_lora_weights={name!r}` does not act yet.")
     key = "pissa" if isinstance(name, str) and name.startswith("pissa_niter_") else name
     if key not in STARTS:
         raise ConfigError(f"Unknown initialization init_lora_weights={name!r}. Known: {[*STARTS]}, 'pissa_niter_[n]'.")

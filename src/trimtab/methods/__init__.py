@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,19 @@ def method_class(config: PeftConfig) -> type[Method]:
         return ADDED[peft_type]
     file, method, _ = _row(peft_type)
     module = import_module(f"{__name__}.{file}")
-    for field, variant in getattr(module, "VARIANTS", {}).items():
-        if getattr(config, field):
-            name, _, cls = variant.partition(":")
-            return load(name, cls)
+    chosen = {f: place for f, place in getattr(module, "VARIANTS", {}).items() if chooses(f, vars(config))}
+    if len(chosen) > 1:
+        raise ConfigError(f"Invalid or unsupported variant combination: {tuple(sorted(chosen))}")
+    for place in chosen.values():
+        name, _, cls = place.partition(":")
+        return load(name, cls)
     return load(file, method)
+
+
+def chooses(entry: str, fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of a config choose a variant by its entry, "field" (not empty) or "field=value"."""
+    field, _, value = entry.partition("=")
+    return fields.get(field) == value if value else bool(fields.get(field))
 
 
 def default_targets(config: PeftConfig, model_type: str | None) -> Any:

@@ -22,8 +22,14 @@ from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import complete, mutates, start
 
-# Fields of LoraConfig that choose another formula, each in a file of its own.
-VARIANTS = {"use_dora": "dora:Dora"}
+# Fields of LoraConfig (or a value of one) that choose another formula, each in a file of its own.
+VARIANTS = {
+    "use_dora": "dora:Dora",
+    "alora_invocation_tokens": "alora:ALora",
+    "kasa_config": "kasa:Kasa",
+    "use_bdlora": "bdlora:BdLora",
+    "init_lora_weights=mica": "mica:Mica",
+}
 
 
 @dataclass
@@ -83,16 +89,15 @@ class LoraConfig(LayerConfig):
         "eva_config": "init.eva:EvaConfig",
         "corda_config": "init.corda:CordaConfig",
         "lora_ga_config": "init.lora_ga:LoraGAConfig",
+        "kasa_config": "methods.kasa:KasaConfig",
+        "use_bdlora": "methods.bdlora:BdLoraConfig",
     }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "alora_invocation_tokens": "aLoRA is not built in",
         "velora_config": "VeLoRA is not built in",
-        "kasa_config": "KaSA is not built in",
         "monteclora_config": "MonteCLoRA is not built in",
         "arrow_config": "Arrow is not built in",
-        "use_bdlora": "BD-LoRA is not built in",
         "use_qalora": "QA-LoRA is not built in",
         "qalora_group_size": "QA-LoRA is not built in",
         "layer_replication": "replicating layers is not built in",
@@ -117,7 +122,8 @@ class LoraConfig(LayerConfig):
     def check(self) -> None:
         """Raise for a field that does not act yet but was set."""
         super().check()
-        mutates(self.init_lora_weights)
+        if self.init_lora_weights != "mica":  # a formula of its own
+            mutates(self.init_lora_weights)
 
     def scaling(self) -> float:
         """s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""

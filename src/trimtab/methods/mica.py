@@ -1,0 +1,42 @@
+"""MiCA (Minor Component Adaptation, https://arxiv.org/abs/2604.01694).   W' = W + s B A,   B the last columns of W's U.
+
+B (out, r), the left singular vectors of W's least singular values, is frozen; A starts from zero and is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.families import LowRank, wide
+from trimtab.core.method import Call, Leaf, Leaves
+from trimtab.core.site import Site
+
+
+class Mica(LowRank):
+    """A pair of which A alone is trained."""
+
+    prefix = "lora_"
+    kinds = fused = frozenset({"linear", "embedding"})
+
+    @classmethod
+    def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        (A, B), (below, above) = cls.pair(site, config.r), cls.pair(site, config.r).values()
+        return {A: below, B: Leaf(above.shape, train=False)}  # (r, in), (out, r)
+
+    def setup(self, config: Any) -> None:
+        self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
+
+    def reset(self, config: Any) -> None:
+        U = torch.linalg.svd(wide(self.site.matrix()), full_matrices=False).U
+        A, B = self.matrices
+        self.put(torch.zeros_like(A), U[:, U.shape[1] - self.r :].to(B))
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.delta()
+
+    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        h, B = self.update(call.drop(self, x, self.dropout))
+        return self.site.add(y, h, B)

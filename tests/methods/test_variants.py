@@ -1,0 +1,103 @@
+"""LoRA's variants against their papers' formulas in plain loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.methods.formulas import add, lora, product, transposed
+from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
+from tests.models import llama, tokens
+from trimtab import BdLoraConfig, KasaConfig, LoraConfig, PeftModel, get_peft_model
+from trimtab.methods.alora import invoked
+
+R, ALPHA = 4, 6
+
+
+def variant(**fields: Any) -> LoraConfig:
+    return LoraConfig(target_modules=["linear"], r=R, lora_alpha=ALPHA, **fields)
+
+
+def factors(model: PeftModel) -> tuple[Any, Any, Any]:
+    layer = model.get_base_model().linear
+    weight = layer.base_layer.weight
+    return numbers(weight), numbers(layer.lora_A["default"].weight), numbers(layer.lora_B["default"].weight)
+
+
+def test_kasa() -> None:
+    original = adapted(LoraConfig(target_modules=["linear"])).get_base_model().linear.base_layer.weight.detach()
+    model = adapted(variant(kasa_config=KasaConfig(beta=0.1, gamma=0.2)))
+    W, A, B = factors(model)
+    d = numbers(model.get_base_model().linear.lora_diag["default"])
+    scaled = [[b * x for b, x in zip(row, d, strict=True)] for row in B]
+    same(merged(model, "linear"), lora(W, A, scaled, R, ALPHA))
+    S, kept = torch.linalg.svdvals(original), torch.linalg.svdvals(torch.tensor(W, dtype=torch.float64))
+    same(kept[: len(S) - R], S[: len(S) - R], 1e-9)
+    assert float(kept[len(S) - R :].max()) < 1e-9
+    skew = 0.0
+    for M in (product(transposed(B), B), product(A, transposed(A))):
+        skew += sum((v - (i == j)) ** 2 for i, row in enumerate(M) for j, v in enumerate(row)) ** 0.5
+    same(model.base_model.penalties()["default"], 0.1 * sum(v * v for v in d) + 0.2 * skew)
+    merging_changes_nothing(model, image())
+    check_gradients(model, image())
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_bdlora(which: str) -> None:
+    blocks, fields = (
+        (2, {"target_modules_bd_a": ["linear"]}) if which == "a" else (1, {"target_modules_bd_b": ["linear"]})
+    )
+    model = adapted(variant(use_bdlora=BdLoraConfig(nblocks=blocks, **fields)))
+    W, A, B = factors(model)
+    if which == "a":  # the first half of the rows sees the first half of the features
+        half = R // 2
+        A = [[0.0] * (6 * (i // half)) + row + [0.0] * (6 * (1 - i // half)) for i, row in enumerate(A)]
+    same(merged(model, "linear"), lora(W, A, B, R, ALPHA))
+    merging_changes_nothing(model, image())
+    check_gradients(model, image())
+
+
+def test_mica_trains_a_alone_along_the_least_of_w() -> None:
+    model = adapted(variant(init_lora_weights="mica"))
+    W, A, B = factors(model)
+    U = torch.linalg.svd(torch.tensor(W, dtype=torch.float64)).U
+    same(torch.tensor(B, dtype=torch.float64), U[:, 1:5], 1e-6)
+    same(merged(model, "linear"), add(W, product(B, A), ALPHA / R))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [".lora_A." in n for n in trained] == [True]
+    check_gradients(model, image())
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [([1, 7, 8, 2], 3), ([7, 8, 7, 8], 2), ([8, 7, 1, 2], 0), ([7, 7, 7, 8], 2), ([7, 8, 7, 7], 4)],
+)
+def test_the_last_invocation_counts(row: list[int], expected: int) -> None:
+    assert invoked(torch.tensor([row, row]), torch.tensor([7, 8])).tolist() == [expected] * 2
+    assert invoked(torch.tensor([row]), torch.tensor([7] * 9)).tolist() == [0]
+
+
+def test_alora_leaves_the_base_as_it_is_before_the_invocation() -> None:
+    x = tokens(vocabulary=64)
+    x[:2, 2], x[2:, 2] = 7, 9
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=R, alora_invocation_tokens=[7])
+    model, base = adapted(config, llama()), llama().double()
+    plain = adapted(LoraConfig(target_modules=["q_proj", "v_proj"], r=R), llama())
+    plain.load_state_dict(model.state_dict())
+    out, expected = model(x).logits, base(x).logits
+    same(out[:, :2], expected[:, :2])
+    same(out[2:], expected[2:])
+    assert float((out[:2, 2:] - expected[:2, 2:]).detach().abs().min(-1).values.max()) > 1e-6
+    mixed = model(x, adapter_names=["default", "__base__"] * 2).logits
+    same(mixed[::2], out[::2])
+    same(mixed[1::2], expected[1::2])
+    whole = x.clone()
+    whole[:, 0] = 7
+    whole[:, 2] = 5
+    same(model(whole).logits, plain(whole).logits)
+    with pytest.raises(ValueError, match="`input_ids` is needed"):
+        model(inputs_embeds=base.get_input_embeddings()(x))
+    with pytest.raises(ValueError, match="does not go with init_lora_weights='pissa'"):
+        get_peft_model(llama(), LoraConfig(alora_invocation_tokens=[7], init_lora_weights="pissa"))

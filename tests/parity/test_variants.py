@@ -1,0 +1,141 @@
+"""LoRA's variants against PEFT: names, starts, outputs, gradients, merges, files, what a generation adapts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import trimtab
+from tests.models import llama
+from tests.parity.models import build
+from tests.parity.pairs import BOTH, config_file, gradients, near, quiet, run, stir, trainable, weights_file
+
+PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "kasa": {"kasa_config": ("KasaConfig", {"beta": 0.2, "gamma": 0.3})},
+    "kasa_random": {"kasa_config": ("KasaConfig", {}), "init_lora_weights": False, "use_rslora": True},
+    "bd_a": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_a": PROJECTIONS})},
+    "bd_b": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_b": ["q_proj"], "match_strict": False})},
+    "mica": {"init_lora_weights": "mica"},
+    "alora": {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"},
+}
+every = pytest.mark.parametrize("case", CASES)
+IDS = torch.tensor([[5, 7, 8, 9, 10, 11], [7, 8, 9, 7, 8, 12], [3, 4, 5, 6, 9, 10], [9, 10, 11, 12, 7, 8]])
+
+
+def config_of(library: Any, case: str, **more: Any) -> Any:
+    given = {k: getattr(library, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in CASES[case].items()}
+    return quiet(library.LoraConfig, r=4, lora_alpha=6, target_modules=PROJECTIONS, **given, **more)
+
+
+def pair(case: str) -> list[Any]:
+    """(ours, theirs), holding the same numbers, stirred."""
+    models = [quiet(library.get_peft_model, build("llama"), config_of(library, case)) for library in BOTH]
+    stir(models[1])
+    held = dict(models[0].named_parameters())
+    with torch.no_grad():
+        for name, parameter in models[1].named_parameters():
+            if "lora_" in name:
+                held[name].copy_(parameter)
+    return models
+
+
+@every
+def test_names_and_starts(case: str) -> None:
+    ours, theirs = (quiet(library.get_peft_model, build("llama"), config_of(library, case)) for library in BOTH)
+    assert trainable(ours) == trainable(theirs)
+    held = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert held[name].shape == parameter.shape
+        if "base_layer" in name:
+            near(held[name], parameter, 1e-4)  # what KaSA leaves of the base
+        if case == "mica" and "lora_B" in name:
+            near(held[name] @ held[name].T, parameter @ parameter.T, 1e-4)
+        elif "lora_B" in name and "random" not in case:
+            assert torch.equal(held[name], parameter)
+
+
+@every
+def test_outputs_gradients_and_merges(case: str) -> None:
+    ours, theirs = pair(case)
+    if case == "alora":
+        near(ours(IDS).logits, theirs(IDS).logits)
+        for model in (ours, theirs):
+            with pytest.raises((ValueError, NotImplementedError), match="merg"):
+                quiet(model.merge_and_unload)
+        return
+    near(run(ours.eval(), "llama"), run(theirs.eval(), "llama"))
+    found, expected = (gradients(m.eval(), "llama") for m in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        near(found[key], gradient)
+    near(run(quiet(ours.merge_and_unload), "llama"), run(quiet(theirs.merge_and_unload), "llama"))
+
+
+@every
+@pytest.mark.parametrize("writer", [0, 1], ids=["ours", "theirs"])
+def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
+    both = pair(case)
+    for model, folder in zip(both, "01", strict=True):
+        quiet(model.eval().save_pretrained, str(tmp_path / folder))
+    mine, yours = (weights_file(tmp_path / folder) for folder in "01")
+    assert mine.keys() == yours.keys()
+    for key, value in yours.items():
+        near(mine[key], value)
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    reader = BOTH[1 - writer]
+    read = quiet(reader.PeftModel.from_pretrained, build("llama"), str(tmp_path / str(writer)))
+    near(read.eval()(IDS).logits, both[writer](IDS).logits)
+
+
+def test_penalty_of_kasa() -> None:
+    ours, theirs = pair("kasa")
+    near(ours.base_model.penalties()["default"], theirs.base_model._get_kasa_loss("default"))
+
+
+def test_what_alora_adapts_while_generating() -> None:
+    seen: list[list[Any]] = []
+    for model in pair("alora"):
+        layer, mine = model.base_model.model.model.layers[0].self_attn.q_proj, []
+        layer.register_forward_hook(
+            lambda m, a, y, mine=mine: mine.append(((y - m.base_layer(a[0])).abs().amax(-1) > 1e-7).tolist())
+        )
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
+        out = model.eval().generate(input_ids=IDS, **options)
+        seen.append([mine, out.tolist()])
+    assert seen[0] == seen[1]
+    assert seen[0][0][0][0] == [False, True, True, True, True, True]
+
+
+def test_the_base_below_kasa_is_whole() -> None:
+    """PEFT truncates it for good, and so for other adapters, which it refuses, and for `disable_adapter`."""
+    x = IDS
+    for library, whole in zip(BOTH, (True, False), strict=True):
+        model = quiet(library.get_peft_model, llama(), config_of(library, "kasa"))
+        with model.disable_adapter():
+            assert torch.equal(model(x).logits, llama()(x).logits) == whole
+        if library is trimtab:
+            model.add_adapter("plain", trimtab.LoraConfig(target_modules=["q_proj"]))
+            model.set_adapter("plain")
+            assert torch.equal(model(x).logits, llama()(x).logits)
+        else:
+            with pytest.raises(ValueError, match="KaSA cannot be combined"):
+                model.add_adapter("plain", peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def test_variants_that_do_not_go_together() -> None:
+    for library in BOTH:
+        with pytest.raises(ValueError, match=r"variant combination: \('kasa_config', 'use_dora'\)"):
+            quiet(library.get_peft_model, llama(), config_of(library, "kasa", use_dora=True))
+        for wanted, blocks, message in (
+            (["k_proj"], 2, "matches neither A nor B"),
+            (["q_proj", "v_proj"], 3, "divisible by"),
+        ):
+            settings = library.BdLoraConfig(nblocks=blocks, target_modules_bd_a=wanted)
+            config = library.LoraConfig(r=4, use_bdlora=settings)
+            with pytest.raises(ValueError, match=message):
+                quiet(library.get_peft_model, llama(), config)

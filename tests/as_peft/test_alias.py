@@ -102,8 +102,7 @@ def test_layer_classes_answer_by_method_and_kind():
         tiny.llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4]})
     )
     assert isinstance(beside.base_model.model.model.embed_tokens, TrainableTokensWrapper)
-    with pytest.raises(TypeError, match="docs/differences"):
-        layer.Linear(torch.nn.Linear(2, 2), "default")
+    assert isinstance(layer.Linear(torch.nn.Linear(2, 2), "default", r=1), LoraLayer)
 
 
 def test_what_is_missing_is_said_where_to_look_up():

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.contract.cases import move
 from tests.models import assert_untouched, gpt2, llama, logits, snapshot, tokens, toy
-from trimtab import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from trimtab.errors import AdapterFileError, ConfigError, NoMatchingPeftModuleError
+from trimtab import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from trimtab.errors import AdapterFileError, ConfigError, NoMatchingPeftModuleError, PeftError
 from trimtab.files.store import WEIGHTS
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "head"])
@@ -185,3 +185,43 @@ def test_an_adapter_saved_with_its_embeddings_is_loaded_into_itself(tmp_path: Pa
     move(model, "default")
     assert model.load_adapter(tmp_path, "default", is_trainable=True) == ([], [])
     assert torch.equal(logits(model, tokens(2, 5, 60)), expected)
+
+
+# ---------------------------------------------------------------------- into a name that is there
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"lora_alpha": 32},
+        {"use_rslora": True},
+        {"alpha_pattern": {"down": 3}},
+        {"lora_alpha": 2, "lora_dropout": 0.5},
+        {"lora_alpha": 32, "use_dora": False, "init_lora_weights": "gaussian"},
+    ],
+)
+def test_loading_into_a_name_that_is_there_reads_the_scales_of_the_file(saved: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = get_peft_model(toy(), LoraConfig(r=4, target_modules=["up", "down"], **saved)).eval()
+    move(other, "default")
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(toy(), LoraConfig(r=4, target_modules=["up", "down"])).eval()
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    config = model.peft_config["default"]
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    ids = tokens()
+    torch.testing.assert_close(model.eval()(ids), other(ids))
+    assert model.peft_config["default"] is config
+    assert (config.lora_alpha, config.use_rslora) == (other.peft_config["default"].lora_alpha, "use_rslora" in saved)
+    now = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(now[n] is p for n, p in held.items()), "an optimiser that holds them goes on"
+    model.add_adapter("beside", LoraConfig(r=4, target_modules=["up", "down"]))
+    assert model.base_model.model.up.scaling["beside"] == 2.0, "others of the former config keep theirs"
+
+
+def test_loading_another_method_into_a_name_that_is_there(tmp_path: Path) -> None:
+    get_peft_model(toy(), LoHaConfig(r=2, target_modules=["up"])).save_pretrained(tmp_path)
+    model = get_peft_model(toy(), LoraConfig(r=4, target_modules=["up"])).eval()
+    expected = model(tokens())
+    with pytest.raises(PeftError):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(tokens()), expected)
+    assert model.peft_config["default"].peft_type.value == "LORA"

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.layer.adapted import AdaptedLayer
-from trimtab.methods import config_class
+from trimtab.methods import METHODS, config_class, load, prefix_of
+from trimtab.shell.tasks import inject_adapter_in_model
 
 
 def _conv1d() -> type[nn.Module]:
@@ -28,14 +29,42 @@ BASES: dict[str, Any] = {
 }
 
 
+# The trained tensors of methods whose layers have other ones from kind to kind of base layer.
+LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+LEAVES = {
+    "LORA": LORA,
+    "ADALORA": LORA,
+    "IA3": ("ia3_l",),
+    "LN_TUNING": ("ln_tuning_layers",),
+    "LOHA": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "OFT": ("oft_R", "oft_embedding_R"),
+    "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
+    "VERA": ("vera_lambda_b", "vera_lambda_d"),
+}
+
+
 class ByMethod(type):
     """A class whose instances are the adapted layers that have a certain method on a certain kind of layer."""
 
     peft_type: str
     bases: tuple[type[nn.Module], ...]
 
+    @property
+    def adapter_layer_names(cls) -> tuple[str, ...]:
+        """The names of the method's tensors that are trained."""
+        return LEAVES.get(cls.peft_type, (prefix_of(cls.peft_type),))
+
+    @property
+    def other_param_names(cls) -> tuple[str, ...]:
+        """The names of its settings that a layer shows."""
+        file, method, _ = METHODS[cls.peft_type]
+        return tuple(load(file, method).views)
+
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, AdaptedLayer):
+            return False
+        if cls.__name__ == "ParamWrapper" and not instance.param:
             return False
         if cls.bases and not isinstance(instance.base_layer, cls.bases):
             return False
@@ -49,17 +78,65 @@ class ByMethod(type):
             )
         return super().__subclasscheck__(subclass)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            f"{cls.__name__} cannot be built by itself: trimtab's layers are made by get_peft_model or "
-            "inject_adapter_in_model (see docs/differences-names.txt)."
-        )
+    def __call__(
+        cls, base_layer: nn.Module, adapter_name: str, *rest: Any, config: Any = None, **fields: Any
+    ) -> AdaptedLayer:
+        """An adapted layer by itself; what is not in `config` is given by name."""
+        named = list(rest)
+        parameter = ""
+        if cls.__name__ == "ParamWrapper":
+            parameter = str(fields.pop("parameter_name") if "parameter_name" in fields else named.pop(0))
+        config = named.pop(0) if named and config is None else config
+        return alone(cls.peft_type, base_layer, adapter_name, parameter, config, *named, **fields)
 
 
 def base_of(prefix: str, name: str) -> tuple[type[nn.Module], ...] | None:
     """The base layers that a method's layer class `name` is for, or None where it is no such class."""
     kind = BASES.get(name) or BASES.get(name.removeprefix(prefix))
     return kind() if kind else None
+
+
+def alone(
+    peft_type: str,
+    base_layer: nn.Module,
+    adapter_name: str,
+    parameter: str,
+    config: Any = None,
+    r: int = 0,
+    lora_alpha: float | None = None,
+    **fields: Any,
+) -> AdaptedLayer:
+    """A layer with an adapter, in no model; the frozen layer's own parameters train as before.
+
+    Args:
+        parameter: the parameter to adapt, where it is not the layer as a whole.
+        config: the adapter's config; `r`, `lora_alpha` and fields given by name stand in front of it.
+    """
+    if isinstance(config, int):  # (layer, name, r, alpha), as before PEFT 0.18
+        r, lora_alpha, config = config, r or None, None
+    given: dict[str, Any] = {"r": r or None, "lora_alpha": lora_alpha, **fields}
+    own: Any = config.copy() if config is not None else config_class(peft_type)()
+    for name, value in given.items():
+        if value is not None and name in own.__dataclass_fields__:
+            setattr(own, name, value)
+    own.target_modules = [] if parameter else ["layer"]
+    if "target_parameters" in own.__dataclass_fields__:
+        own.target_parameters = [f"layer.{parameter}"] if parameter else None
+    own.modules_to_save, own.bias = None, "none"
+    own.rank_pattern, own.alpha_pattern = {}, {}
+    holder, free = nn.Module(), [p for p in base_layer.parameters() if p.requires_grad]
+    holder.layer = base_layer
+    inject_adapter_in_model(own, holder, adapter_name)
+    for original in free:
+        original.requires_grad_(True)
+    layer: Any = holder.layer
+    return layer  # type: ignore[no-any-return]
+
+
+class ParamWrapper(metaclass=ByMethod):
+    """peft's layer around a module one of whose parameters is adapted by name."""
+
+    peft_type, bases = "LORA", ()
 
 
 @cache

@@ -30,6 +30,7 @@ ALIASES = {
     "ModulesToSaveWrapper": "trimtab.layer.copies:SavedModule",
     "AuxiliaryTrainingWrapper": "trimtab.layer.copies:SavedModule",
     "TrainableTokensWrapper": "trimtab.as_peft.classes:TokensWrapper",
+    "ParamWrapper": "trimtab.as_peft.classes:ParamWrapper",
     "PeftMixedModel": "trimtab.shell.peft_model:PeftModel",  # every model can hold adapters of several methods
     "MixedModel": "trimtab.shell.tuner:Tuner",
     "SAFETENSORS_WEIGHTS_NAME": "trimtab.files.store:WEIGHTS",
@@ -48,6 +49,7 @@ ALIASES = {
 SOURCES = (
     "trimtab.as_peft.constants",
     "trimtab.as_peft.functions",
+    "trimtab.as_peft.hotswap",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",
 )

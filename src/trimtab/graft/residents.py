@@ -34,7 +34,8 @@ class Residents:
     def used(self, names: Iterable[str]) -> None:
         """Note that adapters are used now."""
         for name in names:
-            if steps.acts(self.adapters[name].method):
+            method: Any = self.adapters[name].method
+            if steps.acts(method):
                 steps.watch()
             self.order.pop(name, None)
             self.order[name] = None

@@ -16,7 +16,7 @@ from trimtab.layer import checkpointing
 HOOKS = ("begin", "step")
 
 
-def acts(method: type[Any]) -> bool:
+def acts(method: Any) -> bool:
     """Whether a method does anything before or after a step."""
     contract = ModelMethod if issubclass(method, ModelMethod) else Method
     return any(getattr(method, hook).__func__ is not getattr(contract, hook).__func__ for hook in HOOKS)

@@ -13,6 +13,7 @@ from trimtab.layer.originals import Originals
 from trimtab.layer.switch import Switched
 from trimtab.layer.views import View
 
+SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
@@ -103,10 +104,26 @@ class Face(Switched):
                 raise
         if any(name in site.reads for site in self.__dict__.get("sites", {}).values()):
             return self.read(name)
+        if name in SIZES:
+            return self._size(name)
         for methods in self.__dict__.get("methods", {}).values():
             if any(name in m.views for m in methods):
                 return View(self, name)
         return getattr(self.base_layer, name)
+
+    def _size(self, name: str) -> int:
+        """in_features or out_features: the layer's own, its channels, or the sizes of the matrix it is."""
+        for own in SIZES[name]:
+            if isinstance(size := getattr(self.frozen, own, None), int):
+                return size
+        site: Any = next(iter(self.sites.values()))
+        return int(site.fan_in if name == "in_features" else site.fan_out)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The names under which the adapters' trained tensors are here."""
+        methods = [m for ms in self.methods.values() for m in ms]
+        return tuple(dict.fromkeys(m.templates[leaf].partition(".{}")[0] for m in methods for leaf in m.trained))
 
     def extra_repr(self) -> str:
         """The adapters and their methods."""

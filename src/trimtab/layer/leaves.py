@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.layer.views import View
+
 
 class Leaf(nn.Module):
     """Holds the tensors of one leaf of one adapter under their own names."""
@@ -20,6 +22,23 @@ class LinearLeaf(nn.Linear):
         # Past nn.Module's own setattr, which costs more than all the rest where hundreds are made.
         self.__dict__["out_features"], self.__dict__["in_features"] = weight.shape
         self._parameters.update(weight=None, bias=None)  # in the order every Linear layer has them
+
+
+class Group(nn.Module):
+    """What stands between a layer and containers of it; it shows the settings of adapters as the layer does."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            methods = getattr(self.__dict__.get("layer"), "__dict__", {}).get("methods", {})
+            if not any(name in m.views for ms in methods.values() for m in ms):
+                raise
+        return View(self.layer, name)
 
 
 class Leaves(nn.Module):
@@ -42,7 +61,7 @@ class Leaves(nn.Module):
         within = layer
         for holder in holders:
             if holder not in within._modules:
-                within._modules[holder] = nn.Module()
+                within._modules[holder] = Group(layer)
             within = within._modules[holder]  # type: ignore[assignment]
         leaves = within._modules.get(name)
         if leaves is None:

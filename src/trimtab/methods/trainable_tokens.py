@@ -39,6 +39,7 @@ class TrainableTokens(Method):
     config, prefix = TrainableTokensConfig, "trainable_tokens_"
     kinds = fused = frozenset({"embedding", "linear"})
     tied, targets = True, {"*": INPUT_EMBEDDING}
+    views = ("token_indices", "trainable_tokens_original")
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -46,7 +47,8 @@ class TrainableTokens(Method):
         return {"trainable_tokens_delta": Leaf((len(config.token_indices), dim))}  # (tokens, dim)
 
     def setup(self, config: Any) -> None:
-        self.tokens = torch.tensor(list(config.token_indices), dtype=torch.long)
+        self.token_indices = list(config.token_indices)
+        self.tokens = torch.tensor(self.token_indices, dtype=torch.long)
         self.vocabulary = self.site.fan_in if self.site.kind == "embedding" else self.site.fan_out
 
     def reset(self, config: Any) -> None:
@@ -59,6 +61,11 @@ class TrainableTokens(Method):
         """The tokens' own rows (tokens, dim)."""
         W = self.site.matrix()
         return (W.mT if self.site.kind == "embedding" else W)[self.tokens.to(W.device)]
+
+    @property
+    def trainable_tokens_original(self) -> Tensor:
+        """The base's rows (tokens, dim)."""
+        return self.present()
 
     def weight(self, W: Tensor) -> Tensor:
         tokens, new = self.tokens.to(W.device), self.trainable_tokens_delta.to(W.dtype)

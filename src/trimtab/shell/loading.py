@@ -179,7 +179,8 @@ def adopt(adapter: Adapter, config: Any) -> None:
         at[place.layer] = index + 1
         method = place.layer.methods[adapter.name][index]
         if isinstance(method, adapter.method):
-            method.options = own if place.follows else own.resolve(method.site.name)
+            method.options = own.resolve(method.site.name)
             method.setup(method.options)
-        places.append(dataclasses.replace(place, method=method.twin("", method.options)))
+        follows = method.options is own
+        places.append(dataclasses.replace(place, method=method.twin("", method.options), follows=follows))
     adapter.layout = dataclasses.replace(adapter.layout, config=own.copy(), places=places)

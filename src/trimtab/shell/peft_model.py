@@ -69,7 +69,7 @@ class PeftModel(Facts):
         self.peft_type = peft_config.peft_type
         config = self._completed(model, peft_config)
         self.base_model = tuner_class(config.peft_type)(
-            model, config, adapter_name, autocast=autocast_adapter_dtype, **adding
+            model, config, adapter_name, low_cpu_mem_usage, autocast=autocast_adapter_dtype, **adding
         )
         self.prompt_encoder = self.graft.prompts
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
@@ -118,6 +118,7 @@ class PeftModel(Facts):
             self._completed(self.get_base_model(), peft_config),
             autocast=autocast_adapter_dtype,
             trainable=False,
+            meta=low_cpu_mem_usage,
         )
 
     def load_adapter(

@@ -159,7 +159,7 @@ def get_peft_model(
     cls = task_class(peft_config, PeftModel)
     try:
         with _replaced(graft, adapter_name):
-            return cls(model, peft_config, adapter_name, autocast_adapter_dtype, strict=strict)
+            return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, strict=strict)
     except BaseException:
         discard_empty(model)
         raise
@@ -218,7 +218,7 @@ def inject_adapter_in_model(
         }
         peft_config.target_modules = paths - held
     try:
-        tuner_class(peft_config.peft_type)(model, peft_config, adapter_name)
+        tuner_class(peft_config.peft_type)(model, peft_config, adapter_name, low_cpu_mem_usage)
     except BaseException:
         discard_empty(model)
         raise

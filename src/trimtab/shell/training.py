@@ -22,7 +22,8 @@ from trimtab.graft.staging import OWN_FIELDS
 def state(graft: Graft, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """(all tensors of an adapter in the shapes they have in training, facts), or None where its file has everything."""
     adapter = graft.require(name)
-    if not adapter.t or not steps.acts(adapter.method) or adapter.prompt is not None:
+    method: Any = adapter.method
+    if not adapter.t or not steps.acts(method) or adapter.prompt is not None:
         return None
     tensors = gathered({s.on_disk(): s.get() for s in graft.slots(adapter) if s.method is not None})
     return tensors, {"step": str(adapter.t), "config": json.dumps(adapter.layout.config.to_json())}

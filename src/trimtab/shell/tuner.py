@@ -20,7 +20,7 @@ from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.plan import Plan, Row, require_known, wanted
-from trimtab.methods import config_class, method_class
+from trimtab.methods import config_class, method_class, prefix_of
 
 
 class Tuner(nn.Module):
@@ -30,7 +30,13 @@ class Tuner(nn.Module):
         model: the model; it is adapted in place, its own parameters frozen.
         peft_config: a config, or {adapter name: config}.
         adapter_name: the adapter's name, where one config is given.
+        low_cpu_mem_usage: build the adapters without storage; a state dict is loaded into them later.
+
+    Attributes:
+        prefix: what the names of the method's tensors start with.
     """
+
+    prefix = "lora_"
 
     def __init__(
         self,
@@ -46,7 +52,7 @@ class Tuner(nn.Module):
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
         for name, config in configs.items():
-            self.add(name, config, **kwargs)
+            self.add(name, config, **({"meta": True} if low_cpu_mem_usage else {}) | kwargs)
         if configs:
             self._turn_to(next(iter(configs)))
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
@@ -342,8 +348,13 @@ _CLASSES: dict[str, type[Tuner]] = {}
 
 def tuner_class(peft_type: Any) -> type[Tuner]:
     """The tuner under the name PEFT gives it for a method (`LoraModel` ...); all are `Tuner`."""
-    name = config_class(str(getattr(peft_type, "value", peft_type))).__name__.removesuffix("Config") + "Model"
+    name = config_class(_kind(peft_type)).__name__.removesuffix("Config") + "Model"
     if name not in _CLASSES:
         # `trimtab.<name>` finds the class again, for pickle.
-        _CLASSES[name] = type(name, (Tuner,), {"__doc__": Tuner.__doc__, "__module__": "trimtab"})
+        facts = {"__doc__": Tuner.__doc__, "__module__": "trimtab", "prefix": prefix_of(_kind(peft_type))}
+        _CLASSES[name] = type(name, (Tuner,), facts)
     return _CLASSES[name]
+
+
+def _kind(peft_type: Any) -> str:
+    return str(getattr(peft_type, "value", peft_type))

@@ -29,7 +29,8 @@ def table(head: list[str], rows: list[list[object]]) -> str:
 
 def write(section: str, title: str, text: str) -> None:
     """Put `text` under `title` in the page, in place of what the section held."""
-    block = f"<!-- {section} -->\n## {title}\n\n{text}\n\n`bench/{section}.py`; {machine()}.\n<!-- /{section} -->"
+    script = f"bench/{section.partition('-')[0]}.py"
+    block = f"<!-- {section} -->\n## {title}\n\n{text}\n\n`{script}`; {machine()}.\n<!-- /{section} -->"
     page = (
         PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n\nEach table is written by its script.\n"
     )

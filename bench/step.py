@@ -33,50 +33,6 @@ TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qv": ["q_proj", "v_proj"],
 }
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-class KernelLora(nn.Module):
-    """A frozen linear layer with the fused low-rank step."""
-
-    def __init__(self, base: nn.Linear, options: Any, seed: int) -> None:
-        super().__init__()
-        self.base_layer, self.options, self.seed = base, options, seed
-        self.A = nn.Parameter(torch.empty(options.rank, base.in_features))  # (r, in)
-        self.B = nn.Parameter(torch.zeros(base.out_features, options.rank))  # (out, r)
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-
-    def layer(self, rows: Any) -> Any:
-        from trimtab.core import kernels
-
-        drop = (
-            kernels.Dropout(self.options.dropout, self.seed, rows) if self.training and self.options.dropout else None
-        )
-        return kernels.Layer(self.base_layer.weight, self.base_layer.bias, self.A, self.B, 2.0, drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        from trimtab.core import kernels
-
-        return kernels.lora_linear(x, *self.layer(self.options.rows))
-
-
-class Member(nn.Module):
-    """One of a group of layers of one input: the first computes all."""
-
-    def __init__(self, group: SimpleNamespace, place: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "group", group)
-        self.place = place
-
-    def forward(self, x: Tensor) -> Tensor:
-        from trimtab.core import kernels
-
-        group = self.group
-        if self.place == 0:
-            layers = [member.layer(member.options.rows) for member in group.members]
-            group.outs = list(kernels.lora_linear_group(x, layers))
-        y, group.outs[self.place] = group.outs[self.place], None
-        return y
 
 
 def floor(base: nn.Module) -> nn.Module:
@@ -85,7 +41,7 @@ def floor(base: nn.Module) -> nn.Module:
     return model.train()
 
 
-def peft(base: nn.Module, options: Any, library: str = "peft") -> nn.Module:
+def adapted(base: nn.Module, options: Any, library: str) -> nn.Module:
     module = importlib.import_module(library)
     shared = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     config = module.LoraConfig(
@@ -98,29 +54,13 @@ def peft(base: nn.Module, options: Any, library: str = "peft") -> nn.Module:
     return module.get_peft_model(shared, config).train()
 
 
-def ours(base: nn.Module, options: Any, grouped: bool = False) -> nn.Module:
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    for seed, (name, layer) in enumerate(list(model.named_modules())):
-        if name.split(".")[-1] in TARGETS[options.targets]:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, KernelLora(layer, options, seed))
-    for module in list(model.modules()) if grouped else ():
-        for names in GROUPS:
-            members = [getattr(module, name, None) for name in names]
-            if all(isinstance(m, KernelLora) for m in members):
-                module.members = nn.ModuleList(members)
-                group = SimpleNamespace(members=members, outs=[])
-                for place, name in enumerate(names):
-                    setattr(module, name, Member(group, place))
-    return model.train()
-
-
 def step(model: nn.Module, ids: Tensor, fused_loss: bool = False) -> Tensor:
     if fused_loss:
         from trimtab.core.kernels import linear_cross_entropy
 
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        loss = linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = linear_cross_entropy(hidden[:, :-1], causal.lm_head.weight, ids[:, 1:])
     else:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -130,27 +70,23 @@ def step(model: nn.Module, ids: Tensor, fused_loss: bool = False) -> Tensor:
 def arms(options: Any) -> dict[str, Any]:
     """How each arm is built and stepped: name -> (build, whether the loss is fused, too)."""
     return {
-        "floor": (lambda base: floor(base), False),
-        "PEFT": (lambda base: peft(base, options), False),
-        "trimtab": (lambda base: peft(base, options, "trimtab"), False),
-        "kernels": (lambda base: ours(base, options), False),
-        "kernels, grouped": (lambda base: ours(base, options, grouped=True), False),
-        "kernels, fused loss": (lambda base: ours(base, options), True),
-        "floor, fused loss": (lambda base: floor(base), True),
-        "floor again": (lambda base: floor(base), False),
+        "floor": (floor, False),
+        "PEFT": (lambda base: adapted(base, options, "peft"), False),
+        "trimtab": (lambda base: adapted(base, options, "trimtab"), False),
+        "trimtab, fused loss": (lambda base: adapted(base, options, "trimtab"), True),
+        "floor, fused loss": (floor, True),
+        "floor again": (floor, False),
     }
 
 
 def load(options: Any) -> tuple[nn.Module, Tensor]:
     from transformers import AutoModelForCausalLM
 
-    from trimtab.core.dropout import Rows
     from trimtab.files.sources import resolve_base
 
     folder = resolve_base("smollm2-135m-instruct")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     length = min(256, options.tokens)
-    options.rows = Rows.batch(options.tokens // length, length)
     ids = torch.randint(0, 49000, (options.tokens // length, length), generator=torch.Generator().manual_seed(0))
     return base.requires_grad_(False), ids
 
@@ -158,12 +94,9 @@ def load(options: Any) -> tuple[nn.Module, Tensor]:
 def check_parity(base: nn.Module, ids: Tensor, options: Any) -> str:
     """How far loss and gradients are from PEFT's, with its factors and without dropout."""
     dry = SimpleNamespace(**{**vars(options), "dropout": 0.0})
-    theirs, mine = peft(base, dry), ours(base, dry)
-    pairs = []
-    for name, module in mine.named_modules():
-        if isinstance(module, KernelLora):
-            layer = theirs.base_model.model.get_submodule(name)
-            pairs += [(module.A, layer.lora_A["default"].weight), (module.B, layer.lora_B["default"].weight)]
+    theirs, mine = adapted(base, dry, "peft"), adapted(base, dry, "trimtab")
+    parts = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in (mine, theirs)]
+    pairs = [(parts[0][name], parts[1][name]) for name in parts[1]]
     for own, other in pairs:
         other.data.normal_(std=0.02, generator=torch.Generator().manual_seed(len(own)))
         own.data.copy_(other.data)

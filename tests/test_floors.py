@@ -202,7 +202,8 @@ def test_nothing_else_imports_a_methods_file(path: Path) -> None:
 
 # ---------------------------------------------------------------------- methods: abstract or final
 HOOKS = tuple(
-    "share start_shared leaves setup reset weight bias before after through rows build around prompt restore".split()
+    "share start_shared leaves setup reset weight bias before after through rows extras".split()
+    + "build around prompt restore".split()
 )
 
 

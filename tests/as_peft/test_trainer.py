@@ -139,3 +139,29 @@ def test_the_model_card_names_the_adapter(tmp_path):
     trainer.save_model()
     trainer.create_model_card(model_name="tiny")
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("middle", [2, 4])
+def test_adalora_prunes_with_nobody_calling_anything_and_resumes_with_its_averages(tmp_path, middle):
+    def model():
+        torch.manual_seed(0)
+        schedule = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6}
+        return get_peft_model(
+            tiny.llama(), AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **schedule)
+        )
+
+    def train(folder, resume=None):
+        made = arguments(tmp_path / folder, max_steps=6, save_steps=2)
+        trainer = Trainer(model=model(), args=made, train_dataset=data())
+        trainer.train(resume_from_checkpoint=resume)
+        adapter = trainer.model.graft.adapters["default"]
+        tensors = {f"{m.site.name}.{leaf}": m.tensor(leaf) for m in adapter.methods for leaf in m.declared}
+        return adapter.t, adapter.config.rank_pattern, tensors
+
+    t, pattern, tensors = train("whole")
+    assert t == 6
+    assert sum(map(sum, pattern.values())) == 2 * len(pattern)
+    again = train("again", str(tmp_path / "whole" / f"checkpoint-{middle}"))
+    assert again[:2] == (t, pattern)
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(again[2][key], tensor, atol=1e-6, rtol=0)

@@ -153,8 +153,17 @@ CASES = [
     Case("peanut", "PEANUT", {"r": 3, "scaling": 1.5}),
     Case("peanut-deep", "PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
     Case("beft", "BEFT"),
+    Case("poly", "POLY", {"r": 2}),
+    Case("poly-splits", "POLY", {"r": 3, "n_skills": 3, "n_splits": 2}, sites=("up", "down")),
+    Case("poly-random", "POLY", {"r": 2, "n_skills": 2, "init_weights": False}, identity=False),
+    Case("bitfit", "BITFIT"),
+    Case("bottleneck", "BOTTLENECK", {"r": 3, "scaling": 1.5, "non_linearity": "gelu"}),
+    Case("bottleneck-parallel", "BOTTLENECK", {"r": 3, "parallel": True}),
+    Case("loreft", "LOREFT", {"r": 2, "positions": "all"}),
+    Case("dylora", "DYLORA", {"r": 3, "rank": 2, "lora_alpha": 5, "lora_dropout": 0.4}),
     Case("adalora", "ADALORA", {"init_r": 3, "target_r": 2, "total_step": 10, "lora_dropout": 0.2}),
 ]
+MERGEABLE = [case for case in CASES if case.method.mergeable]
 BY_NAME = {case.name: case for case in CASES}
 # One case of each formula: for tests that are quadratic, or compile.
 FORMULAS = [
@@ -177,6 +186,7 @@ FORMULAS = [
         "miss-bat",
         "oft",
         "vera",
+        "poly",
         "adalora",
         "delora",
         "gralora",
@@ -185,6 +195,10 @@ FORMULAS = [
         "vblora",
         "unilora",
         "tinylora",
+        "bitfit",
+        "bottleneck",
+        "loreft",
+        "dylora",
     )
 ]
 

@@ -17,6 +17,7 @@ from tests.contract.cases import (
     CASES,
     DTYPES,
     FORMULAS,
+    MERGEABLE,
     Case,
     adapted,
     also,
@@ -31,11 +32,14 @@ from tests.contract.cases import (
 )
 from tests.models import assert_untouched, snapshot, toy
 from trimtab import PeftModel, get_peft_model
+from trimtab.errors import ReadOnlyWeight
 from trimtab.layer.spelling import weighed
 from trimtab.methods.lora import VARIANTS
 
 everywhere = pytest.mark.parametrize(("case", "site"), pairs())
-formulas_everywhere = pytest.mark.parametrize(("case", "site"), pairs(FORMULAS))
+weights_everywhere = pytest.mark.parametrize(("case", "site"), pairs(MERGEABLE))
+WEIGHTS = [case for case in FORMULAS if case in MERGEABLE]
+formulas_everywhere = pytest.mark.parametrize(("case", "site"), pairs(WEIGHTS))
 formats = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -74,7 +78,7 @@ def test_moving_it_changes_the_output(case: Case, site: str) -> None:
 
 
 # ---------------------------------------------------------------------- merging
-@everywhere
+@weights_everywhere
 @formats
 def test_forward_equals_merged(case: Case, site: str, dtype: torch.dtype) -> None:
     model = adapted(case, site, dtype=dtype)
@@ -84,7 +88,7 @@ def test_forward_equals_merged(case: Case, site: str, dtype: torch.dtype) -> Non
     close(model(ids()), expected, dtype)
 
 
-@everywhere
+@weights_everywhere
 @formats
 def test_unmerge_and_disable_are_bit_exact(case: Case, site: str, dtype: torch.dtype) -> None:
     base, bits = base_output(dtype), toy(dtype).state_dict()
@@ -104,7 +108,7 @@ def test_unmerge_and_disable_are_bit_exact(case: Case, site: str, dtype: torch.d
     assert torch.equal(model(ids()), before)
 
 
-@everywhere
+@weights_everywhere
 def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(case: Case, site: str) -> None:
     model = adapted(case, site)
     expected = model(ids())
@@ -122,7 +126,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(case: Case, s
     assert torch.equal(model(ids()), expected)
 
 
-@everywhere
+@weights_everywhere
 def test_delta_weight_is_what_merging_adds(case: Case, site: str) -> None:
     model = adapted(case, site)
     layer = layer_of(model, site)
@@ -133,7 +137,7 @@ def test_delta_weight_is_what_merging_adds(case: Case, site: str) -> None:
 
 
 @formulas_everywhere
-@pytest.mark.parametrize("second", FORMULAS, ids=lambda c: c.name)
+@pytest.mark.parametrize("second", WEIGHTS, ids=lambda c: c.name)
 def test_two_stacked_equal_merged_in_that_order(case: Case, site: str, second: Case) -> None:
     dtype = torch.float64
     model = adapted(case, site, dtype=dtype)
@@ -151,8 +155,24 @@ def test_two_stacked_equal_merged_in_that_order(case: Case, site: str, second: C
         assert torch.equal(model(ids()), stacked)
 
 
+@pytest.mark.parametrize(("case", "site"), pairs([c for c in CASES if c not in MERGEABLE]))
+def test_what_is_no_weight_refuses_to_merge_and_changes_nothing(case: Case, site: str) -> None:
+    model = adapted(case, site)
+    expected = model(ids())
+    for attempt in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: layer_of(model, site).get_delta_weight("default"),
+    ):
+        with pytest.raises(ReadOnlyWeight, match=case.method.__name__):
+            attempt()
+        assert torch.equal(model(ids()), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(ids()), base_output())
+
+
 # ---------------------------------------------------------------------- the two spellings
-@pytest.mark.parametrize(("case", "site"), pairs([c for c in CASES if c.method.fused], fused=True))
+@pytest.mark.parametrize(("case", "site"), pairs([c for c in MERGEABLE if c.method.fused], fused=True))
 @formats
 def test_fused_spelling_equals_weight_spelling(case: Case, site: str, dtype: torch.dtype) -> None:
     model = adapted(case, site, dtype=dtype)
@@ -284,7 +304,9 @@ def test_unload_gives_back_the_very_model(case: Case, site: str) -> None:
         model.set_adapter(["default", "second"])
     model.train()
     model(ids()).sum().backward()
-    model.eval().merge_adapter()
+    model.eval()
+    if case.method.mergeable:
+        model.merge_adapter()
     after = model.unload(pristine=True)
     assert after is base
     assert_untouched(base, before)
@@ -292,7 +314,7 @@ def test_unload_gives_back_the_very_model(case: Case, site: str) -> None:
     assert torch.equal(base(ids()), expected)
 
 
-@everywhere
+@weights_everywhere
 @formats
 def test_merge_and_unload_leaves_the_plain_model_with_other_weights(case: Case, site: str, dtype: torch.dtype) -> None:
     base = toy(dtype)
@@ -353,7 +375,8 @@ def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> No
         assert torch.equal(model(ids()), expected), "the copy has a route of its own"
     also(twin, "second", BY_NAME["lora"], "head")
     assert list(model.peft_config) == ["default"]
-    twin.merge_adapter()
+    if case.method.mergeable:
+        twin.merge_adapter()
     base = twin.unload(pristine=True)
     assert torch.equal(base(ids()), base_output())
     assert {n for n, _ in base.named_modules()} == {n for n, _ in toy().named_modules()}
@@ -376,6 +399,8 @@ def test_compiles_in_one_graph(case: Case) -> None:
         with model.disable_adapter():
             assert torch.equal(compiled(ids()), base)
         close(compiled(ids()), model(ids()), torch.float32)
+        if not case.method.mergeable:
+            return
         model.merge_adapter()
         close(compiled(ids()), model(ids()), torch.float32)
         with model.disable_adapter():

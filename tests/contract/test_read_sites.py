@@ -179,9 +179,10 @@ def test_every_method_on_a_quantised_layer(case: Case, name: str, tmp_path: Path
     assert differs(expected, base)
     with model.disable_adapter():
         assert torch.equal(model(x), base)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert torch.equal(model(x), expected)
+    if case.method.mergeable:
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(net(name).eval(), tmp_path)(x), expected)
     model(x).square().sum().backward()

@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 3.0},
     "corda_config": {"corda_method": "kpm"},
-    "lora_ga_config": {"scale": "x"},
+    "lora_ga_config": {"scale": "unit"},
     "use_dora": True,
     "alora_invocation_tokens": [7, 8],
     "velora_config": {"num_groups": 8},
@@ -68,9 +68,15 @@ def test_every_field_has_a_value_here() -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_every_field_goes_through_json(field: str, tmp_path: Path) -> None:
     more = {"target_modules": ["a"], "layers_to_transform": [1]} if field.startswith("layers_") else {}
+    if field.removesuffix("_config") in ("eva", "corda", "lora_ga", "loftq"):
+        more = {"init_lora_weights": field.removesuffix("_config")}  # else they do nothing
     config = LoraConfig(**{**more, field: VALUES[field]})
     config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    if field in LoraConfig.nested:
+        assert raw[field].items() >= VALUES[field].items()
+        assert type(PeftConfig.from_pretrained(tmp_path).to_dict()[field]) is dict
+        return
     assert raw[field] == (sorted(VALUES[field]) if field in ("target_modules", "exclude_modules") else VALUES[field])
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is LoraConfig

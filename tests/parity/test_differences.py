@@ -197,6 +197,51 @@ def test_active_adapter_of_several() -> None:
     assert answers == [["default", "b"], "default"]
 
 
+def test_multitask_prompt_of_a_decoder() -> None:
+    """PEFT's forward puts half of a multitask prompt before the decoder; the paper, and its own generation, do not."""
+    fields = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 4, "num_tasks": 2}
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3), "task_ids": torch.tensor([1])}
+    labels = torch.tensor([[9]])  # the decoder is given its start token alone
+    ours, theirs = (
+        library.get_peft_model(build("t5").eval(), library.MultitaskPromptTuningConfig(**fields)).eval()
+        for library in (trimtab, peft)
+    )
+    for model in (ours, theirs):
+        for parameter in model.prompt_encoder["default"].parameters():
+            torch.manual_seed(parameter.numel())
+            torch.nn.init.normal_(parameter, std=3)
+    here, there = (model(**inputs, labels=labels).logits for model in (ours, theirs))
+    assert (here.shape[1], there.shape[1]) == (1, 5)
+    first = []
+    for model in (ours, theirs):
+        scores = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0]
+        first.append(scores)
+    near(first[0], first[1])
+    near(here[:, -1], first[0])
+    assert not torch.allclose(there[:, -1], first[1], atol=1e-3)
+
+
+def test_labels_of_cpt() -> None:
+    """Where CPT's examples end before a label PEFT's count of types is out of step: no label of the call is trained."""
+    x, last = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-100, -100, -100, 8]])
+    for types in ([2, 3, 4], [3, 4, 5]):
+        losses, given = [], torch.tensor([[1, 2, 3, 4]])
+        for library in BOTH:
+            config = library.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5], cpt_tokens_type_mask=types)
+            model = library.get_peft_model(build("llama").eval(), config).eval()
+            args = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+            calls = [{"labels": last}, {"labels": torch.full_like(last, -100)}]
+            calls.append({"labels": last, "input_type_mask": given.clone()})
+            losses.append([float(model(**args, **call).loss) for call in calls])
+            assert torch.equal(calls[-1]["input_type_mask"], given) is (library is trimtab)  # PEFT writes into it
+        ours, theirs = losses
+        if types[-1] == 4:
+            assert ours == pytest.approx(theirs, abs=1e-5)
+        else:
+            assert theirs[0] == theirs[1]
+            assert ours[0] == ours[2] != ours[1]
+
+
 def test_padding_of_adapted_embedding() -> None:
     """An embedding's padding row: the gradient of the adapter there is PEFT's too (none)."""
     ours, theirs = pair("toy", {"target_modules": ["embed"]})

@@ -8,9 +8,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from trimtab import (
+    CartridgeConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
-KINDS = [PromptTuningConfig, PrefixTuningConfig]
+KINDS = [CartridgeConfig, PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig]
 
 
 def llama():
@@ -76,7 +84,7 @@ def test_disable_and_switch(kind):
     assert torch.equal(model(input_ids=ids).logits, first)
     model.set_adapter("other")
     assert not torch.equal(model(input_ids=ids).logits[:, -1], first[:, -1])
-    assert [n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad] == ["other"]
+    assert {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
     model.delete_adapter("other")
     assert torch.equal(model(input_ids=ids).logits, first)
 
@@ -123,11 +131,14 @@ def test_a_prompt_has_no_place_in_a_mixed_batch():
         adapted(PromptTuningConfig)(input_ids=torch.randint(3, 60, (1, 3)), adapter_names=["default"])
 
 
-def test_a_projected_prefix_is_loaded_for_use_not_for_training(tmp_path):
-    model = adapted(PrefixTuningConfig, prefix_projection=True)
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(PrefixTuningConfig, {"prefix_projection": True}), (PromptEncoderConfig, {})]
+)
+def test_what_came_out_of_a_network_is_loaded_for_use_not_for_training(kind, fields, tmp_path):
+    model = adapted(kind, **fields)
     ids = torch.randint(3, 60, (2, 5))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
-    with pytest.raises(RuntimeError, match="prefix_projection"):
+    with pytest.raises(RuntimeError, match="is_trainable"):
         PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)

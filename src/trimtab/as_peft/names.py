@@ -38,6 +38,9 @@ ALIASES = {
     "PeftConfigMixin": "trimtab.core.config:PeftConfig",
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION": "trimtab.core.targets:CONDENSE_FROM",
     "LoraFAOptimizer": "trimtab.train.optimizers:LoraFAOptimizer",
+    "PromptTuningInit": "trimtab.methods.prompt_tuning:PromptTuningInit",
+    "PromptEncoderReparameterizationType": "trimtab.methods.p_tuning:PromptEncoderReparameterizationType",
+    "MultitaskPromptTuningInit": "trimtab.methods.multitask_prompt_tuning:MultitaskPromptTuningInit",
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 

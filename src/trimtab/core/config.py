@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -74,6 +75,11 @@ class PeftType(str, enum.Enum):
     FROD = "FROD"
     DEFT = "DEFT"
     SHADOW = "SHADOW"
+    # methods that PEFT does not have
+    BITFIT = "BITFIT"
+    BOTTLENECK = "BOTTLENECK"
+    DYLORA = "DYLORA"
+    LOREFT = "LOREFT"
 
 
 class TaskType(str, enum.Enum):
@@ -125,10 +131,16 @@ class PeftConfig:
     pending: ClassVar[dict[str, str]] = {}
     # Fields that map module names or regular expressions to values.
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    # Fields that hold settings of a class of their own, read from the file as a dict: field -> "module:class".
+    nested: ClassVar[dict[str, str]] = {}
     # Fields that never reach the file.
     runtime: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        for name, place in self.nested.items():
+            if isinstance(value := getattr(self, name), dict):
+                module, _, cls = place.partition(":")
+                setattr(self, name, getattr(import_module(f"trimtab.{module}"), cls)(**value))
         check_fields(self)
         self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION

@@ -98,16 +98,16 @@ class Dropout:
 
     def kept(self, x: Tensor) -> Tensor:
         """Which entries of `x` are kept, as bools of its shape."""
-        return _filled(x.new_ones(x.numel(), dtype=torch.bool), self.dropped(x.shape[-1])).view(x.shape)
+        return ~self._emptied(x)
+
+    def _emptied(self, x: Tensor) -> Tensor:
+        places = self.dropped(x.shape[-1])
+        return x.new_zeros(x.numel(), dtype=torch.bool).index_fill_(0, places, True).view(x.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., width) after dropout: places emptied, the rest scaled up."""
-        keep = x.new_full((x.numel(),), 1 / (1 - self.p) if self.p < 1 else 0.0)
-        return x * _filled(keep, self.dropped(x.shape[-1])).view(x.shape)
-
-
-def _filled(mask: Tensor, places: Tensor) -> Tensor:
-    return mask.index_fill_(0, places, 0)
+        x = x.masked_fill(self._emptied(x), 0)
+        return x / (1 - self.p) if self.p < 1 else x
 
 
 def dropped(key: int, rows: Rows, width: int, p: float) -> Tensor:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.dropout import Dropout, mixed, rows_of
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, ReadOnlyWeight
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
+PROMPT = "prompt_embeddings"  # the key of a prompt in a file
+BIASED = "(layers with a bias)"  # another: every layer of the method's kinds that has one
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
 
@@ -103,6 +105,10 @@ class Call:
         """A generator of random numbers that belong to no row."""
         return torch.Generator(device).manual_seed(self.key(method, salt))
 
+    def fact(self, method: Method, name: str) -> Any:
+        """What the method's `facts` found for this forward under `name`, or None."""
+        return self.extras.get(f"{method.adapter}.{name}")
+
 
 class Method:
     """The formula of one adapter at one site.
@@ -119,12 +125,13 @@ class Method:
     prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
-    mergeable: ClassVar[bool] = True
+    mergeable: bool = True  # of the class; one of its methods may say no, by its config
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
+    extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 
@@ -199,6 +206,14 @@ class Method:
         """Raise where a model whose other adapters of this method have the configs `others` cannot take one more."""
 
     @classmethod
+    def facts(cls, config: Any, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
+        """What an adapter's formulas must know of a forward beside their own input, found once from its arguments.
+
+        Formulas read it by `call.fact`; a tensor's first axis is the batch's rows.
+        """
+        return {}
+
+    @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         """A term of one adapter's loss in training, from all its methods."""
         return None
@@ -263,7 +278,16 @@ class Method:
 
 def overrides(cls: type, hook: str) -> bool:
     """Whether a method says something of its own by a hook."""
-    return getattr(cls, hook) is not getattr(Method, hook)
+    own, default = getattr(cls, hook, None), getattr(Method, hook)
+    return own is not None and getattr(own, "__func__", own) is not getattr(default, "__func__", default)
+
+
+def no_weight(method: Method) -> ReadOnlyWeight:
+    """The error of a method that is no change of the weight, where one is asked for."""
+    return ReadOnlyWeight(
+        f"{type(method).__name__} at '{method.site.name}' is no change of the layer's weight: it cannot be merged, nor "
+        "stacked with an adapter that edits the weight only."
+    )
 
 
 class ModelMethod(nn.Module):
@@ -277,6 +301,8 @@ class ModelMethod(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"model"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: ClassVar[bool] = False
+    extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
 
     def build(self, config: Any) -> None:
         """Make the parameters, empty, each with its shape in a comment; `config` is complete."""
@@ -326,12 +352,19 @@ class PromptMethod(ModelMethod):
 
     cached: ClassVar[bool] = False
 
-    def prompt(self) -> Tensor:
-        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`."""
+    def prompt(self, call: Call) -> Tensor:
+        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`.
+
+        Where rows have prompts of their own: (rows, virtual tokens, dim).
+        """
         raise NotImplementedError
 
-    def restore(self, prompt: Tensor) -> None:
-        """Take a saved prompt as the parameters."""
+    def saved(self) -> dict[str, Tensor]:
+        """What goes into the file, by key: the finished prompt, whatever it came out of."""
+        return {PROMPT: self.prompt(Call())}
+
+    def restore(self, name: str, value: Tensor) -> None:
+        """Take what a file has under a key as the parameters."""
         raise NotImplementedError
 
 
@@ -342,7 +375,9 @@ def require_rank(r: Any, name: str = "r") -> None:
 
 
 __all__ = [
+    "BIASED",
     "INPUT_EMBEDDING",
+    "PROMPT",
     "Call",
     "Leaf",
     "Leaves",
@@ -351,6 +386,7 @@ __all__ = [
     "PromptMethod",
     "leaf_alias",
     "leaf_template",
+    "no_weight",
     "overrides",
     "require_rank",
 ]

@@ -30,7 +30,7 @@ class Site:
     """
 
     kind: ClassVar[str]
-    weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named
+    weighs: ClassVar[str] = "weight"  # the parameter that is the matrix, unless another one is named ("": none is)
     bias_param: ClassVar[str] = "bias"  # the parameter that is added to its products ("": none)
     fused: ClassVar[bool] = True  # its input and output may be edited instead of its weight
     whole: ClassVar[bool] = False  # its rows lie in all of its arguments: it says how to cut a call, and join outputs
@@ -206,7 +206,7 @@ class LinearSite(Site):
             return None
         parameters = layer._parameters
         W = parameters["weight"]
-        return (W, parameters["bias"]) if type(W) is nn.Parameter else None
+        return (W, parameters["bias"]) if type(W) is nn.Parameter and not W.is_meta else None
 
     def widens(self, x: Tensor) -> bool:
         """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""
@@ -277,6 +277,7 @@ SITES = [
     "sites.conv:ConvSite",
     "sites.attention:AttentionSite",
     "sites.vector:VectorSite",
+    "sites.block:BlockSite",
 ]
 NAMED = "sites.parameter:ParameterSite"
 

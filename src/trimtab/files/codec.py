@@ -36,7 +36,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 @dataclass
 class Prompt:
-    """Holder of a prompt, which is saved as what comes out of its method."""
+    """Holder of a prompt's tensors, which are saved as what comes out of its method."""
 
     method: Any
 
@@ -73,7 +73,7 @@ class Slot:
     def get(self) -> Tensor:
         """The tensor as it stands."""
         if isinstance(self.holder, Prompt):
-            return self.holder.method.prompt()  # type: ignore[no-any-return]
+            return self.holder.method.saved()[self.name]  # type: ignore[no-any-return]
         if isinstance(self.holder, Mapping):
             return self.holder[self.name]  # type: ignore[no-any-return]
         tensor: Tensor = self.holder._parameters.get(self.name)
@@ -112,7 +112,7 @@ class Slot:
     def put(self, value: Tensor) -> None:
         """Copy a value into the tensor; one that was built without storage takes the value itself."""
         if isinstance(self.holder, Prompt):
-            self.holder.method.restore(value)
+            self.holder.method.restore(self.name, value)
             return
         value, old = self.unpacked(value), self.get()
         if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own

@@ -16,6 +16,7 @@ from trimtab.errors import AdapterFileError, AdapterNameError
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+STATE = "training_state.safetensors"  # of a method that keeps more in training than its file has
 
 
 def check_name(adapter: str) -> None:
@@ -66,7 +67,33 @@ def writers(
 def save(files: Mapping[Path, Callable[[Path], None]]) -> None:
     """Write adapters' files, all of them or none; the other weights format of an earlier save goes away."""
     others = {WEIGHTS: PICKLED, PICKLED: WEIGHTS}
-    write_whole(files, CONFIG_NAME, [path.with_name(others[path.name]) for path in files if path.name in others])
+    old = [path.with_name(name) for path in files if path.name in others for name in (others[path.name], STATE)]
+    write_whole(files, CONFIG_NAME, [path for path in old if path not in files])
+
+
+def state_writer(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Callable[[Path], None]:
+    """What writes the state of training beside an adapter's file: tensors, and facts as text."""
+    plain = {k: v.detach().to("cpu").clone().contiguous() for k, v in tensors.items()}
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(plain, path, metadata={**facts, "format": "pt"})
+
+    return write
+
+
+def load_state(model_id: str | os.PathLike[str], **hub: Any) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """(tensors, facts) of the state of training beside an adapter's file in a folder, or None where there is none."""
+    if not Path(model_id).is_dir() or (path := locate(model_id, STATE, **hub)) is None:
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(_unreadable(path, error)) from error
 
 
 def load_peft_weights(

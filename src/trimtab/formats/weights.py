@@ -91,8 +91,8 @@ def unpin(model: nn.Module) -> None:
 def moved(parameter: Any, fn: Callable[[Any], Any]) -> None:
     """Apply a conversion of nn.Module (`to`, `half` ...) to a parameter that no module holds, in place."""
     new = fn(parameter)
-    if is_traceable_wrapper_subclass(parameter):
-        torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=False))
+    if is_traceable_wrapper_subclass(parameter) or not torch._has_compatible_shallow_copy_type(parameter, new):
+        torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
         return
     parameter.data = new.data
     for name in ("CB", "SCB"):

@@ -115,6 +115,9 @@ class Adapter:
         flat: its numbers, while it is parked.
         settings: what was set on its methods by hand, while it is parked: (place, attribute) -> value.
         t: optimiser steps that its method was told of.
+        told: hooks told it of a step.
+        by_hand: the caller tells it of steps.
+        undo: its state before the first step that hooks told it of, until the next.
     """
 
     name: str
@@ -128,6 +131,9 @@ class Adapter:
     flat: Numbers | None = None
     settings: dict[tuple[int, str], Any] = field(default_factory=dict)
     t: int = 0
+    told: bool = False
+    by_hand: bool = False
+    undo: Any = None
 
     @property
     def parked(self) -> bool:
@@ -153,6 +159,11 @@ class Adapter:
     def methods(self) -> list[Method]:
         """The adapter's own method at each of its sites; it must not be parked."""
         return [m for layer in self.layers for m in layer.methods[self.name] if isinstance(m, self.method)]
+
+    @property
+    def formulas(self) -> list[Any]:
+        """What its method's class methods take: the methods at its sites, or the one of the model."""
+        return self.methods if self.prompt is None else [self.prompt]
 
 
 @torch.no_grad()

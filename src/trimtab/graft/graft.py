@@ -275,7 +275,8 @@ class Graft:
         for parameter in adapter.biases.trained() if adapter.biases else ():
             parameter.requires_grad_(trainable)
         if adapter.prompt is not None:
-            adapter.prompt.requires_grad_(trainable)
+            for key, parameter in adapter.prompt.named_parameters():
+                parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
         for key, leaf in adapter.layout.shared.items():
             tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):
@@ -377,6 +378,8 @@ class Graft:
             if adapter.biases is not None:
                 adapter.biases.take_out(keep=merge and adapter.name in self.board.route.active)
         self.model._modules.pop("trimtab_biases", None)
+        if merge:
+            merging.settle(self.base)
         for layer in self.base.layers.values():
             if not merge and layer.originals.held:
                 layer.unmerge()

@@ -28,7 +28,6 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
         )
         return False
     done: list[AdaptedLayer] = []
-    shared = {id(layer.frozen) for names in base.ties for n in names for layer in base.layers_at(n)}
     try:
         for layer in progress(list(base.layers.values())):
             layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
@@ -40,12 +39,22 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
         raise
     untied = _untie(base, chosen)
     if not keep:
-        for layer in done:
-            if id(layer.frozen) in shared:
-                layer.originals.settle()
-            else:
-                layer.settle()
+        settle(base)
     return untied
+
+
+def settle(base: Base) -> None:
+    """Make what is merged final: in the storage that was there, unless layers that shared it have different weights."""
+    owners: dict[int, int] = {}
+    for path, module in {"": base.model, **base.modules}.items():
+        held = {k: v for layer in base.layers_at(path) for k, v in layer.originals.held.items()}
+        for parameter in {**module._parameters, **held}.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for layer in base.layers.values():
+        if any(owners[id(p)] > 1 for p in layer.originals.held.values() if p is not None):
+            layer.originals.settle()
+        elif layer.originals.held:
+            layer.settle()
 
 
 def merged_adapters(base: Base) -> list[str]:
@@ -61,7 +70,8 @@ def _untie(base: Base, names: Sequence[str]) -> bool:
         if not changed:
             continue
         now: dict[str, Any] = {p: base.modules[p]._parameters[param] for p in owners}
-        first = next(iter(now.values()))
+        # The object they had before, where one still has it: then the merge has changed nothing.
+        first = next((now[p] for p in owners if p not in changed), next(iter(now.values())))
         if all(torch.equal(first, w) for w in now.values()):  # one delta for all: they stay tied
             for path in owners:
                 base.modules[path]._parameters[param] = first

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import ModelMethod, PromptMethod
+from trimtab.core.method import Call, ModelMethod, PromptMethod
 from trimtab.errors import ConfigError
 
 Inputs = dict[str, Any]
@@ -66,7 +66,7 @@ def complete(config: Any, model: Any, cached: bool) -> None:
         config.encoder_hidden_size = config.token_dim
 
 
-def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs) -> Inputs:
+def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Call) -> Inputs:
     """A forward call's inputs with the prompt in front."""
     inputs = dict(inputs)
     rows, device = _shape(inputs)
@@ -74,14 +74,14 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs) -> Input
     if method.cached:
         if inputs.get("past_key_values") is not None:
             raise ValueError("A prefix fills the cache: `past_key_values` cannot be passed as well.")
-        inputs["past_key_values"] = prefilled(method.prompt(), config, base, rows)
+        inputs["past_key_values"] = prefilled(method.prompt(call), config, base, rows)
         _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
         return inputs
     tokens = inputs.pop("input_ids", None)
     embeds = inputs.get("inputs_embeds")
     if embeds is None:
         embeds = base.get_input_embeddings()(tokens)
-    prompt = method.prompt()[:count].to(embeds)
+    prompt = method.prompt(call)[..., :count, :].to(embeds)
     inputs["inputs_embeds"] = torch.cat([prompt.expand(rows, -1, -1), embeds], 1)
     _extend(inputs, "attention_mask", count, 1)
     _extend(inputs, "token_type_ids", count, 0)
@@ -95,7 +95,7 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs) -> Input
     return inputs
 
 
-def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], kwargs: Inputs) -> Any:
+def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], kwargs: Inputs, call: Call) -> Any:
     """`base.generate` from the prompt on; the ids returned are those of a call without prompt."""
     inputs = dict(kwargs)
     if args:
@@ -108,7 +108,7 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
         rows, device = _shape(inputs)
         ids: Any = inputs.get("input_ids", inputs.get("inputs_embeds"))
         inputs.setdefault("attention_mask", torch.ones(ids.shape[:2], dtype=torch.long, device=device))
-        return base.generate(*args, **enter(method, config, base, inputs))
+        return base.generate(*args, **enter(method, config, base, inputs, call))
     field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")
     settings = inputs.get("generation_config") or base.generation_config
     rows, device = _shape(inputs)
@@ -123,7 +123,7 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     inputs[field] = torch.cat([ids[:, -1:].expand(-1, count), ids], 1)
     _extend(inputs, mask, count, 1)
     copies = max(_setting("num_beams", inputs, settings), _setting("num_return_sequences", inputs, settings))
-    inputs["past_key_values"] = _cache(method, config, base, rows * copies)
+    inputs["past_key_values"] = _cache(method, config, base, rows * copies, call)
     for name in ("max_length", "min_length"):
         if inputs.get(name) is not None:
             inputs[name] += count
@@ -163,14 +163,15 @@ def prefilled(prompt: Tensor, config: Any, base: Any, rows: int) -> Any:
 
 
 @torch.no_grad()
-def _cache(method: PromptMethod, config: Any, base: Any, rows: int) -> Any:
+def _cache(method: PromptMethod, config: Any, base: Any, rows: int, call: Call) -> Any:
     """The cache after the prompt: written for a prefix, computed for a prompt of embeddings."""
     if method.cached:
-        return prefilled(method.prompt(), config, base, rows)
-    embeds = method.prompt()[: config.num_virtual_tokens].to(base.get_input_embeddings().weight.dtype)
-    cache = base(inputs_embeds=embeds[None], use_cache=True).past_key_values
-    if rows > 1:
-        cache.batch_repeat_interleave(rows)
+        return prefilled(method.prompt(call), config, base, rows)
+    embeds = method.prompt(call)[..., : config.num_virtual_tokens, :].to(base.get_input_embeddings().weight.dtype)
+    embeds = embeds if embeds.ndim == 3 else embeds[None]  # (rows with prompts of their own or 1, n, dim)
+    cache = base(inputs_embeds=embeds, use_cache=True).past_key_values
+    if rows > len(embeds):
+        cache.batch_repeat_interleave(rows // len(embeds))
     return cache
 
 

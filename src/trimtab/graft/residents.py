@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter, Layout, install, tensors_of
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
@@ -26,9 +27,15 @@ class Residents:
         self.commons: dict[str, Leaves] = {}
         self.order: dict[str, None] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        steps.watch()  # a model that comes from elsewhere may have adapters that act on steps
+
     def used(self, names: Iterable[str]) -> None:
         """Note that adapters are used now."""
         for name in names:
+            if steps.acts(self.adapters[name].method):
+                steps.watch()
             self.order.pop(name, None)
             self.order[name] = None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.core.method import INPUT_EMBEDDING, Method
+from trimtab.core.method import BIASED, INPUT_EMBEDDING, Method
 from trimtab.core.report import warn
 from trimtab.core.site import site_class
 from trimtab.core.targets import (
@@ -31,7 +31,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
-    kinds = {n: kind(m) for n, m in base.modules.items()}
+    kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
     head = base.head
     linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
     if done := rewrite(config, base.model, base.modules, linear):
@@ -68,6 +68,9 @@ def by_default(base: Base, config: Any, method: type[Method]) -> None:
     if config.target_modules is None:
         if default == INPUT_EMBEDDING:
             default = [input_embedding(base)]
+        if default == BIASED:
+            biased = [n for n, m in base.modules.items() if m._parameters.get("bias") is not None]
+            default = [n for n in biased if kind(base.modules[n]) in method.kinds]
         if default is None and not config.modules_to_save:
             raise ConfigError(
                 "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
@@ -138,10 +141,10 @@ def input_embedding(base: Base) -> str:
     return base.input_embedding
 
 
-def kind(module: nn.Module) -> str | None:
-    """The kind of site a module is."""
+def kind(module: nn.Module, able: frozenset[str] = frozenset()) -> str | None:
+    """The kind of site a module is; whole blocks are one only to methods that are `able` to adapt them."""
     cls = site_class(module)
-    return cls.kind if cls else None
+    return cls.kind if cls and (cls.weighs or cls.kind in able) else None
 
 
 def callable_linear(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.core.method import PromptMethod, leaf_template
+from trimtab.core.method import PROMPT, PromptMethod, leaf_template
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
@@ -53,7 +53,9 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[S
             key = f"{names[path]}.base_layer.bias" if path in names else f"{path}.bias"
             found.append(Slot(key, key, adapter.biases.own, path))
     if isinstance(adapter.prompt, PromptMethod):
-        found.append(Slot(f"prompt_encoder.{adapter.name}", "prompt_embeddings", Prompt(adapter.prompt), "", bare=True))
+        for key in adapter.prompt.saved():
+            memory = f"prompt_encoder.{adapter.name}{'' if key == PROMPT else f'.{key}'}"
+            found.append(Slot(memory, key, Prompt(adapter.prompt), key, bare=True))
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.report import warn
 from trimtab.errors import ConfigError
 
 # name: (function, whether it changes the base's weights)
@@ -23,8 +24,35 @@ STARTS: dict[Any, tuple[str, bool]] = {
     "orthogonal": ("orthogonal", False),
     "pissa": ("pissa", True),
     "olora": ("olora", True),
+    "eva": ("default", False),  # until `initialize_lora_eva_weights` has seen data
+    "corda": ("corda", True),
+    "lora_ga": ("lora_ga", True),
+    "loftq": ("loftq", True),
 }
-PENDING = ("eva", "corda", "loftq", "lora_ga", "mica")
+PENDING = ("mica",)
+# name: (the field of the config that has its settings, what PEFT calls it; None: it is silent about it)
+SETTINGS = {"eva": ("eva_config", "EVA"), "corda": ("corda_config", "CorDA"), "lora_ga": ("lora_ga_config", None)}
+LINEAR = ("eva", "corda", "lora_ga", "loftq")  # these start layers that have one matrix; others plainly
+
+
+def complete(config: Any) -> None:
+    """Give a config the settings of its initialisation that are left out; speak up about those that do nothing."""
+    for name, (field, called) in SETTINGS.items():
+        given, wanted = getattr(config, field), config.init_lora_weights == name
+        if given is not None and not wanted:
+            warn(f"`{field}` specified but will be ignored when `init_lora_weights` is not '{name}'.", UserWarning)
+        elif wanted and given is None:
+            _, _, cls = config.nested[field].partition(":")
+            setattr(config, field, getattr(import_module(f"{__name__}.{name}"), cls)())
+            if called:
+                warn(f"`init_lora_weights` is '{name}' but `{field}` is not specified. Using default {called} config.")
+    if config.init_lora_weights == "loftq" and not config.loftq_config:
+        raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+    if config.loftq_config and config.init_lora_weights != "loftq":
+        warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", UserWarning)
+        config.loftq_config = {}
+    if not isinstance(config.loftq_config, dict):
+        config.loftq_config = vars(config.loftq_config).copy()
 
 
 def mutates(name: bool | str) -> bool:
@@ -41,7 +69,7 @@ def mutates(name: bool | str) -> bool:
 def start(name: bool | str, method: Any) -> Tensor | None:
     """Fill the pair of `method` as `init_lora_weights` says; the base's new W (out, in) where it changes."""
     mutates(name)
-    if isinstance(name, str) and method.site.kind == "embedding":
+    if isinstance(name, str) and (method.site.kind == "embedding" or (name in LINEAR and method.site.kind != "linear")):
         name = True  # PEFT starts an embedding's pair plainly whatever the name, and files rely on it
     if isinstance(name, str) and name.startswith("pissa_niter_"):
         rounds = name.removeprefix("pissa_niter_")

@@ -68,8 +68,10 @@ class Edits:
             inputs[0] = inputs[0].to(x.dtype)
         return inputs
 
-    def after(self, y: Tensor, inputs: Sequence[Tensor], call: Call) -> Tensor:
-        """The base layer's output as the stack edits it."""
+    def after(self, y: Any, inputs: Sequence[Tensor], call: Call) -> Any:
+        """The base layer's output as the stack edits it; of several outputs the first."""
+        if isinstance(y, tuple):
+            return (self.after(y[0], inputs, call), *y[1:])
         dtype = y.dtype
         for method, x in zip(self.stack, inputs[1:], strict=True):
             y = method.after(y, x, call)

@@ -20,7 +20,7 @@ from trimtab.core.kernels import lora_linear
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
-from trimtab.init import mutates, start
+from trimtab.init import complete, mutates, start
 
 # Fields of LoraConfig that choose another formula, each in a file of its own.
 VARIANTS = {"use_dora": "dora:Dora"}
@@ -79,13 +79,14 @@ class LoraConfig(LayerConfig):
     runtime_config: LoraRuntimeConfig = help_field("Settings of one run, never saved.", factory=LoraRuntimeConfig)
 
     runtime = frozenset({"runtime_config"})
+    nested = {
+        "eva_config": "init.eva:EvaConfig",
+        "corda_config": "init.corda:CordaConfig",
+        "lora_ga_config": "init.lora_ga:LoraGAConfig",
+    }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "loftq_config": "LoftQ is not built in",
-        "eva_config": "EVA is not built in",
-        "corda_config": "CorDA is not built in",
-        "lora_ga_config": "LoRA-GA is not built in",
         "alora_invocation_tokens": "aLoRA is not built in",
         "velora_config": "VeLoRA is not built in",
         "kasa_config": "KaSA is not built in",
@@ -103,6 +104,7 @@ class LoraConfig(LayerConfig):
         self.peft_type = PeftType.LORA
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        complete(self)
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.lora_bias and self.use_dora:

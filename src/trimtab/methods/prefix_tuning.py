@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import Call, PromptMethod
 from trimtab.errors import AdapterFileError
 
 
@@ -51,13 +51,13 @@ class PrefixTuning(PromptMethod):
             if isinstance(module, nn.Embedding | nn.Linear):
                 module.reset_parameters()
 
-    def prompt(self) -> Tensor:
+    def prompt(self, call: Call) -> Tensor:
         return self.transform(self.embedding.weight) if self.projected else self.embedding.weight
 
-    def restore(self, prompt: Tensor) -> None:
+    def restore(self, name: str, value: Tensor) -> None:
         if self.projected:
             raise AdapterFileError(
                 "The file holds the finished prefix, not the MLP it came from: load it without is_trainable=True, or "
                 "with prefix_projection=False to train the prefix itself further."
             )
-        self.embedding.weight.data.copy_(prompt)
+        self.embedding.weight.data.copy_(value)

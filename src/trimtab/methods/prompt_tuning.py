@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
-from trimtab.core.method import PromptMethod
+from trimtab.core.method import Call, PromptMethod
 from trimtab.errors import ConfigError
 
 
@@ -26,6 +26,8 @@ class PromptTuningInit(str, enum.Enum):
 class PromptTuningConfig(PromptLearningConfig):
     """The configuration of a trained prompt."""
 
+    starts: ClassVar[type[enum.Enum]] = PromptTuningInit  # how it may start
+
     prompt_tuning_init: PromptTuningInit | str = help_field("TEXT, SAMPLE_VOCAB or RANDOM.", PromptTuningInit.RANDOM)
     prompt_tuning_init_text: str | None = help_field("The text to start from.", None)
     tokenizer_name_or_path: str | None = help_field("The tokenizer that reads the text.", None)
@@ -34,13 +36,21 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PROMPT_TUNING
-        self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
-        if self.prompt_tuning_init == PromptTuningInit.TEXT:
+        self.prompt_tuning_init = self.starts(self.prompt_tuning_init)  # type: ignore[assignment]
+        if self.prompt_tuning_init == "TEXT":
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
                     raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}.")
         elif self.tokenizer_kwargs:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+
+    def text(self, count: int) -> Tensor:
+        """The ids of the text to start from, over and over, `count` of them."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **(self.tokenizer_kwargs or {}))
+        text = tokenizer(self.prompt_tuning_init_text)["input_ids"]
+        return torch.tensor((text * (count // len(text) + 1))[:count])
 
 
 class PromptTuning(PromptMethod):
@@ -60,15 +70,11 @@ class PromptTuning(PromptMethod):
         if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
             tokens = torch.randint(0, table.num_embeddings, (count,))
         else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
-            text = tokenizer(config.prompt_tuning_init_text)["input_ids"]
-            tokens = torch.tensor((text * (count // len(text) + 1))[:count])
+            tokens = config.text(count)
         self.embedding.weight.data.copy_(table(tokens.to(table.weight.device)).detach())
 
-    def prompt(self) -> Tensor:
+    def prompt(self, call: Call) -> Tensor:
         return self.embedding.weight
 
-    def restore(self, prompt: Tensor) -> None:
-        self.embedding.weight.data.copy_(prompt)
+    def restore(self, name: str, value: Tensor) -> None:
+        self.embedding.weight.data.copy_(value)

@@ -45,7 +45,8 @@ def subtract_start(graft: Graft, name: str, config: Any, tensors: dict[str, Tens
             out[key] = torch.cat([tensor.detach().cpu(), other.to(tensor.dtype)], 0)
         elif ".lora_B" in key or ".lora_embedding_B" in key:
             out[key] = torch.cat([tensor.detach().cpu(), -other.to(tensor.dtype)], 1)
-    config.init_lora_weights = True
+    config.init_lora_weights, config.loftq_config = True, {}
+    config.eva_config = config.corda_config = config.lora_ga_config = None
     config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     config.r *= 2
     return out

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import reading
 from trimtab.core.report import warn
-from trimtab.errors import AdapterFileError, PeftError
+from trimtab.errors import AdapterFileError, ConfigError, PeftError
 from trimtab.files import experts, store
 from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.graft import Graft, find_graft
+from trimtab.shell.training import Training
 
 SIZE = re.compile(r"(^|_)(r|rank|dim|size|num|tokens|layers|heads)(_|$)")  # in the names of fields
 
@@ -35,6 +36,7 @@ class Source:
         config: used in place of the one in the folder; with `config=None` and no `overrides`, none is read.
         overrides: fields of the config in the folder to set otherwise.
         strict: raise when the file does not fit the adapter key for key.
+        trainable: training goes on: what the method kept in training is read, too, where it was saved.
 
     Attributes:
         config: the adapter's config, its names brought up to date where the file shows what they meant.
@@ -53,6 +55,7 @@ class Source:
         key_mapping: Mapping[str, str] | None = None,
         strict: bool = True,
         ignore_mismatched: bool = False,
+        trainable: bool = False,
     ) -> None:
         self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
         self.result: Any = None
@@ -62,8 +65,10 @@ class Source:
             if config is None and overrides is not None:
                 config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
             tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
+            kept = store.load_state(model_id, **hub) if trainable else None
         with self.blamed():
             self.tensors, self.config = experts.fuse(tensors, self.names), config
+            self.training = Training(kept, config) if kept is not None and config is not None else None
         if config is not None:
             self._check_sizes(config)
             experts.note_held(config, self.tensors, self.names)
@@ -109,9 +114,18 @@ class Source:
         slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
         with self.blamed():
             values = self(slots)
+        if self.config is not None:
+            adopt(adapter, self.config)
         for slot in slots:
             if slot.on_disk() in values:
                 slot.put(values[slot.on_disk()])
+        self.resume(graft)
+
+    def resume(self, graft: Graft) -> None:
+        """Go on training where the adapter was saved, if its method keeps more in training than its file has."""
+        if self.training is not None:
+            adapter = graft.require(self.adapter)
+            self.training.resume(adapter, graft.slots(adapter), self.tensors)
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -138,3 +152,34 @@ def keep(graft: Graft, adapter: Adapter, config: Any) -> None:
         for method in layer.methods[adapter.name]:
             if method.options is old:
                 method.options = config
+
+
+def adopt(adapter: Adapter, config: Any) -> None:
+    """Read an adapter's tensors by another config of its method from now on: its scales, and what else it says.
+
+    Raises:
+        ConfigError: the config is another method's.
+    """
+    own = adapter.config
+    if config.peft_type != own.peft_type:
+        raise ConfigError(
+            f"The file has an adapter of method {config.peft_type.value}, and '{adapter.name}' is one of "
+            f"{own.peft_type.value}: load it under another name."
+        )
+    here = ("inference_mode", "base_model_name_or_path", "target_modules", "init_lora_weights", "modules_to_save")
+    kept = {name: own.__dict__[name] for name in here if name in own.__dict__}
+    if {**config.__dict__, **kept} == own.__dict__ or not adapter.layout.places:
+        return
+    own.__dict__.update({**config.copy().__dict__, **kept})
+    own.__dict__.pop("heads", None)
+    at: dict[Any, int] = {}
+    places = []
+    for place in adapter.layout.places:
+        index = at.get(place.layer, 0)
+        at[place.layer] = index + 1
+        method = place.layer.methods[adapter.name][index]
+        if isinstance(method, adapter.method):
+            method.options = own if place.follows else own.resolve(method.site.name)
+            method.setup(method.options)
+        places.append(dataclasses.replace(place, method=method.twin("", method.options)))
+    adapter.layout = dataclasses.replace(adapter.layout, config=own.copy(), places=places)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
+from trimtab.core.method import PROMPT, Call
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
@@ -152,11 +153,12 @@ class PeftModel(Facts):
             base,
             adapter_name,
             hub,
-            overrides=None if known else overrides,
+            overrides=overrides,
             device=torch_device,
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         if known:
             source.refill(self.graft)
@@ -166,6 +168,7 @@ class PeftModel(Facts):
             with source.blamed():
                 config = self._completed(base, config)
                 self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+            source.resume(self.graft)
         if not is_trainable:
             self.eval()
         return source.result
@@ -204,20 +207,24 @@ class PeftModel(Facts):
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
-            args, kwargs = (), prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs)
+            call = Call(extras=self.base_model.extras(kwargs))
+            inputs = prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs, call)
+            return adapter.prompt.around(self.base_model, inputs, call)
         return self.base_model(*args, adapter_names=self._checked(adapter_names), **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
         adapter = self._prompt(adapter_names)
+        extras = self.base_model.extras(kwargs, adapter_names, args)
         if adapter is not None:
-            return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs)
-        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs)):
+            call = Call(extras=extras)
+            return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs, call)
+        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route_here()
+        route = self.graft.board.route_here(quiet=adapter_names is not None)
         prompts = self.graft.prompts
         found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):
@@ -229,14 +236,16 @@ class PeftModel(Facts):
         adapter = self._prompt(None)
         if adapter is None:
             raise ValueError("No prompt is active.")
+        prompt = adapter.prompt.prompt(Call(extras={"task_ids": task_ids}))
         if adapter.prompt.cached:
-            return prompts.prefilled(adapter.prompt.prompt(), adapter.config, self.get_base_model(), batch_size)
-        return adapter.prompt.prompt().expand(batch_size, -1, -1)
+            return prompts.prefilled(prompt, adapter.config, self.get_base_model(), batch_size)
+        return prompt.expand(batch_size, -1, -1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The prompt of an adapter as it is saved: (tokens, dim), or (tokens, layers · 2 · dim)."""
-        prompt: Tensor = self.graft.require(adapter_name).prompt.prompt().detach().cpu()  # type: ignore[union-attr,operator]
-        return prompt
+        prompt: Any = self.graft.require(adapter_name).prompt
+        saved: Tensor = prompt.saved()[PROMPT].detach().cpu()
+        return saved
 
     def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
         if adapter_names is not None and self.training:
@@ -350,6 +359,7 @@ class PeftModel(Facts):
             key_mapping=key_mapping,
             strict=strict,
             ignore_mismatched=ignore_mismatched_sizes,
+            trainable=is_trainable,
         )
         own: Any = source.config
         own.inference_mode = not is_trainable
@@ -359,6 +369,7 @@ class PeftModel(Facts):
         except BaseException:
             discard_empty(model)
             raise
+        source.resume(adapted.graft)
         if config is not None:
             keep(adapted.graft, adapted.graft.adapters[adapter_name], config)
         return adapted if is_trainable else adapted.eval()

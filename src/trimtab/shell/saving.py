@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX, gathered
+from trimtab.shell import training
 from trimtab.shell.convert import subtract_start
 from trimtab.shell.state import adapter_tensors
 
@@ -40,8 +41,11 @@ def save(
     files: dict[Path, Any] = {}
     for name in names if main or state != {} else ():  # others may be given an empty one
         tensors = gathered(adapter_tensors(model.graft, name, embeddings, state=state, prefix=PREFIX))
+        kept = training.state(model.graft, name)
         if not main:
             continue
+        if kept is not None:
+            files[store.folder_of(root, name) / store.STATE] = store.state_writer(*kept)
         config = model.peft_config[name].copy()
         if start is not None:
             tensors = subtract_start(model.graft, name, config, tensors, start)

@@ -111,6 +111,10 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for key, tensor in graft.model.state_dict(keep_vars=True).items()
         if key not in added
     }
+    for layer in graft.layers.values():  # as they were before a merge, or a start that changed them
+        for param in (*layer.originals.held, *layer.originals.pristine):
+            if (key := f"{layer.path}.{param}") in tensors:
+                tensors[key] = layer.originals.untouched()[param]
     for adapter in adapters:
         for path, bias in adapter.biases.pristine.items() if adapter.biases else ():
             tensors[f"{path}.bias"] = bias

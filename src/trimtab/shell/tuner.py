@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import Call
+from trimtab.core.method import Call, overrides
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
+from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.plan import Plan, Row, require_known
+from trimtab.layer.plan import Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class
 
 
@@ -43,12 +45,20 @@ class Tuner(nn.Module):
         self.model = model
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
-        fresh = not self.graft.adapters
         for name, config in configs.items():
             self.add(name, config, **kwargs)
-        if fresh and configs:
-            self.graft.set_active([next(iter(configs))], trainable=None)
+        if configs:
+            self._turn_to(next(iter(configs)))
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def _turn_to(self, name: str) -> None:
+        """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
+        graft = self.graft
+        parts = [*graft.base.layers.values(), *graft.base.saved.values()]
+        off = [x for x in parts if x.disable_adapters] if graft.board.route.enabled else []
+        graft.set_active([name], trainable=None)
+        for part in off:
+            part.switch([name], False)
 
     # ------------------------------------------------------------------ adapters
     def add(self, name: str, config: PeftConfig, **kwargs: Any) -> Adapter:
@@ -186,6 +196,27 @@ class Tuner(nn.Module):
         return self.graft.unload(pristine=pristine)
 
     # ------------------------------------------------------------------ forward
+    def extras(
+        self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None, args: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """What the formulas of adapters (of the active ones by default) must know of a forward.
+
+        Args:
+            inputs: its arguments by name; those that are for formulas are taken out.
+            args: its other arguments.
+        """
+        active = self.graft.board.route_here(quiet=True).active
+        names = active if adapter_names is None else [name for row in adapter_names for name, _ in wanted(row)]
+        adapters = [self.graft.adapters[n] for n in dict.fromkeys(names) if n in self.graft.adapters]
+        found = {name: inputs.pop(name, None) for a in adapters for name in a.method.extras if name in inputs}
+        curious = [a for a in adapters if overrides(a.method, "facts")]
+        if curious:
+            whole = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **inputs}
+            for adapter in curious:
+                facts = adapter.method.facts(adapter.config, whole, self.training)
+                found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     @contextlib.contextmanager
     def routed(
         self,
@@ -203,6 +234,7 @@ class Tuner(nn.Module):
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
+            extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
             with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
@@ -229,15 +261,17 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
+        extras = self.extras(kwargs, adapter_names, args)
         if adapter_names is None:
-            return self._penalised(self.model(*args, **kwargs))
+            with self.routed(**extras):
+                return self._penalised(self.model(*args, **kwargs))
         shape = batch_shape(args, kwargs)
         if shape and shape[0] != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {shape[0]} respectively."
             )
-        with self.routed(adapter_names, shape=shape):
+        with self.routed(adapter_names, shape=shape, **extras):
             return self.model(*args, **kwargs)
 
     def _penalised(self, outputs: Any) -> Any:
@@ -255,17 +289,18 @@ class Tuner(nn.Module):
         found = {}
         for name in self.active_adapters if names is None else names:
             adapter = self.graft.adapters[name]
-            own: list[Any] = adapter.methods if adapter.prompt is None else [adapter.prompt]
-            term = adapter.method.penalty(own, adapter.config)
+            term = adapter.method.penalty(adapter.formulas, adapter.config)
             if term is not None:
                 found[name] = term
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it."""
+        """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it.
+
+        Without it they count the steps themselves; after the first call they leave that to the caller.
+        """
         for name in self.active_adapters:
-            adapter = self.graft.adapters[name]
-            adapter.method.step(adapter.methods, adapter.config, global_step)
+            steps.by_hand(self.graft.adapters[name], global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

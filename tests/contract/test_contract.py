@@ -40,7 +40,12 @@ everywhere = pytest.mark.parametrize(("case", "site"), pairs())
 weights_everywhere = pytest.mark.parametrize(("case", "site"), pairs(MERGEABLE))
 WEIGHTS = [case for case in FORMULAS if case in MERGEABLE]
 formulas_everywhere = pytest.mark.parametrize(("case", "site"), pairs(WEIGHTS))
-formats = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+# `make test` takes the columns that differ in kind; what repeats one goes to `make test-all`.
+OFTEN = {"fp32", "bf16"}
+SECONDS = {"lora", "dora", "ia3", "loha", "oft", "tokens"}  # one of each family as the second of two
+formats = pytest.mark.parametrize(
+    "dtype", [pytest.param(d, id=n, marks=() if n in OFTEN else pytest.mark.slow) for n, d in DTYPES.items()]
+)
 
 
 def partner(case: Case, site: str, wanted: Case) -> Case:
@@ -137,7 +142,9 @@ def test_delta_weight_is_what_merging_adds(case: Case, site: str) -> None:
 
 
 @formulas_everywhere
-@pytest.mark.parametrize("second", WEIGHTS, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "second", [pytest.param(c, id=c.name, marks=() if c.name in SECONDS else pytest.mark.slow) for c in WEIGHTS]
+)
 def test_two_stacked_equal_merged_in_that_order(case: Case, site: str, second: Case) -> None:
     dtype = torch.float64
     model = adapted(case, site, dtype=dtype)
@@ -360,7 +367,14 @@ def torch_saved(model: PeftModel) -> PeftModel:
 
 
 @everywhere
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, torch_saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(pickled, id="pickle", marks=pytest.mark.slow),
+        pytest.param(torch_saved, id="torch.save", marks=pytest.mark.slow),
+    ],
+)
 def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> None:
     model = adapted(case, site)
     expected = model(ids())

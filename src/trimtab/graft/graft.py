@@ -309,9 +309,7 @@ class Graft:
         """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
         self.look()
         chosen = list(self.board.route.active if names is None else names)
-        for name in chosen:
-            self.require(name)
-        self.residents.bring(chosen)
+        self.residents.bring(self.require(name).name for name in chosen)
         self.untied = merging.merge(self.base, chosen, safe, keep, progress) or self.untied
 
     def unmerge(self) -> None:

@@ -113,6 +113,13 @@ def test_checkpointing_and_batches_of_any_size_change_no_loss(settings, tmp_path
         run(settings, tmp_path / "e", use_qalora=True)
 
 
+@pytest.mark.parametrize("more", [{"method": "multitask_prompt_tuning"}, {"method": "poly", "n_tasks": 2}])
+def test_methods_whose_rows_say_their_task_are_refused(more, settings, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="is trained on rows that say their task"):
+        run(settings, tmp_path / "a", **more)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(("width", "rate"), [(32, 1e-3), (576, 1e-3), (2048, 4.9e-4), (4096, 2.9e-4), (8192, 1.7e-4)])
 def test_the_learning_rate_follows_the_width_unless_it_is_given(width, rate) -> None:
     from types import SimpleNamespace

@@ -70,8 +70,9 @@ class CPT(PromptMethod):
     def prompt(self, call: Call) -> Tensor:
         delta, moves = self.delta_embedding.weight, self._types() % 4 != 0
         with torch.no_grad():  # a step that left the ball goes back to its surface
-            limit = self._limits().to(delta)
-            delta.mul_((limit / delta.norm(dim=1).clamp_min(limit))[:, None])
+            limit, norm = self._limits().to(delta), delta.norm(dim=1)
+            # What is there but for rounding stays: saving asks for the prompt, too, and must change nothing.
+            delta.mul_(torch.where(norm > limit * (1 + 1e-6), limit / norm, 1.0)[:, None])
         return self.embedding.weight + torch.where(moves[:, None], delta, delta.detach())
 
     def _types(self) -> Tensor:

@@ -45,6 +45,11 @@ def adapter_config(config: TrainConfig, steps: int) -> Any:
     cls, given = config_class(peft_type), adapter_settings(config)
     if "total_step" in fields_of(peft_type):
         given.setdefault("total_step", steps)
+    if peft_type == "MULTITASK_PROMPT_TUNING" or given.get("n_tasks", 1) > 1:
+        raise ConfigError(
+            f"{config.method} is trained on rows that say their task (task_ids), which those of a run do not: "
+            "train it in a loop of your own."
+        )
     try:
         return cls(task_type=TaskType.CAUSAL_LM, **given)
     except (TypeError, ValueError) as e:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrainError
+from trimtab.layer.head import fuse_loss
 from trimtab.train.batches import Batch, Batches
 from trimtab.train.loss import batch_loss, loss_of
 from trimtab.train.processes import Alone
@@ -147,6 +148,7 @@ def train(
     run.result.stopped = ""
     was_training = model.training
     model.train()
+    fused = fuse_loss(model)
     try:
         run.fire("begin")
         while not run.last and not run.stop:
@@ -155,6 +157,8 @@ def train(
         run.result.stopped = run.stop
         run.fire("end")
     finally:
+        if fused is not None:
+            fused.remove()
         run.fire("close")
         model.train(was_training)
     return run.result

@@ -50,7 +50,7 @@ class ALora(LowRank):
         return start(config.init_lora_weights, self)
 
     @classmethod
-    def extras(cls, config: Any, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
+    def facts(cls, config: Any, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
         ids = inputs.get("input_ids")
         if ids is None:  # models of other kinds call their tokens otherwise
             given = [v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()]
@@ -63,7 +63,7 @@ class ALora(LowRank):
         raise no_weight(self)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        count = call.extra(self, "invoked")
+        count = call.fact(self, "invoked")
         h, B = self.update(call.drop(self, x, self.dropout))
         if count is None:  # the layer is called by itself
             return self.site.add(y, h, B)

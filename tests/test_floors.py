@@ -17,7 +17,8 @@ from tests.contract.cases import CASES, Case, toy
 from tests.models import SITES
 from trimtab import get_peft_model
 from trimtab.core import families
-from trimtab.core.method import Method, PromptMethod
+from trimtab.core.method import Method
+from trimtab.core.model_method import PromptMethod
 from trimtab.methods import METHODS, load
 
 ROOT = Path(trimtab.__file__).parent

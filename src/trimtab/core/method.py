@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.dropout import Dropout, mixed, rows_of
@@ -17,7 +17,6 @@ from trimtab.core.site import Site
 from trimtab.errors import ConfigError, ReadOnlyWeight
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
-PROMPT = "prompt_embeddings"  # the key of a prompt in a file
 BIASED = "(layers with a bias)"  # another: every layer of the method's kinds that has one
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
@@ -302,84 +301,6 @@ def no_weight(method: Method) -> ReadOnlyWeight:
     )
 
 
-class ModelMethod(nn.Module):
-    """The formula of one adapter whose site is the model itself: a prompt before it, a mixture around it.
-
-    The tensors are the module's own parameters.
-    """
-
-    config: ClassVar[type[PeftConfig]] = PeftConfig
-    prefix: ClassVar[str] = ""
-    kinds: ClassVar[frozenset[str]] = frozenset({"model"})
-    fused: ClassVar[frozenset[str]] = frozenset()
-    mergeable: ClassVar[bool] = False
-    extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
-    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
-
-    def build(self, config: Any) -> None:
-        """Make the parameters, empty, each with its shape in a comment; `config` is complete."""
-        raise NotImplementedError
-
-    def reset(self, config: Any, base: Any) -> None:
-        """Give them their starting values; `base` is the model (its embeddings may be looked at)."""
-        raise NotImplementedError
-
-    def before(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
-        """A forward's arguments -> what the model is given instead."""
-        return inputs
-
-    def around(self, forward: Callable[..., Any], inputs: dict[str, Any], call: Call) -> Any:
-        """The forward itself, once or several times."""
-        return forward(**inputs)
-
-    @classmethod
-    def admit(cls, config: Any, others: list[Any]) -> None:
-        """Methods of the model stand beside one another."""
-
-    @classmethod
-    def mutates(cls, config: Any) -> bool:
-        """They leave the base alone."""
-        return False
-
-    @classmethod
-    def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
-        """A term of the loss in training."""
-        return None
-
-    @classmethod
-    def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
-        """What an adapter does before optimiser step `t`."""
-
-    @classmethod
-    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
-        """What an adapter does after optimiser step `t`."""
-
-
-class PromptMethod(ModelMethod):
-    """A prompt in front of the model.
-
-    A plain prompt (n, dim) goes before the input's embeddings; a `cached` one (n, layers · 2 · dim) stands in every
-    layer's cache of keys and values.
-    """
-
-    cached: ClassVar[bool] = False
-
-    def prompt(self, call: Call) -> Tensor:
-        """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`.
-
-        Where rows have prompts of their own: (rows, virtual tokens, dim).
-        """
-        raise NotImplementedError
-
-    def saved(self) -> dict[str, Tensor]:
-        """What goes into the file, by key: the finished prompt, whatever it came out of."""
-        return {PROMPT: self.prompt(Call())}
-
-    def restore(self, name: str, value: Tensor) -> None:
-        """Take what a file has under a key as the parameters."""
-        raise NotImplementedError
-
-
 def require_rank(r: Any, name: str = "r") -> None:
     """Raise `ConfigError` unless `r` is a positive whole number."""
     if not isinstance(r, int) or r <= 0:
@@ -389,13 +310,10 @@ def require_rank(r: Any, name: str = "r") -> None:
 __all__ = [
     "BIASED",
     "INPUT_EMBEDDING",
-    "PROMPT",
     "Call",
     "Leaf",
     "Leaves",
     "Method",
-    "ModelMethod",
-    "PromptMethod",
     "leaf_alias",
     "leaf_template",
     "no_weight",

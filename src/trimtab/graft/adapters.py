@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import Leaf, Method, ModelMethod
+from trimtab.core.method import Leaf, Method
+from trimtab.core.model_method import ModelMethod
 from trimtab.core.targets import Target
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases

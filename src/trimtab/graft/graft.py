@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import ModelMethod
+from trimtab.core.model_method import ModelMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.method import Call, ModelMethod, PromptMethod
+from trimtab.core.method import Call
+from trimtab.core.model_method import ModelMethod, PromptMethod
 from trimtab.errors import ConfigError
 
 Inputs = dict[str, Any]

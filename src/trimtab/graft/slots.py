@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.core.method import PROMPT, PromptMethod, leaf_template
+from trimtab.core.method import leaf_template
+from trimtab.core.model_method import PROMPT, PromptMethod
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter

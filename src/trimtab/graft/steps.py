@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.method import Method, ModelMethod
+from trimtab.core.method import Method
+from trimtab.core.model_method import ModelMethod
 from trimtab.graft.adapters import Adapter
 from trimtab.layer import checkpointing
 

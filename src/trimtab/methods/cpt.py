@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
-from trimtab.core.method import Call, PromptMethod
+from trimtab.core.method import Call
+from trimtab.core.model_method import PromptMethod
 from trimtab.core.report import warn
 from trimtab.errors import ConfigError
 

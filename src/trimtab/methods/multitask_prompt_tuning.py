@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, help_field
-from trimtab.core.method import PROMPT, Call, PromptMethod, require_rank
+from trimtab.core.method import Call, require_rank
+from trimtab.core.model_method import PROMPT, PromptMethod
 from trimtab.errors import ConfigError
 from trimtab.methods.prompt_tuning import PromptTuningConfig
 

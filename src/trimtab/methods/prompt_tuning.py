@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
-from trimtab.core.method import Call, PromptMethod
+from trimtab.core.method import Call
+from trimtab.core.model_method import PromptMethod
 from trimtab.errors import ConfigError
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
-from trimtab.core.method import PROMPT, Call
+from trimtab.core.method import Call
+from trimtab.core.model_method import PROMPT
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
@@ -226,8 +227,7 @@ class PeftModel(Facts):
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
         route = self.graft.board.route_here(quiet=adapter_names is not None)
-        prompts = self.graft.prompts
-        found = [self.graft.adapters[n] for n in route.active if n in prompts] if route.enabled else []
+        found = [self.graft.adapters[n] for n in route.active if n in self.graft.prompts] if route.enabled else []
         if len(found) > 1 or (found and adapter_names is not None):
             raise ValueError("One prompt can be active at a time, and none in a mixed batch (`adapter_names`).")
         return found[0] if found else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import PROMPT
+from trimtab.core.model_method import PROMPT
 from trimtab.errors import AdapterFileError, ArgumentError, ConfigError
 from trimtab.files import store
 

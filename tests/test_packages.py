@@ -19,7 +19,7 @@ from trimtab.errors import MissingPackageError, PeftError
 SOURCE = Path(trimtab.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NAMES = {"yaml": "pyyaml"}  # a module: its package, where the names differ
+NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # a module: its package, where the names differ
 # Imported only when an object of theirs is already in the model: then they are there.
 THEIRS = {"bitsandbytes", "deepspeed", "torchao"}
 BEHIND = {"jinja2": "transformers needs it for chat templates and does not declare it"}

@@ -184,6 +184,7 @@ def test_every_method_on_a_quantised_layer(case: Case, name: str, tmp_path: Path
         model.unmerge_adapter()
         assert torch.equal(model(x), expected)
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(net(name).eval(), tmp_path)(x), expected)
+    loaded = PeftModel.from_pretrained(net(name).eval(), tmp_path)
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-6, atol=1e-6)  # they lie otherwise in memory
     model(x).square().sum().backward()
     assert all((p.grad is not None) == (n in tensors(model)) for n, p in model.named_parameters())

@@ -97,6 +97,9 @@ SMALL: dict[str, dict] = {
     "WAVEFT": {"n_frequency": 9},
     "MISS": {"r": 4},
     "ROAD": {"group_size": 4},
+    "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 1},
+    "PSOFT": {"r": 4},
+    "SHIRA": {"r": 4},
     "VBLORA": {"vector_length": 16, "num_vectors": 8},
 }
 

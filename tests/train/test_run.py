@@ -130,7 +130,8 @@ def test_the_learning_rate_follows_the_width_unless_it_is_given(width, rate) -> 
     assert rate_by_width(SimpleNamespace(get_input_embeddings=lambda: embedding)) == rate
 
 
-def test_plan_writes_nothing(settings, tmp_path, capsys) -> None:
+def test_plan_writes_nothing(settings, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     config, _ = read_run({**settings, "output": str(tmp_path / "run"), "rank_pattern": {"q_proj": 4},
                           "modules_to_save": "lm_head", "plan": True})  # fmt: skip
     run_training(config, console_for())

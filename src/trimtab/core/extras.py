@@ -12,8 +12,11 @@ EXTRAS = {
     "gguf": "demo",
     "matplotlib": "demo",
     "pyarrow": "data",
+    "scikit-learn": "adamss",
     "trl": "trl",
 }  # a package: the extra that brings it
+
+MODULES = {"scikit-learn": "sklearn"}  # a package: its module, where the names differ
 
 
 def need(what: str, *packages: str) -> None:
@@ -25,7 +28,7 @@ def need(what: str, *packages: str) -> None:
     Raises:
         MissingPackageError: it names all that are missing and the command that installs them.
     """
-    missing = [package for package in packages if find_spec(package) is None]
+    missing = [package for package in packages if find_spec(MODULES.get(package, package)) is None]
     if missing:
         extras = ",".join(sorted({EXTRAS[package] for package in missing}))
         listed = " and ".join(missing)

@@ -6,6 +6,7 @@ base's weight into the pair returns what is left, W - s·B·A.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -51,7 +52,9 @@ def complete(config: Any) -> None:
         warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", UserWarning)
         config.loftq_config = {}
     if not isinstance(config.loftq_config, dict):
-        config.loftq_config = vars(config.loftq_config).copy()
+        if config.loftq_config is not None and not dataclasses.is_dataclass(config.loftq_config):
+            raise ConfigError(f"`loftq_config` should be a LoftQConfig or a dict, not {config.loftq_config!r}.")
+        config.loftq_config = {} if config.loftq_config is None else vars(config.loftq_config).copy()
 
 
 def mutates(name: bool | str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.extras import need
 from trimtab.core.families import wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
@@ -152,10 +153,9 @@ def clusters(site: Site, config: Any) -> list[Tensor]:
     known = _FOUND.setdefault(site, {})
     key = (config.r, config.num_subspaces, config.random_seed)
     if key not in known:
-        try:
-            from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("AdaMSS finds its clusters with scikit-learn: pip install scikit-learn") from error
+        need("The clusters of an AdaMSS adapter", "scikit-learn")
+        from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
+
         U, _ = decomposed(site, config)
         means = KMeans(
             min(config.num_subspaces, len(U)), init="random", n_init=1, max_iter=10, random_state=KMEANS_SEED

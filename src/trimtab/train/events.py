@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.extras import need
 from trimtab.core.io import write_whole
 from trimtab.errors import TrainError
 from trimtab.train.checkpoint import writing
@@ -222,13 +223,13 @@ class Trackers(Event):
 
     Raises:
         TrainError: one that accelerate does not know, or that is not installed.
+        MissingPackageError: accelerate, whose trackers they are, is not installed.
     """
 
     def __init__(self, names: Sequence[Any], folder: Path, project: str, settings: dict[str, Any]) -> None:
-        try:
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-        except ImportError as e:
-            raise TrainError("report_to needs accelerate, whose trackers it uses: pip install accelerate") from e
+        need("`report_to`", "accelerate")
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
         known = {str(getattr(name, "value", name)): cls for name, cls in LOGGER_TYPE_TO_CLASS.items()}
         there = {str(getattr(name, "value", name)) for name in get_available_trackers()}
         faults = [n for n in names if isinstance(n, str) and n not in there]

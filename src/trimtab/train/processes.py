@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.extras import need
 from trimtab.errors import TrainError
 from trimtab.train.batches import Batch
 
@@ -113,6 +114,7 @@ class Several(Alone):
         return float(self.accelerator.reduce(value, "sum"))
 
     def gather(self, value: Any) -> list[Any]:
+        need("Training with several processes", "accelerate")
         from accelerate.utils import gather_object
 
         found: list[Any] = gather_object([value])
@@ -146,12 +148,11 @@ def processes() -> Alone:
     """What the launcher (`accelerate launch`, torchrun) has started: this process alone, or several.
 
     Raises:
-        TrainError: several processes, and accelerate is not installed.
+        MissingPackageError: several processes, and accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Alone()
-    try:
-        from accelerate import Accelerator
-    except ImportError as e:
-        raise TrainError("Training with several processes needs accelerate: pip install accelerate") from e
+    need("Training with several processes", "accelerate")
+    from accelerate import Accelerator
+
     return Several(Accelerator(cpu=not torch.cuda.is_available()))

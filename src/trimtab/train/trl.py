@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.config import TaskType
+from trimtab.core.extras import need
 from trimtab.errors import ConfigError, PeftError, TrainError
 from trimtab.train import folder as files
 from trimtab.train.adapters import adapter_config, adapter_settings
@@ -45,6 +46,7 @@ def start() -> None:
 def main(verb: str, sources: Sequence[dict[str, Any]]) -> None:
     """Read the settings, as the command does, and train."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trainers of TRL tell that they are used
+    need(f"trimtab {verb}", "trl")
     import trl
 
     arguments = getattr(trl, f"{VERBS[verb]}Config")
@@ -125,6 +127,7 @@ def refuse(verb: str, config: TrainConfig) -> None:
 
 def data_sets(verb: str, config: TrainConfig, base: Any) -> tuple[Any, Any]:
     """(rows to learn, rows to be tested on or None): encoded for `train`, and as they are for the others."""
+    need("Training by TRL", "datasets")
     from datasets import Dataset
 
     from trimtab.train.preparation import prepare_data, read_data, show_data

@@ -368,6 +368,21 @@ def torch_saved(model: PeftModel) -> PeftModel:
 
 
 @everywhere
+def test_what_a_layer_gives_may_be_written_into(case: Case, site: str) -> None:
+    """As models do: `out.add_(...)` on a layer's output, on the way to a gradient."""
+    found = []
+    for write in (lambda module, args, y: y.mul_(2), lambda module, args, y: y * 2):
+        model = adapted(case, site).train()
+        layer_of(model, site).register_forward_hook(write)
+        torch.manual_seed(0)
+        out = model(ids())
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@everywhere
 @pytest.mark.parametrize(
     "duplicate",
     [

@@ -327,17 +327,13 @@ def test_names_shapes_and_starts(case: str) -> None:
     assert trainable(ours) == set(map(owned, trainable(theirs)))
     held = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or ".adamss_A." in name:  # theirs is a random approximation of ours
             continue
         if case.startswith(STARTS_ALIKE) and parameter.unique().numel() > 1:
             assert held[owned(name)].shape == parameter.shape
             assert abs(held[owned(name)].std() / parameter.std() - 1) < 0.2, name
         else:
             assert torch.equal(held[owned(name)], parameter), name
-        if parameter.requires_grad:
-            if ".adamss_A." in name:  # theirs is a random approximation of ours
-                continue
-            assert torch.equal(held[name], parameter), name
     assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
 
 

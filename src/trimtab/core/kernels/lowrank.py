@@ -211,7 +211,7 @@ class _LowRank(torch.autograd.Function):
                 y = F.linear(flat, W[k].to(dtype), None if b[k] is None else b[k].to(dtype))
                 wide = _wide(hi[:, cut], None if lo is None else lo[:, cut])
                 y.addmm_(wide, _factor(B[k], dtype, 1, part.exact).t(), alpha=part.scale)
-                outs.append(y.view(*x.shape[:-1], y.shape[1]))
+                outs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])))  # others may write into it
         train_A, train_B = (any(ctx.needs_input_grad[4 + i :: 4]) for i in (2, 3))
         saved = x if train_A and source is None else None
         low = (*his, *los) if train_B else (None,) * (2 * len(parts))

@@ -131,9 +131,7 @@ def adapter_tensors(
     adapter = graft.require(name)
     live = set(map(id, [*graft.layers.values(), *graft.saved.values()]))
     if lost := [part.name for part in adapter.parts if id(part) not in live]:
-        warn(
-            f"Modules that adapter '{name}' adapts are not in the model any more; what it has there is left out: {lost}."
-        )
+        warn(f"What adapter '{name}' has at modules that are not in the model any more is left out: {lost}.")
     parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]
     named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)

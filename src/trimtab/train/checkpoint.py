@@ -163,7 +163,7 @@ def go_back(path: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _put(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put the tensors of a checkpoint into the model, also where it is split over processes, and its adapters' facts."""
+    """Put a checkpoint's tensors into the model, also where it is split over processes, and its adapters' facts."""
     tensor: Any
     values = state["tensors"]
     for name, tensor in own_tensors(model).items():

@@ -11,6 +11,7 @@ from peft.utils.hotswap import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from safetensors.torch import load_file
 
 from tests.models import tokens, toy
 
@@ -50,10 +51,47 @@ def test_swapped_in_place(name, prepared, tmp_path):
     model.merge_adapter()
     torch.testing.assert_close(model(IDS), other(IDS), rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
-    if not prepared:
-        model.save_pretrained(tmp_path / "again")
-        again = PeftModel.from_pretrained(toy(), tmp_path / "again")
-        torch.testing.assert_close(again(IDS), other(IDS), rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(toy(), tmp_path / "again")
+    torch.testing.assert_close(again(IDS), other(IDS), rtol=1e-5, atol=1e-5)
+    assert ranks(tmp_path / "again") == ranks(tmp_path) | (ranks(tmp_path / "again") if name == "fewer layers" else {})
+
+
+def ranks(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key: tensor.shape for key, tensor in tensors.items() if ".lora_" in key}
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["", "config"])
+@pytest.mark.parametrize("kind", ["up", "embed", "conv", "head"])
+def test_what_was_padded_is_saved_with_its_ranks_and_loads_alone(told, kind, tmp_path):
+    fields = {"rank_pattern": {"down": 3}, "alpha_pattern": {"down": 5}, "lora_alpha": 7}
+    model = made([kind, "down"], **fields)
+    model.save_pretrained(tmp_path / "before")
+    wanted = model(IDS)
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config if told else None)
+    torch.testing.assert_close(model(IDS), wanted)
+    model.save_pretrained(tmp_path / "after")
+    assert ranks(tmp_path / "after") == ranks(tmp_path / "before")
+    again = PeftModel.from_pretrained(toy(), tmp_path / "after")
+    assert (again.active_peft_config.r, again.active_peft_config.rank_pattern) == (2, {"down": 3})
+    torch.testing.assert_close(again(IDS), wanted, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad)
+    model.load_adapter(tmp_path / "before", "default")
+    torch.testing.assert_close(model(IDS), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_padded_adapters_that_are_parked_come_back():
+    model = made(["up", "head"])
+    wanted = model(IDS)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    for i in range(12):
+        model.add_adapter(f"other {i}", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+        model.set_adapter(f"other {i}")
+    model.set_adapter("default")
+    torch.testing.assert_close(model(IDS), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

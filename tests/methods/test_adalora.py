@@ -156,6 +156,20 @@ def test_training_goes_on_from_a_file_and_a_file_goes_back_into_a_trained_model(
     same(PeftModel.from_pretrained(llama(), tmp_path / "once more")(x).logits, y, 1e-6)
 
 
+def test_a_loaded_adapter_counts_a_step_it_is_told_of_once(tmp_path: Path) -> None:
+    model = trained(AdaLoraConfig(**SCHEDULE), 5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
+    x = tokens(vocabulary=64)
+    for one in (model, again):
+        one(input_ids=x, labels=x).loss.backward()
+        torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1).step()
+        one.update_and_allocate(6)
+    kept = {key: value for key, value in model.state_dict().items() if "sensitivity" in key}
+    assert kept
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in kept.items())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

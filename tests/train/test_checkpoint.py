@@ -114,6 +114,40 @@ def test_every_method_resumes_exactly(method, settings, tmp_path) -> None:
     same_files(tmp_path / "whole", tmp_path / "broken")
 
 
+PRUNED = {"method": "adalora", "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "lora_dropout": 0}
+
+
+@pytest.mark.parametrize(("how", "at"), [("ctrl-c", 5), ("dies", 5), ("ctrl-c", 8)])
+def test_ranks_that_were_cut_before_the_break_stay_cut(how, at, settings, tmp_path) -> None:
+    pruned = {**settings, **PRUNED}
+    whole = run(pruned, tmp_path / "whole")
+    if how == "ctrl-c":
+        run(pruned, tmp_path / "broken", StopAt(at))
+    else:
+        with pytest.raises(KeyError, match="died"):
+            run(pruned, tmp_path / "broken", StopAt(at, how))
+    if at == 8:  # after the last cut
+        left = json.loads((tmp_path / "broken" / "checkpoint-8" / "adapter_config.json").read_text())["rank_pattern"]
+        assert not all(all(kept) for kept in left.values())
+    assert run({}, tmp_path / "broken", resume=True).result.losses == whole.result.losses
+    same_files(tmp_path / "whole", tmp_path / "broken")
+    configs = [json.loads((tmp_path / n / "adapter" / "adapter_config.json").read_text()) for n in ("whole", "broken")]
+    assert configs[0] == configs[1]
+
+
+def test_the_best_checkpoint_has_the_ranks_it_had(settings, tmp_path) -> None:
+    more = {"save_steps": 1, "eval_steps": 1, "save_total_limit": 1, "load_best": True, "learning_rate": 1.0}
+    outcome = run({**settings, **PRUNED, **more}, tmp_path / "run")
+    best, _ = outcome.result.best
+    assert best < 7, "a learning rate at which it gets worse again"
+    folders = [tmp_path / "run" / name for name in (f"checkpoint-{best}", "adapter")]
+    kept, final = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in final.items()}
+    assert all(torch.equal(final[key], value) for key, value in kept.items())
+    ranks = [json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] for folder in folders]
+    assert ranks[0] == ranks[1]
+
+
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa", "riemannian"])
 def test_every_optimiser_resumes_exactly(optimizer, settings, tmp_path) -> None:
     short = {**settings, "max_steps": 4, "optimizer": optimizer, "lr_scheduler_type": "cosine"}

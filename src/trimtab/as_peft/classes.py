@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
+from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import METHODS, config_class, load, prefix_of
+from trimtab.shell.status import quantization_backend
 from trimtab.shell.tasks import inject_adapter_in_model
 
 
@@ -66,6 +68,8 @@ class ByMethod(type):
             return False
         if cls.__name__ == "ParamWrapper" and not instance.param:
             return False
+        if cls.__name__ in LAYERS and quantization_backend(instance.base_layer) != LAYERS[cls.__name__]:
+            return False
         if cls.bases and not isinstance(instance.base_layer, cls.bases):
             return False
         wanted = config_class(cls.peft_type)
@@ -92,7 +96,7 @@ class ByMethod(type):
 
 def base_of(prefix: str, name: str) -> tuple[type[nn.Module], ...] | None:
     """The base layers that a method's layer class `name` is for, or None where it is no such class."""
-    kind = BASES.get(name) or BASES.get(name.removeprefix(prefix))
+    kind = BASES.get(name) or BASES.get(name.removeprefix(prefix)) or BASES.get(name.removeprefix("SVD"))
     return kind() if kind else None
 
 
@@ -133,6 +137,21 @@ def alone(
     return layer  # type: ignore[no-any-return]
 
 
+def dispatcher(peft_type: str, name: str) -> Any:
+    """One of peft's dispatchers: an adapted layer around a target whose weight its backend holds, else None."""
+    return partial(_dispatch, peft_type, BACKENDS[name.removeprefix("dispatch_")])
+
+
+def _dispatch(
+    peft_type: str, backend: str | None, target: nn.Module, adapter_name: str, config: Any = None, **kwargs: Any
+) -> AdaptedLayer | None:
+    base: Any = target.base_layer if isinstance(target, AdaptedLayer) else target
+    if config is None:
+        config = next(value for name, value in kwargs.items() if name.endswith("_config"))
+    fits = hasattr(base, "weight") and quantization_backend(base) == backend
+    return alone(peft_type, target, adapter_name, "", config) if fits else None
+
+
 class ParamWrapper(metaclass=ByMethod):
     """peft's layer around a module one of whose parameters is adapted by name."""
 
@@ -146,6 +165,12 @@ def layer_class(peft_type: str, name: str, bases: tuple[type[nn.Module], ...]) -
     return ByMethod(
         name, (), {"peft_type": peft_type, "bases": bases, "__module__": module, "__doc__": f"{name} of peft."}
     )
+
+
+class AdaptedAttention(metaclass=ByMethod):
+    """peft's attention with an adaption prompt."""
+
+    peft_type, bases = "ADAPTION_PROMPT", ()
 
 
 class TokensWrapper(metaclass=ByMethod):

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.config import CONFIG_NAME, PeftConfig, match_pattern
-from trimtab.core.io import locate
-from trimtab.core.targets import inside, layer_index, matches
-from trimtab.errors import AdapterFileError
+from trimtab.core.config import PeftConfig, match_pattern
+from trimtab.core.targets import condense, inside, layer_index, matches
+from trimtab.errors import PeftError
 from trimtab.graft.staging import HALF
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.shell.peft_model import PeftModel
 from trimtab.shell.state import locate_graft
 
 __all__ = [
+    "DoraCaching",
+    "_find_minimal_target_modules",
     "_get_submodules",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
@@ -101,7 +102,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
     scaled = [m for layer in layers for ms in layer.methods.values() for m in ms if "scaling" in m.views]
     if not scaled:
-        raise ValueError("scaling is only supported for models with LoraLayers")
+        raise ValueError("scaling is only supported for models with `LoraLayer`s")
     before = [method.scaling for method in scaled]
     try:
         for method, value in zip(scaled, before):
@@ -118,6 +119,17 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     yield
 
 
+class DoraCaching(contextlib.nullcontext[None]):
+    """Nothing to do: what DoRA needs of frozen weights is kept where it helps."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
+
+    def __call__(self, enabled: bool = True) -> DoraCaching:
+        """The same, from now on or in a block."""
+        return self
+
+
 # ------------------------------------------------------------------ configs and names
 def get_peft_config(config_dict: dict[str, Any]) -> Any:
     """A config from a dict, one of whose keys is `peft_type`."""
@@ -127,9 +139,10 @@ def get_peft_config(config_dict: dict[str, Any]) -> Any:
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """Whether a folder or Hub id holds an adapter."""
     try:
-        return locate(model_name_or_path, CONFIG_NAME) is not None
-    except AdapterFileError:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (PeftError, OSError, ValueError):  # there is none, or it is damaged or of no method that is known
         return False
+    return True
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
@@ -146,6 +159,17 @@ def check_target_module_exists(config: Any, key: str) -> bool:
 def match_target_against_key(target_pattern: str, key: str) -> Any:
     """The match of a regular expression with a whole module path, or None."""
     return re.fullmatch(target_pattern, key)
+
+
+def _find_minimal_target_modules(target_modules: Sequence[str], other_module_names: Sequence[str]) -> set[str]:
+    """The shortest endings that fit all of the first names and none of the others."""
+    if not target_modules or isinstance(target_modules, str):
+        raise ValueError("target_modules should be a list or set of strings.")
+    if "" in target_modules:
+        raise ValueError("target_modules should not contain an empty string.")
+    if both := set(target_modules) & set(other_module_names):
+        raise ValueError(f"target_modules and other_module_names contain common elements: {sorted(both)}.")
+    return condense(target_modules, other_module_names)
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:

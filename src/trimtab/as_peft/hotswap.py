@@ -18,7 +18,7 @@ from trimtab.files.codec import Slot, aligned
 from trimtab.files.conversion import Names
 from trimtab.files.store import load_peft_weights
 from trimtab.graft.adapters import Adapter
-from trimtab.graft.graft import Graft
+from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.shell.locate import locate_graft
 
@@ -127,9 +127,8 @@ def _put(slot: Slot, value: Tensor | None, compiled: bool) -> None:
 
 def _rescale(graft: Graft, adapter: Adapter, config: Any) -> None:
     """Take the ranks and scales of a config, as tensors where the model was prepared for compiling."""
-    places: list[Any] = []
     for place in adapter.layout.places:
-        method: Any = next(m for m in place.layer.methods[adapter.name] if m.site is place.method.site)
+        method = _method(place, adapter.name)
         own = config.resolve(method.site.name)
         scale = own.scaling()
         method.r, method.lora_alpha, method.unit = own.r, own.lora_alpha, scale
@@ -137,18 +136,38 @@ def _rescale(graft: Graft, adapter: Adapter, config: Any) -> None:
             method.scaling.fill_(scale)
         else:
             method.scaling = scale
-        places.append(dataclasses.replace(place, method=method.twin("", method.options), leaves=method.declared))
+        method.declared = {k: dataclasses.replace(leaf, shape=_shape(method, k)) for k, leaf in method.declared.items()}
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(adapter.config, field, getattr(config, field))
-    for place in places:
-        shapes = {leaf: tuple(m.shape) for leaf, m in _tensors(place, adapter.name)}
-        place.leaves = {k: dataclasses.replace(leaf, shape=shapes[k]) for k, leaf in place.leaves.items()}
-    adapter.layout = dataclasses.replace(adapter.layout, config=adapter.config.copy(), places=places)
+    _relay(adapter, adapter.config.copy())
 
 
-def _tensors(place: Any, name: str) -> list[tuple[str, Any]]:
-    method = next(m for m in place.layer.methods[name] if m.site is place.method.site)
-    return [(leaf, method.tensor(leaf)) for leaf in method.declared]
+def _method(place: Any, name: str) -> Any:
+    """An adapter's own method at a place of its layout."""
+    return next(m for m in place.layer.methods[name] if m.site is place.method.site)
+
+
+def _shape(method: Any, leaf: str) -> tuple[int, ...]:
+    """The shape of a tensor at the method's rank, whatever room it has."""
+    axis, shape = _axis(leaf), tuple(method.tensor(leaf).shape)
+    return tuple(method.r if i == axis else n for i, n in enumerate(shape))
+
+
+def _axis(leaf: str) -> int | None:
+    """Which axis of a tensor is the rank."""
+    name, _, rest = leaf.partition(".")
+    axes = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
+    return None if rest == "bias" else axes.get(name)
+
+
+def _relay(adapter: Adapter, config: Any) -> None:
+    """Give an adapter a layout of its own, of the tensors that it has now."""
+    places = []
+    for place in adapter.layout.places:
+        method = _method(place, adapter.name)
+        leaves = {k: dataclasses.replace(x, shape=tuple(method.tensor(k).shape)) for k, x in place.leaves.items()}
+        places.append(dataclasses.replace(place, method=method.twin("", method.options), leaves=leaves))
+    adapter.layout = dataclasses.replace(adapter.layout, config=config, places=places)
 
 
 @torch.no_grad()
@@ -192,6 +211,10 @@ def prepare_model_for_compiled_hotswap(
         if target_rank is not None:
             _pad(method, target_rank)
         method.layer.changed()
+    graft = next((g for m in model.modules() if (g := find_graft(m)) is not None), None)
+    for adapter in graft.adapters.values() if graft is not None else ():
+        if not adapter.parked and adapter.layers:
+            _relay(adapter, adapter.layout.config)
     for one in config.values() if isinstance(config, dict) else [config] if config is not None else []:
         if target_rank is not None:
             one.r = target_rank
@@ -201,8 +224,7 @@ def prepare_model_for_compiled_hotswap(
 def _pad(method: Any, rank: int) -> None:
     method.padded = True
     for leaf in method.declared:
-        axis = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(leaf.partition(".")[0])
-        if axis is None or leaf.endswith(".bias"):
+        if (axis := _axis(leaf)) is None:
             continue
         tensor = method.tensor(leaf)
         shape = [rank if i == axis else n for i, n in enumerate(tensor.shape)]

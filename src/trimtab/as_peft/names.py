@@ -8,17 +8,20 @@ from typing import Any
 
 import trimtab
 from trimtab.as_peft import classes
+from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.methods import METHODS, config_class
 
 # The modules of peft that are no method's. A package answers for what its modules hold, as in peft.
 MODULES = {
     "peft": "auto config functional helpers import_utils mapping mapping_func mixed_model optimizers peft_model tuners"
     " utils",
-    "peft.tuners": "lycoris_utils mixed tuners_utils",
     "peft.tuners.mixed": "model",
     "peft.tuners.lora": "aqlm arrow awq bnb conversion corda dora eetq eva gptq hqq inc intruders loraga monteclora te"
     " torchao tp_layer variants velora",
     "peft.optimizers": "lorafa loraplus riemannian",
+    "peft.tuners.adalora": "bnb gptq",
+    **{f"peft.tuners.{method}": "bnb" for method in ("hira", "ia3", "pvera", "randlora", "road")},
+    "peft.tuners": "_buffer_dict lycoris_utils mixed tuners_utils",
     "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
     " quantization_utils save_and_load transformers_weight_conversion warning",
 }
@@ -42,6 +45,10 @@ ALIASES = {
     "PromptTuningInit": "trimtab.methods.prompt_tuning:PromptTuningInit",
     "PromptEncoderReparameterizationType": "trimtab.methods.p_tuning:PromptEncoderReparameterizationType",
     "MultitaskPromptTuningInit": "trimtab.methods.multitask_prompt_tuning:MultitaskPromptTuningInit",
+    "BufferDict": "trimtab.layer.leaves:Leaves",  # what holds the frozen tensors of adapters
+    "BasePromptEncoder": "trimtab.core.model_method:PromptMethod",
+    "AdaptedAttention": "trimtab.as_peft.classes:AdaptedAttention",
+    "AdaptedAttentionGPT": "trimtab.as_peft.classes:AdaptedAttention",
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
@@ -50,6 +57,9 @@ SOURCES = (
     "trimtab.as_peft.constants",
     "trimtab.as_peft.functions",
     "trimtab.as_peft.hotswap",
+    "trimtab.as_peft.inside",
+    "trimtab.as_peft.merges",
+    "trimtab.as_peft.quantised",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",
 )
@@ -100,6 +110,10 @@ def find(path: str, name: str) -> Any:
     if (path, name) == ("peft.optimizers.loraplus", "Embedding"):
         path = "peft.tuners.lora.layer"
     method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
+    if name in LAYERS:
+        return classes.layer_class(method if method in METHODS else "LORA", name, ())
+    if name.startswith("dispatch_") and name.removeprefix("dispatch_") in BACKENDS:
+        return classes.dispatcher(method if method in METHODS else "LORA", name)
     if method in METHODS and (base := classes.base_of(prefixes()[method], name)) is not None:
         return classes.layer_class(method, name, base)
     for peft_type, prefix in prefixes().items():

@@ -83,6 +83,8 @@ class Slot:
         """The tensor, or one that stands for it, in its shape on disk."""
         if self.method is None:
             return tensor
+        if getattr(self.method, "padded", False):  # held in more room than its rank, for hot-swapping
+            tensor = tensor[tuple(slice(n) for n in self.method.declared[self.leaf].shape)]
         packed: Tensor = self.method.pack(self.leaf, tensor)
         return packed if (times := self._times) == 1 else packed / times
 
@@ -91,6 +93,9 @@ class Slot:
         if self.method is None:
             return value
         unpacked: Tensor = self.method.unpack(self.leaf, value)
+        if getattr(self.method, "padded", False) and unpacked.ndim == (own := self.get()).ndim:
+            room = [max(n - m, 0) for n, m in zip(own.shape, unpacked.shape, strict=True)]
+            unpacked = nn.functional.pad(unpacked, [side for n in reversed(room) for side in (0, n)])
         return unpacked if (times := self._times) == 1 else unpacked * times
 
     @property

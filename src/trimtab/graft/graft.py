@@ -78,9 +78,9 @@ class Graft:
 
     def require(self, name: str) -> Adapter:
         """The adapter of that name, or an error that lists the ones there are."""
-        if name not in self.adapters:
-            raise AdapterNameError(f"Adapter {name} not found. Known: {list(self.adapters)}.")
-        return self.adapters[name]
+        if name in self.adapters:
+            return self.adapters[name]
+        raise AdapterNameError(f"Adapter {name} not found. Known: {list(self.adapters)}.")
 
     def look(self) -> bool:
         """Read the model anew, and forget adapters that others have deleted layer by layer.
@@ -88,8 +88,9 @@ class Graft:
         Returns:
             Whether anything of ours is still in the model.
         """
-        before = self.base
-        self.base = Base(self.model)
+        before, self.base = self.base, Base(self.model)
+        if (before.modules, before.ties) != (self.base.modules, self.base.ties):
+            self.layouts.clear()  # a config may select others now
         live = set(map(id, [*self.base.layers.values(), *self.base.saved.values()]))
         lost = any(id(x) not in live for x in (*before.layers.values(), *before.saved.values()))
         stand = {id(x) for x in self.residents.layouts() if any(id(layer) in live for layer in x.layers)}
@@ -185,8 +186,7 @@ class Graft:
         own = slots.slots(self.base, self.commons, adapter)
         wanted = [*own, *slots.embeddings(self.base, adapter, reading=True)]
         values = tensors(wanted)
-        lacking = any(s.on_disk() not in values for s in own)
-        if not meta and (lacking or adapter.method.mutates(adapter.config)):
+        if not meta and (any(s.on_disk() not in values for s in own) or adapter.method.mutates(adapter.config)):
             start(adapter, self.commons)  # what the file does not say starts as it would anew
         for slot in wanted:
             if slot.on_disk() in values:
@@ -222,7 +222,7 @@ class Graft:
     def slots(self, adapter: Adapter) -> list[Slot]:
         """Every tensor of an adapter; see `slots.slots`."""
         self.residents.bring([adapter.name])
-        return slots.slots(self.base, self.commons, adapter)
+        return slots.slots(self.base, self.commons, adapter, live=True)
 
     def embeddings(self, adapter: Adapter, reading: bool = False) -> list[Slot]:
         """The base weights of the model's embeddings; see `slots.embeddings`."""

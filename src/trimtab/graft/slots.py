@@ -16,10 +16,18 @@ from trimtab.layer.copies import SavedModule
 from trimtab.layer.leaves import Leaves
 
 
-def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[Slot]:
-    """Every tensor of an adapter that is in the module tree: its keys (without prefix), and where it lives."""
+def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: bool = False) -> list[Slot]:
+    """Every tensor of an adapter that is in the module tree: its keys (without prefix), and where it lives.
+
+    With `live`, without those at layers that others have taken out of the model.
+    """
     found: list[Slot] = []
-    layers = adapter.layers
+    layers, saved = adapter.layers, adapter.saved
+    if live:
+        there = set(map(id, [*base.layers.values(), *base.saved.values()]))
+        homes = {id(m.home) for x in layers if id(x) in there for m in x.methods[adapter.name]}
+        layers = [x for x in layers if id(x) in there or id(x) in homes]
+        saved = [x for x in saved if id(x) in there]
     alone = chains(layers, adapter.name)
     for layer in layers:
         own = place(layer, alone)
@@ -41,7 +49,7 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter) -> list[S
         store = holder._parameters if key in holder._parameters else holder._buffers
         memory = leaf_template(name).format(adapter.name)
         found.append(Slot(memory, name, store, key, optional=not shared.file, shared=True))
-    for wrapper in adapter.saved:
+    for wrapper in saved:
         module = wrapper.modules_to_save[adapter.name]
         for key in module.state_dict():
             path, _, name = key.rpartition(".")

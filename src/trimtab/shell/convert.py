@@ -56,8 +56,11 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Make a quantised base ready for training: frozen, its norms in fp32, gradient checkpointing on.
+
+    With `auto_clear_cache`, the memory that this leaves unused goes back to the device.
 
     Unlike PEFT, only the norms are upcast (embeddings and heads in half precision stay so, which saves their size
     again), and they give back what number format they were given, so nothing else sees a difference.
@@ -70,6 +73,8 @@ def prepare_model_for_kbit_training(
                 parameter.data = parameter.data.float()
             module.register_forward_pre_hook(_widen, with_kwargs=True)
             module.register_forward_hook(_narrow)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if use_gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             return model

@@ -59,7 +59,8 @@ class Source:
     ) -> None:
         self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
         self.result: Any = None
-        graft = find_graft(model)
+        if (graft := find_graft(model)) is not None:
+            graft.look()
         self.names = Names(model, dict(model.named_modules()) if graft is None else graft.base.modules)
         with reading(model_id, hub.get("subfolder")):
             if config is None and overrides is not None:

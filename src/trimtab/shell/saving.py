@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX, gathered
+from trimtab.graft.graft import Graft
 from trimtab.shell import training
 from trimtab.shell.convert import subtract_start
 from trimtab.shell.state import adapter_tensors
@@ -46,7 +47,7 @@ def save(
             continue
         if kept is not None:
             files[store.folder_of(root, name) / store.STATE] = store.state_writer(*kept)
-        config = model.peft_config[name].copy()
+        config = saved_config(model.graft, name)
         if start is not None:
             tensors = subtract_start(model.graft, name, config, tensors, start)
         config.inference_mode = True
@@ -58,6 +59,15 @@ def save(
     if main:
         files |= card.writers(root, model.peft_config[names[0]] if names else None, _described(model))
         store.save(files)
+
+
+def saved_config(graft: Graft, name: str) -> Any:
+    """A copy of an adapter's config, with the ranks that its file has where its factors were padded to a larger one."""
+    adapter = graft.require(name)
+    config = adapter.config.copy()
+    if any(getattr(m, "padded", False) for layer in adapter.layers for m in layer.methods[name]):
+        config.r, config.rank_pattern = adapter.layout.config.r, dict(adapter.layout.config.rank_pattern)
+    return config
 
 
 def write_card(model: Any, root: Path) -> None:

@@ -58,6 +58,7 @@ def set_peft_model_state_dict(
     from torch.nn.modules.module import _IncompatibleKeys
 
     graft, prefix = locate_graft(model)
+    graft.look()
     adapter = graft.require(adapter_name)
     slots = [*graft.slots(adapter), *graft.embeddings(adapter, reading=True)]
     names = Names(graft.model, graft.base.modules)
@@ -104,6 +105,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     graft = locate_graft(model)[0]
+    graft.look()
     adapters = graft.adapters.values()
     added = {slot.memory for adapter in adapters for slot in graft.slots(adapter)}
     tensors = {
@@ -125,7 +127,11 @@ def adapter_tensors(
     graft: Graft, name: str, embeddings: str | bool, state: Mapping[str, Tensor] | None, prefix: str = PREFIX
 ) -> dict[str, Tensor]:
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
+    graft.look()
     adapter = graft.require(name)
+    live = set(map(id, [*graft.layers.values(), *graft.saved.values()]))
+    if lost := [part.name for part in adapter.parts if id(part) not in live]:
+        warn(f"What adapter '{name}' has at modules that are not in the model any more is left out: {lost}.")
     parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]
     named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
@@ -137,7 +143,7 @@ def adapter_tensors(
                 "`save_embedding_layers=False` to leave it out")  # fmt: skip
             warn(f"Setting `save_embedding_layers` to `True` {why}.", UserWarning)
         taken = {s.disk for s in slots}
-        some = named and not resized  # then just the adapted ones
+        some = embeddings == "auto" and not resized  # then just the adapted ones
         along = (s for s in graft.embeddings(adapter) if not some or s.disk.endswith(".base_layer.weight"))
         slots += [s for s in along if s.disk not in taken]
     return from_state(slots, None if parked else state, name, graft.model, prefix)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from trimtab.core.config import type_name
+from trimtab.formats.plain import made_by
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
@@ -68,7 +69,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     order = {path: i for i, path in enumerate(graft.base.modules)}
     rows = []
     parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
-    for part in sorted(parts, key=lambda part: order.get(part.name, -1)):
+    for part in sorted(parts, key=lambda part: (order.get(getattr(part, "path", part.name), -1), len(part.name))):
         path, module_type = _described(part, graft)
         tensors = {a: [p for _, p in part.adapter_parameters(a)] for a in part.adapters}
         rows.append(
@@ -81,6 +82,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 requires_grad={a: _same([p.requires_grad for p in ps]) for a, ps in tensors.items() if ps},
                 available_adapters=sorted(part.adapters),
                 devices={a: sorted({p.device.type for p in ps}) for a, ps in tensors.items() if ps},
+                quantization_backend=quantization_backend(part.frozen) if isinstance(part, AdaptedLayer) else None,
             )
         )
     if not rows:
@@ -90,6 +92,21 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return rows
 
 
+# Libraries that hold weights quantised, and are called by their own name.
+QUANTISED_BY = ("aqlm", "eetq", "gptqmodel", "hqq", "neural_compressor", "torchao", "transformer_engine", "megatron")
+
+
+def quantization_backend(layer: nn.Module) -> str | None:
+    """What holds a frozen layer's weight quantised, as PEFT calls it; None: nothing does."""
+    weight = getattr(layer, "weight", None)
+    kinds = {type(layer).__name__, type(weight).__name__} if made_by("bitsandbytes", layer, weight) else set()
+    if kinds & {"Linear4bit", "Params4bit"}:
+        return "bnb 4bit"
+    if kinds & {"Linear8bitLt", "Int8Params"}:
+        return "bnb 8bit"
+    return next((library for library in QUANTISED_BY if made_by(library, layer, weight)), None)
+
+
 def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str]:
     """The path and type under which PEFT lists a layer, a module trained whole, or an embedding with trained rows."""
     if isinstance(part, SavedModule):
@@ -97,7 +114,7 @@ def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str
     if all(type(m).__name__ == "TrainableTokens" for ms in part.methods.values() for m in ms):
         return f"{part.name}.token_adapter", "TrainableTokensLayer"
     kinds = dict.fromkeys(type_name(graft.adapters[a].config).lower() for a in part.methods)
-    return part.name, f"{'.'.join(kinds)}.{type(part.frozen).__name__}"
+    return part.name, f"{'.'.join(kinds)}.{'ParamWrapper' if part.param else type(part.frozen).__name__}"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -121,6 +138,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         requires_grad={a: _same([r.requires_grad[a] for r in rows if a in r.requires_grad]) for a in names},
         available_adapters=names,
         devices={a: sorted({d for r in rows for d in r.devices.get(a, [])}) for a in names},
+        quantization_backend=_same([r.quantization_backend for r in rows]),
     )
 
 

@@ -29,6 +29,23 @@ def state(graft: Graft, name: str) -> tuple[dict[str, Tensor], dict[str, str]] |
     return tensors, {"step": str(adapter.t), "config": json.dumps(adapter.layout.config.to_json())}
 
 
+def reached(graft: Graft) -> dict[str, dict[str, Any]]:
+    """How far adapters that act on steps are: {adapter: {"step": ..., "config": the fields that training changes}}."""
+    return {
+        name: {"step": a.t, "config": {k: v for k, v in a.config.to_json().items() if k.endswith("_pattern")}}
+        for name, a in graft.adapters.items()
+        if a.t and steps.acts(a.method)
+    }
+
+
+def go_on(graft: Graft, progress: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take adapters to where `reached` saw them; their tensors are put back by others."""
+    for name, kept in progress.items():
+        adapter = graft.require(name)
+        adapter.config.__dict__.update(kept["config"])
+        adapter.t, adapter.told = kept["step"], False
+
+
 class Training:
     """What was kept of an adapter in training.
 
@@ -69,7 +86,7 @@ class Training:
         for slot, value in zip(own, held, strict=True):
             tensor = slot.get()
             tensor.copy_(value.to(tensor))
-        adapter.t, adapter.told = self.step, True
+        adapter.t, adapter.told = self.step, False  # whoever tells it of the next step
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -300,6 +300,13 @@ class Tuner(nn.Module):
                 found[name] = term
         return found
 
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The config of a model as a dict; of one that has none, `{"model_type": "custom"}`."""
+        config: Any = getattr(model, "config", None)
+        found = config.to_dict() if hasattr(config, "to_dict") else config
+        return dict(found) if found else {"model_type": "custom"}
+
     def update_and_allocate(self, global_step: int) -> None:
         """Tell the active adapters that optimiser step `global_step` is done: rank schedules (AdaLoRA) act on it.
 

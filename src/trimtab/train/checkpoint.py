@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrainError
+from trimtab.shell import training
+from trimtab.shell.locate import locate_graft
 from trimtab.train.loop import Event, Run, TrainResult
 from trimtab.train.processes import Alone
 
-__all__ = ["Checkpoints", "checkpoints_in", "load_checkpoint", "write_folder", "writing"]
+__all__ = ["Checkpoints", "checkpoints_in", "go_back", "load_checkpoint", "write_folder", "writing"]
 
 STATE = "trainer_state.pt"
 
@@ -93,6 +95,7 @@ def save_checkpoint(target: Path, run: Run, identity: Mapping[str, Any]) -> None
         "identity": dict(identity),
         "result": asdict(run.result),
         "tensors": {n: whole(t) for n, t in own_tensors(model).items()},
+        "adapters": training.reached(locate_graft(model)[0]) if adapted(model) else {},
         "optimizer": processes.optimizer_state(run.model, run.optimizer),
         "random": processes.gather(random_state()),
     }
@@ -144,7 +147,7 @@ def load_checkpoint(
         raise TrainError(f"{path} is of another run. What has changed since: {', '.join(changed)}.")
     if own_tensors(model).keys() != state["tensors"].keys():
         raise TrainError(f"{path} is of another run: it trains other tensors than this one.")
-    put_tensors(model, state["tensors"])
+    _put(model, state)
 
     def restore(prepared: nn.Module, optimizer: Any, processes: Alone) -> None:
         processes.load_optimizer_state(prepared, optimizer, state["optimizer"])
@@ -153,16 +156,16 @@ def load_checkpoint(
     return TrainResult(**_tuples(state["result"])), restore
 
 
-def saved_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as `own_tensors` names them."""
-    tensors: dict[str, Tensor] = _read(path)["tensors"]
-    return tensors
+def go_back(path: Path, model: nn.Module) -> None:
+    """Give the model what it had at a checkpoint."""
+    _put(model, _read(path))
 
 
 @torch.no_grad()
-def put_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put tensors of a checkpoint into the model, also where it is split over processes."""
+def _put(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put a checkpoint's tensors into the model, also where it is split over processes, and its adapters' facts."""
     tensor: Any
+    values = state["tensors"]
     for name, tensor in own_tensors(model).items():
         value = values[name].to(tensor.device)
         if hasattr(tensor, "full_tensor"):
@@ -170,6 +173,8 @@ def put_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         tensor.copy_(value)
+    if adapted(model):
+        training.go_on(locate_graft(model)[0], state.get("adapters", {}))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,6 +183,11 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as e:  # a damaged file ends in any of them
         raise TrainError(f"{path / STATE} cannot be read: {' '.join(str(e).split())[:200]}") from e
     return state
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether the model has adapters."""
+    return bool(getattr(model, "peft_config", None))
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from trimtab.train import folder as files
 from trimtab.train.adapters import adapter_settings
 from trimtab.train.batches import Batches, digest
 from trimtab.train.card import write_card
-from trimtab.train.checkpoint import Checkpoints, load_checkpoint, put_tensors, saved_tensors, write_folder, writing
+from trimtab.train.checkpoint import Checkpoints, go_back, load_checkpoint, write_folder, writing
 from trimtab.train.config import ADAPTER, FIELDS, LOOP, TrainConfig
 from trimtab.train.data import check_packing
 from trimtab.train.evaluate import evaluate_generate, evaluate_loss
@@ -214,7 +214,7 @@ class _Job:
         config, base, kept = self.config, self.base, result.step
         if config.keeps_best and result.best and result.best[0] != result.step:
             kept = result.best[0]
-            put_tensors(model, saved_tensors(config.folder / f"checkpoint-{kept}"))
+            go_back(config.folder / f"checkpoint-{kept}", model)
         content = provenance(
             base.name, base.commit or config.revision, self.prints, base.tokenizer,
             data={"rows": len(self.data.examples), "sha256": digest(self.data.examples), "from": config.data},

@@ -101,3 +101,35 @@ def test_alora_leaves_the_base_as_it_is_before_the_invocation() -> None:
         model(inputs_embeds=base.get_input_embeddings()(x))
     with pytest.raises(ValueError, match="does not go with init_lora_weights='pissa'"):
         get_peft_model(llama(), LoraConfig(alora_invocation_tokens=[7], init_lora_weights="pissa"))
+
+
+def test_tied_layers_share_one_pair() -> None:
+    x, base = tokens(vocabulary=64), llama(tie_word_embeddings=True).double()
+    for target in ("embed_tokens", "lm_head"):
+        config = LoraConfig(target_modules=[target], r=R, lora_alpha=ALPHA, ensure_weight_tying=True)
+        model = adapted(config, llama(tie_word_embeddings=True))
+        assert sum(p.requires_grad for p in model.parameters()) == 2
+        changed = llama(tie_word_embeddings=True).double()
+        embed = model.get_base_model().model.embed_tokens
+        A, B = [p for _, p in model.named_parameters() if p.requires_grad]
+        s = ALPHA / R
+        dW = s * (B @ A).T if target == "embed_tokens" else s * (B @ A)
+        with torch.no_grad():
+            changed.model.embed_tokens.weight.add_(dW)
+        same(model(x).logits, changed(x).logits)
+        mixed = model(x, adapter_names=["default", "__base__"] * 2).logits
+        same(mixed[::2], changed(x).logits[::2])
+        same(mixed[1::2], base(x).logits[1::2])
+        model.merge_adapter()
+        same(model(x).logits, changed(x).logits)
+        head = model.get_base_model().lm_head
+        assert embed.base_layer.weight is getattr(head, "base_layer", head).weight
+        model.unmerge_adapter()
+        whole = model.merge_and_unload()
+        same(whole(x).logits, changed(x).logits)
+        assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="does not go with init_lora_weights='pissa'"):
+        get_peft_model(llama(), LoraConfig(ensure_weight_tying=True, init_lora_weights="pissa"))
+    config = LoraConfig(ensure_weight_tying=True, modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"would part from \['lm_head'\]"):
+        get_peft_model(llama(tie_word_embeddings=True), config)

@@ -139,3 +139,39 @@ def test_variants_that_do_not_go_together() -> None:
             config = library.LoraConfig(r=4, use_bdlora=settings)
             with pytest.raises(ValueError, match=message):
                 quiet(library.get_peft_model, llama(), config)
+
+
+@pytest.mark.parametrize("target", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids=str)
+def test_tied_layers(target: list[str], tmp_path: Path) -> None:
+    """PEFT keeps the pair as two parameters on one storage, and its merge adds their update twice."""
+    fields = {"target_modules": target, "r": 4, "lora_alpha": 6, "ensure_weight_tying": True}
+    theirs, ours = (
+        quiet(lib.get_peft_model, build("llama_tied"), quiet(lib.LoraConfig, **fields)) for lib in (peft, trimtab)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name and "lm_head" not in name:  # the head's are views of the embedding's
+                parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    for model, folder in ((theirs, "1"), (ours, "0")):
+        quiet(model.eval().save_pretrained, str(tmp_path / folder))
+    mine, yours = (weights_file(tmp_path / folder) for folder in "01")
+    adapted = {k: v.shape for k, v in yours.items() if "lora_" in k}
+    assert {k: v.shape for k, v in mine.items() if "lora_" in k} == adapted
+    read = quiet(trimtab.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path / "1")).eval()
+    near(read(IDS).logits, theirs(IDS).logits)
+    quiet(read.save_pretrained, str(tmp_path / "2"))
+    again = quiet(peft.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path / "2")).eval()
+    near(again(IDS).logits, theirs(IDS).logits)
+    expected = theirs(IDS).logits
+    near(quiet(read.merge_and_unload)(IDS).logits, expected)
+    assert float((quiet(theirs.merge_and_unload)(IDS).logits - expected).detach().abs().max()) > 0.1
+
+
+def test_a_file_whose_tied_layers_differ(tmp_path: Path) -> None:
+    """PEFT's fall apart on half-precision bases."""
+    fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    theirs = quiet(peft.get_peft_model, build("llama_tied", torch.bfloat16), peft.LoraConfig(**fields))
+    stir(theirs)
+    quiet(theirs.save_pretrained, str(tmp_path))
+    with pytest.raises(ValueError, match="not what the file has for the layer that is tied to it"):
+        quiet(trimtab.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path))

@@ -29,6 +29,7 @@ VARIANTS = {
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
     "init_lora_weights=mica": "mica:Mica",
+    "ensure_weight_tying": "tied:Tied",
 }
 
 
@@ -101,7 +102,6 @@ class LoraConfig(LayerConfig):
         "use_qalora": "QA-LoRA is not built in",
         "qalora_group_size": "QA-LoRA is not built in",
         "layer_replication": "replicating layers is not built in",
-        "ensure_weight_tying": "adapters of tied embeddings are kept apart",
     }
 
     def __post_init__(self) -> None:

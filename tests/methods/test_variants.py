@@ -10,7 +10,7 @@ import torch
 from tests.methods.formulas import add, lora, product, transposed
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, tokens
-from trimtab import BdLoraConfig, KasaConfig, LoraConfig, PeftModel, get_peft_model
+from trimtab import BdLoraConfig, KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from trimtab.methods.alora import invoked
 
 R, ALPHA = 4, 6
@@ -133,3 +133,30 @@ def test_tied_layers_share_one_pair() -> None:
     config = LoraConfig(ensure_weight_tying=True, modules_to_save=["embed_tokens"])
     with pytest.raises(ValueError, match=r"would part from \['lm_head'\]"):
         get_peft_model(llama(tie_word_embeddings=True), config)
+
+
+def test_velora_trains_a_on_what_is_left_of_its_input() -> None:
+    n, c, x = 5, 1.5, torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+    model = adapted(variant(velora_config=VeloraConfig(num_groups=n, scale=c)))
+    layer = model.get_base_model().linear
+    W, A, B = factors(model)
+    same(merged(model, "linear"), lora(W, A, B, R, ALPHA))
+    merging_changes_nothing(model, image())
+    check_gradients(model, image())  # in evaluation they are exact
+    model.zero_grad()
+    model.train()
+    groups = [[[*row, 0.0, 0.0, 0.0][3 * g : 3 * g + 3] for g in range(n)] for row in numbers(x)]
+    mean = [sum(group[i] for row in groups for group in row) for i in range(3)]
+    v = [m / sum(k * k for k in mean) ** 0.5 for m in mean]
+    rebuilt = [[c * sum(a * b for a, b in zip(z, v, strict=True)) * k for z in row for k in v][:12] for row in groups]
+    held: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
+        layer(x.detach()).sum().backward()
+    assert x.shape not in held
+    dh = [[ALPHA / R * sum(column) for column in transposed(B)]] * 7
+    same(layer.lora_A["default"].weight.grad, product(transposed(dh), rebuilt))
+    same(layer.lora_velora_embed["default"], v)
+    layer(x).sum().backward()
+    same(x.grad, product([[1.0] * 5] * 7, lora(W, A, B, R, ALPHA)))
+    with pytest.raises(ValueError, match="`num_groups` should be positive"):
+        VeloraConfig(num_groups=0)

@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bd_a": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_a": PROJECTIONS})},
     "bd_b": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_b": ["q_proj"], "match_strict": False})},
     "mica": {"init_lora_weights": "mica"},
+    "velora": {"velora_config": ("VeloraConfig", {"num_groups": 3, "scale": 1.5})},
+    "velora_once": {"velora_config": ("VeloraConfig", {"init_type": "batch_average_once", "num_groups": 4})},
+    "velora_random": {"velora_config": ("VeloraConfig", {"init_type": "random", "num_groups": 5})},
     "alora": {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"},
 }
 every = pytest.mark.parametrize("case", CASES)
@@ -36,11 +39,11 @@ def pair(case: str) -> list[Any]:
     """(ours, theirs), holding the same numbers, stirred."""
     models = [quiet(library.get_peft_model, build("llama"), config_of(library, case)) for library in BOTH]
     stir(models[1])
-    held = dict(models[0].named_parameters())
+    held, given = (dict([*m.named_parameters(), *m.named_buffers()]) for m in models)
     with torch.no_grad():
-        for name, parameter in models[1].named_parameters():
+        for name, tensor in given.items():
             if "lora_" in name:
-                held[name].copy_(parameter)
+                held[name].copy_(tensor)
     return models
 
 
@@ -55,7 +58,7 @@ def test_names_and_starts(case: str) -> None:
             near(held[name], parameter, 1e-4)  # what KaSA leaves of the base
         if case == "mica" and "lora_B" in name:
             near(held[name] @ held[name].T, parameter @ parameter.T, 1e-4)
-        elif "lora_B" in name and "random" not in case:
+        elif "lora_B" in name and case != "kasa_random":
             assert torch.equal(held[name], parameter)
 
 
@@ -95,6 +98,23 @@ def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
 def test_penalty_of_kasa() -> None:
     ours, theirs = pair("kasa")
     near(ours.base_model.penalties()["default"], theirs.base_model._get_kasa_loss("default"))
+
+
+@pytest.mark.parametrize("case", ["velora", "velora_once", "velora_random"])
+def test_what_velora_trains_on(case: str) -> None:
+    ours, theirs = pair(case)
+    for ids in (IDS, IDS + 3):
+        for model in (ours.train(), theirs.train()):
+            model.zero_grad()
+            model(ids).logits.square().mean().backward()
+        found = dict(ours.named_parameters())
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                near(found[key].grad, parameter.grad)
+        held = dict(ours.named_buffers())
+        for key, value in theirs.named_buffers():
+            if "lora_" in key:
+                near(held[key], value)
 
 
 def test_what_alora_adapts_while_generating() -> None:

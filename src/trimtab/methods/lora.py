@@ -26,6 +26,7 @@ from trimtab.init import complete, mutates, start
 VARIANTS = {
     "use_dora": "dora:Dora",
     "alora_invocation_tokens": "alora:ALora",
+    "velora_config": "velora:Velora",
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
     "init_lora_weights=mica": "mica:Mica",
@@ -90,13 +91,13 @@ class LoraConfig(LayerConfig):
         "eva_config": "init.eva:EvaConfig",
         "corda_config": "init.corda:CordaConfig",
         "lora_ga_config": "init.lora_ga:LoraGAConfig",
+        "velora_config": "methods.velora:VeloraConfig",
         "kasa_config": "methods.kasa:KasaConfig",
         "use_bdlora": "methods.bdlora:BdLoraConfig",
     }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "velora_config": "VeLoRA is not built in",
         "monteclora_config": "MonteCLoRA is not built in",
         "arrow_config": "Arrow is not built in",
         "use_qalora": "QA-LoRA is not built in",

@@ -19,6 +19,7 @@ _PUBLIC = {
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
     "trimtab.methods.bdlora": ["BdLoraConfig"],
     "trimtab.methods.kasa": ["KasaConfig"],
+    "trimtab.methods.monteclora": ["MontecloraConfig"],
     "trimtab.methods.velora": ["VeloraConfig"],
     "trimtab.init.corda": ["CordaConfig"],
     "trimtab.init.eva": ["EvaConfig"],

@@ -75,6 +75,7 @@ CASES = [
     Case("dora-pissa", "LORA", {"r": 2, "use_dora": True, "init_lora_weights": "pissa"}, mutates=True),
     Case("alora", "LORA", {"r": 2, "alora_invocation_tokens": [2]}),
     Case("velora", "LORA", {"r": 2, "lora_alpha": 3, "velora_config": {"num_groups": 4}}),
+    Case("monteclora", "LORA", {"r": 2, "lora_alpha": 3, "monteclora_config": {"num_samples": 3}}),
     Case("kasa", "LORA", {"r": 2, "lora_alpha": 3, "kasa_config": {"gamma": 0.1}}, identity=False, mutates=True),
     Case("bdlora", "LORA", {"r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["up", "down", "head"]}}),
     Case(

@@ -185,5 +185,5 @@ def test_every_method_on_a_quantised_layer(case: Case, name: str, tmp_path: Path
         assert torch.equal(model(x), expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(net(name).eval(), tmp_path)(x), expected)
-    model(x).square().sum().backward()
+    model.train()(x).square().sum().backward()
     assert all((p.grad is not None) == (n in tensors(model)) for n, p in model.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tests.methods.formulas import add, lora, product, transposed
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, tokens
-from trimtab import BdLoraConfig, KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
+from trimtab import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
 from trimtab.methods.alora import invoked
 
 R, ALPHA = 4, 6
@@ -160,3 +161,42 @@ def test_velora_trains_a_on_what_is_left_of_its_input() -> None:
     same(x.grad, product([[1.0] * 5] * 7, lora(W, A, B, R, ALPHA)))
     with pytest.raises(ValueError, match="`num_groups` should be positive"):
         VeloraConfig(num_groups=0)
+
+
+def test_monteclora_draws_a_in_training_alone() -> None:
+    prior, weight, x = 0.4, 3.0, image()
+    config = MontecloraConfig(num_samples=2, sample_scaler=0.5, dirichlet_prior=prior, kl_loss_weight=weight)
+    model = adapted(variant(monteclora_config=config))
+    W, A, B = factors(model)
+    same(merged(model, "linear"), lora(W, A, B, R, ALPHA))
+    merging_changes_nothing(model, x)
+    layer = model.get_base_model().linear
+    sampler = layer.lora_monteclora_sampler["default"]
+    torch.manual_seed(3)
+    model.train()
+    y, z = model(x), model(x)
+    assert float((y - z).detach().abs().max()) > 1e-3
+    same(model.base_model.penalties()["default"], model.base_model.penalties()["default"])
+    r, v = R, [math.exp(2 * s) for s in numbers(sampler.std_prior)]
+    g = [row[i] for i, row in enumerate(numbers(sampler.gaussian_var_prior))]
+    a = [math.exp(p) for p in numbers(sampler.expert_weights_prior)]
+    wishart = 0.5 * r * sum(t - math.log(t) - 1 for t in v)
+    normal = 0.5 * 2 * sum(t - math.log(t) - 1 for t in g)
+    digamma = [float(torch.digamma(torch.tensor(t, dtype=torch.float64))) for t in (*a, sum(a))]
+    weights = math.lgamma(sum(a)) - math.lgamma(2 * prior) + sum(math.lgamma(prior) - math.lgamma(t) for t in a)
+    weights += sum((t - prior) * (d - digamma[-1]) for t, d in zip(a, digamma[:2], strict=True))
+    same(model.base_model.penalties()["default"], weight * (weights + wishart + normal), 1e-9)
+    assert abs(sum(numbers(sampler.expert_weights)) - 1) < 1e-12
+    losses = []
+    for step in (0.0, 1e-6, -1e-6):  # the gradient of one draw
+        torch.manual_seed(7)
+        with torch.no_grad():
+            sampler.std_prior[0] += step
+        losses.append(model(x).square().sum() + model.base_model.penalties()["default"])
+        with torch.no_grad():
+            sampler.std_prior[0] -= step
+    losses[0].backward()
+    assert sampler.expert_weights_prior.grad.abs().min() > 0
+    assert abs(float((losses[1] - losses[2]).detach()) / 2e-6 - float(sampler.std_prior.grad[0])) < 1e-4
+    with pytest.raises(ValueError, match="`num_samples` should be positive"):
+        MontecloraConfig(num_samples=0)

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bd_a": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_a": PROJECTIONS})},
     "bd_b": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_b": ["q_proj"], "match_strict": False})},
     "mica": {"init_lora_weights": "mica"},
+    "monteclora": {"monteclora_config": ("MontecloraConfig", {"num_samples": 3, "sample_scaler": 0.0})},
     "velora": {"velora_config": ("VeloraConfig", {"num_groups": 3, "scale": 1.5})},
     "velora_once": {"velora_config": ("VeloraConfig", {"init_type": "batch_average_once", "num_groups": 4})},
     "velora_random": {"velora_config": ("VeloraConfig", {"init_type": "random", "num_groups": 5})},
@@ -115,6 +116,53 @@ def test_what_velora_trains_on(case: str) -> None:
         for key, value in theirs.named_buffers():
             if "lora_" in key:
                 near(held[key], value)
+
+
+def sampled(library: Any, **fields: Any) -> tuple[Any, Any]:
+    """(a layer that draws its A, the model): a linear map of 6 features of rank 3, moved off its start."""
+    torch.manual_seed(0)
+    settings = library.MontecloraConfig(num_samples=3, sample_scaler=0.5, kl_loss_weight=2.0, **fields)
+    config = library.LoraConfig(r=3, target_modules=["0"], monteclora_config=settings)
+    model = quiet(library.get_peft_model, torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), config)
+    layer = model.get_submodule("base_model.model.0")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+        layer.lora_monteclora_sampler["default"].std_prior.copy_(torch.tensor([0.1, 0.5, 0.9]))
+        layer.lora_monteclora_sampler["default"].expert_weights_prior.copy_(torch.tensor([0.2, 1.0, 1.4]))
+    return layer, model.train()
+
+
+def test_what_monteclora_draws() -> None:
+    """Equal in distribution: the variance of each row of A, and the mixture's weights."""
+    found = []
+    for library in BOTH:
+        layer, model = sampled(library)
+        start, x, seen, weights = layer.base_layer.weight, torch.eye(6), [], []
+        A, inverse = layer.lora_A["default"].weight, torch.linalg.pinv(layer.lora_B["default"].weight)
+        with torch.no_grad():
+            for _ in range(2000):
+                seen.append(inverse @ (model(x).T - start) / layer.scaling["default"] - A)
+                weights.append(layer.lora_monteclora_sampler["default"].expert_weights.clone())
+        logs = torch.stack(weights).log()
+        spread = (logs[:, 1:] - logs[:, :1]).std(0), (logs[:, 1:] - logs[:, :1]).mean(0)
+        found.append((torch.stack(seen).square().mean((0, 2)), *spread))
+    for ours, theirs in zip(*found, strict=True):
+        near(ours / theirs.abs(), theirs.sign(), 0.15)
+
+
+def test_penalty_of_monteclora() -> None:
+    """PEFT's divergence of the weights has a wrong sign: here, where the others are zero, it is negative."""
+    losses = []
+    for library in BOTH:
+        layer, model = sampled(library, use_entropy=True)
+        with torch.no_grad():
+            layer.lora_monteclora_sampler["default"].std_prior.zero_()
+        tuner = model.base_model
+        losses.append(tuner.penalties()["default"] if library is trimtab else tuner._get_monteclora_loss("default"))
+    alpha = torch.tensor([0.2, 1.0, 1.4]).exp()
+    exact = torch.distributions.kl_divergence(*map(torch.distributions.Dirichlet, (alpha, torch.full((3,), 0.1))))
+    near(losses[0], 2 * exact + 1 / 3)
+    assert losses[1] < 0
 
 
 def test_what_alora_adapts_while_generating() -> None:

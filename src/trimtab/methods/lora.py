@@ -27,6 +27,7 @@ VARIANTS = {
     "use_dora": "dora:Dora",
     "alora_invocation_tokens": "alora:ALora",
     "velora_config": "velora:Velora",
+    "monteclora_config": "monteclora:Monteclora",
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
     "init_lora_weights=mica": "mica:Mica",
@@ -92,13 +93,13 @@ class LoraConfig(LayerConfig):
         "corda_config": "init.corda:CordaConfig",
         "lora_ga_config": "init.lora_ga:LoraGAConfig",
         "velora_config": "methods.velora:VeloraConfig",
+        "monteclora_config": "methods.monteclora:MontecloraConfig",
         "kasa_config": "methods.kasa:KasaConfig",
         "use_bdlora": "methods.bdlora:BdLoraConfig",
     }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "monteclora_config": "MonteCLoRA is not built in",
         "arrow_config": "Arrow is not built in",
         "use_qalora": "QA-LoRA is not built in",
         "qalora_group_size": "QA-LoRA is not built in",

@@ -52,7 +52,7 @@ class Compressed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, n: int, c: float) -> Tensor:
-        """The product; `v` (in / n,) is a unit vector, `c` the scale of what is rebuilt."""
+        """The product; `v` (d,) is a unit vector, `c` the scale of what is rebuilt."""
         ctx.save_for_backward(grouped(x, n) @ v if ctx.needs_input_grad[1] else None, A, v)
         ctx.c, ctx.width = c, x.shape[-1]
         return F.linear(x, A)
@@ -79,7 +79,7 @@ class Velora(LowRank):
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         size = -(-site.fan_in // config.velora_config.num_groups)
-        return cls.pair(site, config.r) | {"lora_velora_embed": Leaf((size,), train=False, buffer=True)}  # (in / n,)
+        return cls.pair(site, config.r) | {"lora_velora_embed": Leaf((size,), train=False, buffer=True)}  # (d,)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -93,7 +93,7 @@ class Velora(LowRank):
 
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
-        """v (in / n,) for an input in training."""
+        """v (d,) for an input in training."""
         own, held = self.options.velora_config, self.lora_velora_embed
         if own.init_type == "batch_average" or (own.init_type == "batch_average_once" and not held.any()):
             mean = grouped(x.to(held.dtype), own.num_groups).flatten(0, -2).mean(0)

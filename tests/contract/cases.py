@@ -85,6 +85,7 @@ CASES = [
         sites=LINEAR[:2],
     ),
     Case("mica", "LORA", {"r": 2, "lora_alpha": 3, "init_lora_weights": "mica"}),
+    Case("qalora", "LORA", {"r": 2, "lora_alpha": 3, "use_qalora": True}),
     Case("lora-tied", "LORA", {"r": 2, "lora_alpha": 3, "ensure_weight_tying": True}),
     Case("lora-tokens", "LORA", {"r": 2, "trainable_token_indices": {"embed": [1, 5]}}, sites=LINEAR),
     Case("tokens", "TRAINABLE_TOKENS", {"token_indices": [1, 2, 5]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.methods.formulas import add, lora, product, transposed
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import llama, tokens
 from trimtab import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
+from trimtab.errors import PeftWarning
 from trimtab.methods.alora import invoked
 
 R, ALPHA = 4, 6
@@ -200,3 +202,53 @@ def test_monteclora_draws_a_in_training_alone() -> None:
     assert abs(float((losses[1] - losses[2]).detach()) / 2e-6 - float(sampler.std_prior.grad[0])) < 1e-4
     with pytest.raises(ValueError, match="`num_samples` should be positive"):
         MontecloraConfig(num_samples=0)
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as GPTQ's library keeps it: whole numbers, and the group of each feature."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("qweight", (weight * 50).round().to(torch.int8))
+        self.register_buffer("g_idx", torch.arange(self.in_features) // 3)
+        self.register_buffer("scales", torch.tensor(0.02))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight * self.scales).T
+
+
+def test_qalora_sums_the_input_of_gptq_layers(tmp_path: Path) -> None:
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"linear": Packed(torch.randn(5, 12))})
+
+    config = variant(use_qalora=True, qalora_group_size=3)
+    model = get_peft_model(net(), config).eval()
+    layer = model.get_base_model()["linear"]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (A.shape, B.shape) == ((R, 4), (5, R))
+    torch.nn.init.normal_(B)
+    x = torch.randn(2, 7, 12, dtype=A.dtype)
+    sums = [[sum(row[3 * g : 3 * g + 3]) for g in range(4)] for row in numbers(x.flatten(0, 1))]
+    update = product(product(sums, transposed(numbers(A))), transposed(numbers(B)))
+    same(layer(x).flatten(0, 1), add(numbers(layer.base_layer(x).flatten(0, 1)), update, ALPHA / R), 1e-5)
+    same(
+        layer.get_delta_weight("default") @ x.flatten(0, 1).T,
+        transposed([[ALPHA / R * v for v in u] for u in update]),
+        1e-5,
+    )
+    layer(x).sum().backward()
+    assert A.grad.shape == A.shape
+    model.save_pretrained(tmp_path)
+    read = PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(read.get_base_model()["linear"](x), layer(x))
+    with pytest.raises(ValueError, match="12 features should be divisible by `qalora_group_size` 5"):
+        get_peft_model(net(), variant(use_qalora=True, qalora_group_size=5))
+
+
+def test_qalora_speaks_up_where_it_is_plain_lora() -> None:
+    with pytest.warns(PeftWarning, match="none of the adapted layers is one"):
+        model = adapted(variant(use_qalora=True))
+    W, A, B = factors(model)
+    same(merged(model, "linear"), lora(W, A, B, R, ALPHA))

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bd_b": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_b": ["q_proj"], "match_strict": False})},
     "mica": {"init_lora_weights": "mica"},
     "monteclora": {"monteclora_config": ("MontecloraConfig", {"num_samples": 3, "sample_scaler": 0.0})},
+    "qalora": {"use_qalora": True},
     "velora": {"velora_config": ("VeloraConfig", {"num_groups": 3, "scale": 1.5})},
     "velora_once": {"velora_config": ("VeloraConfig", {"init_type": "batch_average_once", "num_groups": 4})},
     "velora_random": {"velora_config": ("VeloraConfig", {"init_type": "random", "num_groups": 5})},

@@ -30,6 +30,7 @@ VARIANTS = {
     "monteclora_config": "monteclora:Monteclora",
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
+    "use_qalora": "qalora:QaLora",
     "init_lora_weights=mica": "mica:Mica",
     "ensure_weight_tying": "tied:Tied",
 }
@@ -101,8 +102,6 @@ class LoraConfig(LayerConfig):
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
         "arrow_config": "Arrow is not built in",
-        "use_qalora": "QA-LoRA is not built in",
-        "qalora_group_size": "QA-LoRA is not built in",
         "layer_replication": "replicating layers is not built in",
     }
 

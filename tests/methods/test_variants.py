@@ -11,9 +11,9 @@ import torch
 
 from tests.methods.formulas import add, lora, product, transposed
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
-from tests.models import llama, tokens
+from tests.models import assert_untouched, llama, snapshot, tokens
 from trimtab import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
-from trimtab.errors import PeftWarning
+from trimtab.errors import ConfigError, PeftWarning
 from trimtab.methods.alora import invoked
 
 R, ALPHA = 4, 6
@@ -252,3 +252,44 @@ def test_qalora_speaks_up_where_it_is_plain_lora() -> None:
         model = adapted(variant(use_qalora=True))
     W, A, B = factors(model)
     same(merged(model, "linear"), lora(W, A, B, R, ALPHA))
+
+
+def test_layers_that_are_repeated(tmp_path: Path) -> None:
+    x = tokens(vocabulary=64)
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 1)], init_lora_weights=False)
+    base, before = llama(tie_word_embeddings=True), snapshot(llama(tie_word_embeddings=True))["bits"]
+    whole = snapshot(base)
+    with pytest.raises(ConfigError, match=r"\[\(1, 3\)\] are no ranges"):
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 1), (1, 3)]))
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(base, LoraConfig(target_modules=["nowhere"], layer_replication=[(0, 2), (0, 1)]))
+    assert base.config.num_hidden_layers == 2
+    model = get_peft_model(base, config).eval()
+    layers = base.model.layers
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2] == list(range(base.config.num_hidden_layers))
+    assert layers[2].mlp.up_proj.weight is layers[0].mlp.up_proj.weight
+    adapters = {layer.self_attn.q_proj.lora_A["default"].weight.data_ptr() for layer in layers}
+    assert len(adapters) == 3
+    expected = model(x).logits
+    step = model(x[:, :-1], use_cache=True)
+    same(model(x[:, -1:], past_key_values=step.past_key_values).logits, expected[:, -1:], 1e-5)
+    model.merge_adapter()
+    same(model(x).logits, expected, 1e-5)
+    assert base.config.tie_word_embeddings
+    model.unmerge_adapter()
+    assert torch.equal(model(x).logits, expected)
+    with pytest.raises(ConfigError, match="must be the model's first"):
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 1), (0, 1)]))
+    model.add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("again", config)
+    assert torch.equal(model(x).logits, expected)
+    model.unload()
+    assert_untouched(base, whole | {"modes": snapshot(base)["modes"]})
+    assert (base.config.num_hidden_layers, [layer.self_attn.layer_idx for layer in base.model.layers]) == (2, [0, 1])
+    assert all(torch.equal(base.state_dict()[key], bits) for key, bits in before.items())
+    merged_model = get_peft_model(base, config).eval()
+    expected = merged_model(x).logits
+    deep = merged_model.merge_and_unload()
+    same(deep(x).logits, expected, 1e-5)
+    deep.save_pretrained(tmp_path)
+    same(type(deep).from_pretrained(tmp_path)(x).logits, expected, 1e-5)

@@ -244,3 +244,27 @@ def test_a_file_whose_tied_layers_differ(tmp_path: Path) -> None:
     quiet(theirs.save_pretrained, str(tmp_path))
     with pytest.raises(ValueError, match="not what the file has for the layer that is tied to it"):
         quiet(trimtab.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_layers_that_are_repeated(name: str, tmp_path: Path) -> None:
+    """PEFT merges the updates of repeated layers into the one weight they share."""
+    fields = {"target_modules": ["q_proj", "query", "value"], "r": 4, "layer_replication": [(0, 2), (1, 2)]}
+    ours, theirs = (quiet(lib.get_peft_model, build(name), quiet(lib.LoraConfig, **fields)) for lib in BOTH)
+    stir(theirs)
+    assert trainable(ours) == trainable(theirs)
+    with torch.no_grad():
+        held = dict(ours.named_parameters())
+        for key, parameter in theirs.named_parameters():
+            held[key].copy_(parameter)
+    expected = run(theirs.eval(), name)
+    near(run(ours.eval(), name), expected)
+    for model, folder in ((ours, "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    for folder in "01":
+        for library in BOTH:
+            read = quiet(library.PeftModel.from_pretrained, build(name), str(tmp_path / folder))
+            near(run(read.eval(), name), expected)
+    near(run(quiet(ours.merge_and_unload), name), expected)
+    assert float((run(quiet(theirs.merge_and_unload), name) - expected).detach().abs().max()) > 0.1

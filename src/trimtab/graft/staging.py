@@ -17,6 +17,7 @@ from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
 from trimtab.graft.selection import choose, companions
+from trimtab.graft.stack import replicate
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
 from trimtab.layer.copies import SavedModule
@@ -50,6 +51,7 @@ class Stage:
         Args:
             known: by config, of adapters that were added before; a new one is put in.
         """
+        replicate(self.base, config)
         key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
         found = known.get(key)
         if found is not None and self._stands(found, autocast):

@@ -102,7 +102,6 @@ class LoraConfig(LayerConfig):
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
         "arrow_config": "Arrow is not built in",
-        "layer_replication": "replicating layers is not built in",
     }
 
     def __post_init__(self) -> None:

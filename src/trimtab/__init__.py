@@ -17,6 +17,7 @@ _PUBLIC = {
     "trimtab.core.config": ["PeftType", "TaskType", "PromptLearningConfig"],
     "trimtab.methods": ["PeftConfig", "register_method"],
     "trimtab.methods.lora": ["LoraRuntimeConfig"],
+    "trimtab.methods.arrow": ["ArrowConfig"],
     "trimtab.methods.bdlora": ["BdLoraConfig"],
     "trimtab.methods.kasa": ["KasaConfig"],
     "trimtab.methods.monteclora": ["MontecloraConfig"],
@@ -25,6 +26,7 @@ _PUBLIC = {
     "trimtab.init.eva": ["EvaConfig"],
     "trimtab.init.loftq": ["LoftQConfig"],
     "trimtab.init.lora_ga": ["LoraGAConfig"],
+    "trimtab.shell.arrow": ["create_arrow_model"],
     "trimtab.shell.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "trimtab.shell.starts": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],
     "trimtab.shell.tasks": [

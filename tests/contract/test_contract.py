@@ -60,7 +60,7 @@ def base_output(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def test_every_method_has_a_row() -> None:
     assert not missing(), f"add a row for each to {Case.__module__}"
-    for field in VARIANTS:
+    for field in VARIANTS.keys() - {"arrow_config"}:  # which acts through other adapters alone
         assert any(chooses(field, case.options) for case in CASES), f"no row sets `{field}`"
 
 

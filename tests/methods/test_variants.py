@@ -12,7 +12,17 @@ import torch
 from tests.methods.formulas import add, lora, product, transposed
 from tests.methods.nets import adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
 from tests.models import assert_untouched, llama, snapshot, tokens
-from trimtab import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
+from trimtab import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PeftModel,
+    VeloraConfig,
+    create_arrow_model,
+    get_peft_model,
+)
 from trimtab.errors import ConfigError, PeftWarning
 from trimtab.methods.alora import invoked
 
@@ -293,3 +303,40 @@ def test_layers_that_are_repeated(tmp_path: Path) -> None:
     same(deep(x).logits, expected, 1e-5)
     deep.save_pretrained(tmp_path)
     same(type(deep).from_pretrained(tmp_path)(x).logits, expected, 1e-5)
+
+
+def test_arrow_sends_each_token_to_the_adapters_it_points_to(tmp_path: Path) -> None:
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"linear": torch.nn.Linear(6, 5)})
+
+    paths = []
+    for i in range(4):
+        model = get_peft_model(net(), variant())
+        torch.nn.init.normal_(model.get_base_model()["linear"].lora_B["default"].weight)
+        torch.nn.init.normal_(model.get_base_model()["linear"].lora_A["default"].weight)
+        model.save_pretrained(tmp_path / str(i))
+        paths.append(str(tmp_path / str(i)))
+    config = ArrowConfig(top_k=2, router_temperature=0.5, use_gks=True)
+    model = create_arrow_model(net(), paths[:3], config, paths[3:])
+    layer = model.get_base_model()["linear"]
+    x = torch.randn(7, 6)
+    y, base = layer(x), layer.base_layer(x)
+    general = [layer.lora_A["gks_0"].weight, layer.lora_B["gks_0"].weight]
+    deltas, directions = [], []
+    for i in range(3):
+        A, B = layer.lora_A[f"task_{i}"].weight - general[0], layer.lora_B[f"task_{i}"].weight - general[1]
+        deltas.append((B @ A).detach())
+        directions.append(torch.linalg.svd(deltas[-1]).Vh[0])
+    for row, out, plain in zip(x, y, base, strict=True):
+        match = [abs(float(p @ row)) for p in directions]
+        best = sorted(range(3), key=lambda i: -match[i])[:2]
+        total = sum(math.exp(match[i] / 0.5) for i in best)
+        expected = plain + sum(math.exp(match[i] / 0.5) / total * ALPHA / R * (deltas[i] @ row) for i in best)
+        same(out, expected, 1e-5)
+    model.set_adapter("task_1")
+    same(layer(x), base + ALPHA / R * x @ (layer.lora_B["task_1"].weight @ layer.lora_A["task_1"].weight).T, 1e-5)
+    with pytest.raises(ConfigError, match="`use_gks` needs"):
+        create_arrow_model(net(), paths, config)
+    with pytest.raises(ConfigError, match="`top_k` should be positive"):
+        ArrowConfig(top_k=0)

@@ -268,3 +268,36 @@ def test_layers_that_are_repeated(name: str, tmp_path: Path) -> None:
             near(run(read.eval(), name), expected)
     near(run(quiet(ours.merge_and_unload), name), expected)
     assert float((run(quiet(theirs.merge_and_unload), name) - expected).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("general", "k"), [(0, 1), (0, 2), (2, 3)])
+def test_arrow(general: int, k: int, tmp_path: Path) -> None:
+    paths = []
+    for i in range(3 + general):
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=PROJECTIONS)
+        model = quiet(peft.get_peft_model, build("llama"), config)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.normal_(std=0.3)
+                parameter[(slice(0, 1), ...) if len(parameter) == 4 else (..., slice(0, 1))] *= 8  # PEFT iterates
+        quiet(model.save_pretrained, str(tmp_path / str(i)))
+        paths.append(str(tmp_path / str(i)))
+    made = []
+    for library in BOTH:
+        config = library.ArrowConfig(top_k=k, router_temperature=0.7, use_gks=bool(general))
+        made.append(quiet(library.create_arrow_model, build("llama"), paths[:3], config, paths[3:] or None).eval())
+    ours, theirs = made
+    assert list(ours.peft_config) == list(theirs.peft_config)
+    assert ours.active_adapters == theirs.active_adapters
+    expected = theirs(IDS).logits
+    near(ours(IDS).logits, expected, 1e-4)
+    assert float((ours(IDS).logits - build("llama")(IDS).logits).detach().abs().max()) > 0.1
+    for model in made:
+        with pytest.raises((RuntimeError, ValueError), match="merge"):
+            quiet(model.merge_and_unload)
+    quiet(ours.save_pretrained, str(tmp_path / "ours"))
+    assert weights_file(tmp_path / "ours" / "task_0").keys() == weights_file(tmp_path / "0").keys()
+    ours.delete_adapter("task_1")
+    with pytest.raises(ValueError, match=r"not there: \['task_1'\]"):
+        ours(IDS)

@@ -28,6 +28,7 @@ VARIANTS = {
     "alora_invocation_tokens": "alora:ALora",
     "velora_config": "velora:Velora",
     "monteclora_config": "monteclora:Monteclora",
+    "arrow_config": "arrow:Arrow",
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
     "use_qalora": "qalora:QaLora",
@@ -95,13 +96,13 @@ class LoraConfig(LayerConfig):
         "lora_ga_config": "init.lora_ga:LoraGAConfig",
         "velora_config": "methods.velora:VeloraConfig",
         "monteclora_config": "methods.monteclora:MontecloraConfig",
+        "arrow_config": "methods.arrow:ArrowConfig",
         "kasa_config": "methods.kasa:KasaConfig",
         "use_bdlora": "methods.bdlora:BdLoraConfig",
     }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "arrow_config": "Arrow is not built in",
     }
 
     def __post_init__(self) -> None:

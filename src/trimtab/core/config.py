@@ -140,7 +140,10 @@ class PeftConfig:
         for name, place in self.nested.items():
             if isinstance(value := getattr(self, name), dict):
                 module, _, cls = place.partition(":")
-                setattr(self, name, getattr(import_module(f"trimtab.{module}"), cls)(**value))
+                try:
+                    setattr(self, name, getattr(import_module(f"trimtab.{module}"), cls)(**value))
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"`{name}`: {error}") from error
         check_fields(self)
         self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION

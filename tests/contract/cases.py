@@ -74,6 +74,8 @@ CASES = [
     Case("dora-dropout", "LORA", {"r": 2, "use_dora": True, "lora_dropout": 0.4}),
     Case("dora-pissa", "LORA", {"r": 2, "use_dora": True, "init_lora_weights": "pissa"}, mutates=True),
     Case("alora", "LORA", {"r": 2, "alora_invocation_tokens": [2]}),
+    Case("velora", "LORA", {"r": 2, "lora_alpha": 3, "velora_config": {"num_groups": 4}}),
+    Case("monteclora", "LORA", {"r": 2, "lora_alpha": 3, "monteclora_config": {"num_samples": 3}}),
     Case("kasa", "LORA", {"r": 2, "lora_alpha": 3, "kasa_config": {"gamma": 0.1}}, identity=False, mutates=True),
     Case("bdlora", "LORA", {"r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["up", "down", "head"]}}),
     Case(
@@ -83,6 +85,8 @@ CASES = [
         sites=LINEAR[:2],
     ),
     Case("mica", "LORA", {"r": 2, "lora_alpha": 3, "init_lora_weights": "mica"}),
+    Case("qalora", "LORA", {"r": 2, "lora_alpha": 3, "use_qalora": True}),
+    Case("lora-tied", "LORA", {"r": 2, "lora_alpha": 3, "ensure_weight_tying": True}),
     Case("lora-tokens", "LORA", {"r": 2, "trainable_token_indices": {"embed": [1, 5]}}, sites=LINEAR),
     Case("tokens", "TRAINABLE_TOKENS", {"token_indices": [1, 2, 5]}),
     Case("ia3", "IA3", {"feedforward_modules": ".*down"}),

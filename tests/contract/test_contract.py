@@ -60,7 +60,7 @@ def base_output(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def test_every_method_has_a_row() -> None:
     assert not missing(), f"add a row for each to {Case.__module__}"
-    for field in VARIANTS:
+    for field in VARIANTS.keys() - {"arrow_config"}:  # which acts through other adapters alone
         assert any(chooses(field, case.options) for case in CASES), f"no row sets `{field}`"
 
 
@@ -207,6 +207,11 @@ def test_fused_spelling_equals_weight_spelling(case: Case, site: str, dtype: tor
 
 
 # ---------------------------------------------------------------------- mixed batches
+def slope(parameter: Tensor) -> Tensor:
+    """A copy of the gradient: zeros for what has no part in an evaluation."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
 @everywhere
 def test_mixed_rows_equal_each_alone(case: Case, site: str) -> None:
     model = adapted(case, site)
@@ -217,7 +222,7 @@ def test_mixed_rows_equal_each_alone(case: Case, site: str) -> None:
     weight = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(3))
     model.set_requires_grad(["default", "second"], True)
     (model(x, adapter_names=names) * weight).sum().backward()
-    together = {n: p.grad.clone() for a in ("default", "second") for n, p in tensors(model, a).items()}
+    together = {n: slope(p) for a in ("default", "second") for n, p in tensors(model, a).items()}
     for name in ("default", "second"):
         rows = [i for i, n in enumerate(names) if n == name]
         model.set_adapter(name)
@@ -226,7 +231,7 @@ def test_mixed_rows_equal_each_alone(case: Case, site: str) -> None:
         close(mixed[rows], alone, torch.float32)
         (alone * weight[rows]).sum().backward()
         for key, parameter in tensors(model, name).items():
-            close(together[key], parameter.grad, torch.float32)
+            close(together[key], slope(parameter), torch.float32)
     close(mixed[[2]], base[[2]], torch.float32)
 
 

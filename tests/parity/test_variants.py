@@ -21,6 +21,11 @@ CASES: dict[str, dict[str, Any]] = {
     "bd_a": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_a": PROJECTIONS})},
     "bd_b": {"use_bdlora": ("BdLoraConfig", {"nblocks": 2, "target_modules_bd_b": ["q_proj"], "match_strict": False})},
     "mica": {"init_lora_weights": "mica"},
+    "monteclora": {"monteclora_config": ("MontecloraConfig", {"num_samples": 3, "sample_scaler": 0.0})},
+    "qalora": {"use_qalora": True},
+    "velora": {"velora_config": ("VeloraConfig", {"num_groups": 3, "scale": 1.5})},
+    "velora_once": {"velora_config": ("VeloraConfig", {"init_type": "batch_average_once", "num_groups": 4})},
+    "velora_random": {"velora_config": ("VeloraConfig", {"init_type": "random", "num_groups": 5})},
     "alora": {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"},
 }
 every = pytest.mark.parametrize("case", CASES)
@@ -36,11 +41,11 @@ def pair(case: str) -> list[Any]:
     """(ours, theirs), holding the same numbers, stirred."""
     models = [quiet(library.get_peft_model, build("llama"), config_of(library, case)) for library in BOTH]
     stir(models[1])
-    held = dict(models[0].named_parameters())
+    held, given = (dict([*m.named_parameters(), *m.named_buffers()]) for m in models)
     with torch.no_grad():
-        for name, parameter in models[1].named_parameters():
+        for name, tensor in given.items():
             if "lora_" in name:
-                held[name].copy_(parameter)
+                held[name].copy_(tensor)
     return models
 
 
@@ -55,7 +60,7 @@ def test_names_and_starts(case: str) -> None:
             near(held[name], parameter, 1e-4)  # what KaSA leaves of the base
         if case == "mica" and "lora_B" in name:
             near(held[name] @ held[name].T, parameter @ parameter.T, 1e-4)
-        elif "lora_B" in name and "random" not in case:
+        elif "lora_B" in name and case != "kasa_random":
             assert torch.equal(held[name], parameter)
 
 
@@ -95,6 +100,70 @@ def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
 def test_penalty_of_kasa() -> None:
     ours, theirs = pair("kasa")
     near(ours.base_model.penalties()["default"], theirs.base_model._get_kasa_loss("default"))
+
+
+@pytest.mark.parametrize("case", ["velora", "velora_once", "velora_random"])
+def test_what_velora_trains_on(case: str) -> None:
+    ours, theirs = pair(case)
+    for ids in (IDS, IDS + 3):
+        for model in (ours.train(), theirs.train()):
+            model.zero_grad()
+            model(ids).logits.square().mean().backward()
+        found = dict(ours.named_parameters())
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                near(found[key].grad, parameter.grad)
+        held = dict(ours.named_buffers())
+        for key, value in theirs.named_buffers():
+            if "lora_" in key:
+                near(held[key], value)
+
+
+def sampled(library: Any, **fields: Any) -> tuple[Any, Any]:
+    """(a layer that draws its A, the model): a linear map of 6 features of rank 3, moved off its start."""
+    torch.manual_seed(0)
+    settings = library.MontecloraConfig(num_samples=3, sample_scaler=0.5, kl_loss_weight=2.0, **fields)
+    config = library.LoraConfig(r=3, target_modules=["0"], monteclora_config=settings)
+    model = quiet(library.get_peft_model, torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False)), config)
+    layer = model.get_submodule("base_model.model.0")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+        layer.lora_monteclora_sampler["default"].std_prior.copy_(torch.tensor([0.1, 0.5, 0.9]))
+        layer.lora_monteclora_sampler["default"].expert_weights_prior.copy_(torch.tensor([0.2, 1.0, 1.4]))
+    return layer, model.train()
+
+
+def test_what_monteclora_draws() -> None:
+    """Equal in distribution: the variance of each row of A, and the mixture's weights."""
+    found = []
+    for library in BOTH:
+        layer, model = sampled(library)
+        start, x, seen, weights = layer.base_layer.weight, torch.eye(6), [], []
+        A, inverse = layer.lora_A["default"].weight, torch.linalg.pinv(layer.lora_B["default"].weight)
+        with torch.no_grad():
+            for _ in range(2000):
+                seen.append(inverse @ (model(x).T - start) / layer.scaling["default"] - A)
+                weights.append(layer.lora_monteclora_sampler["default"].expert_weights.clone())
+        logs = torch.stack(weights).log()
+        spread = (logs[:, 1:] - logs[:, :1]).std(0), (logs[:, 1:] - logs[:, :1]).mean(0)
+        found.append((torch.stack(seen).square().mean((0, 2)), *spread))
+    for ours, theirs in zip(*found, strict=True):
+        near(ours / theirs.abs(), theirs.sign(), 0.15)
+
+
+def test_penalty_of_monteclora() -> None:
+    """PEFT's divergence of the weights has a wrong sign: here, where the others are zero, it is negative."""
+    losses = []
+    for library in BOTH:
+        layer, model = sampled(library, use_entropy=True)
+        with torch.no_grad():
+            layer.lora_monteclora_sampler["default"].std_prior.zero_()
+        tuner = model.base_model
+        losses.append(tuner.penalties()["default"] if library is trimtab else tuner._get_monteclora_loss("default"))
+    alpha = torch.tensor([0.2, 1.0, 1.4]).exp()
+    exact = torch.distributions.kl_divergence(*map(torch.distributions.Dirichlet, (alpha, torch.full((3,), 0.1))))
+    near(losses[0], 2 * exact + 1 / 3)
+    assert losses[1] < 0
 
 
 def test_what_alora_adapts_while_generating() -> None:
@@ -139,3 +208,96 @@ def test_variants_that_do_not_go_together() -> None:
             config = library.LoraConfig(r=4, use_bdlora=settings)
             with pytest.raises(ValueError, match=message):
                 quiet(library.get_peft_model, llama(), config)
+
+
+@pytest.mark.parametrize("target", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids=str)
+def test_tied_layers(target: list[str], tmp_path: Path) -> None:
+    """PEFT keeps the pair as two parameters on one storage, and its merge adds their update twice."""
+    fields = {"target_modules": target, "r": 4, "lora_alpha": 6, "ensure_weight_tying": True}
+    theirs, ours = (
+        quiet(lib.get_peft_model, build("llama_tied"), quiet(lib.LoraConfig, **fields)) for lib in (peft, trimtab)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name and "lm_head" not in name:  # the head's are views of the embedding's
+                parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    for model, folder in ((theirs, "1"), (ours, "0")):
+        quiet(model.eval().save_pretrained, str(tmp_path / folder))
+    mine, yours = (weights_file(tmp_path / folder) for folder in "01")
+    adapted = {k: v.shape for k, v in yours.items() if "lora_" in k}
+    assert {k: v.shape for k, v in mine.items() if "lora_" in k} == adapted
+    read = quiet(trimtab.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path / "1")).eval()
+    near(read(IDS).logits, theirs(IDS).logits)
+    quiet(read.save_pretrained, str(tmp_path / "2"))
+    again = quiet(peft.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path / "2")).eval()
+    near(again(IDS).logits, theirs(IDS).logits)
+    expected = theirs(IDS).logits
+    near(quiet(read.merge_and_unload)(IDS).logits, expected)
+    assert float((quiet(theirs.merge_and_unload)(IDS).logits - expected).detach().abs().max()) > 0.1
+
+
+def test_a_file_whose_tied_layers_differ(tmp_path: Path) -> None:
+    """PEFT's fall apart on half-precision bases."""
+    fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    theirs = quiet(peft.get_peft_model, build("llama_tied", torch.bfloat16), peft.LoraConfig(**fields))
+    stir(theirs)
+    quiet(theirs.save_pretrained, str(tmp_path))
+    with pytest.raises(ValueError, match="not what the file has for the layer that is tied to it"):
+        quiet(trimtab.PeftModel.from_pretrained, build("llama_tied"), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_layers_that_are_repeated(name: str, tmp_path: Path) -> None:
+    """PEFT merges the updates of repeated layers into the one weight they share."""
+    fields = {"target_modules": ["q_proj", "query", "value"], "r": 4, "layer_replication": [(0, 2), (1, 2)]}
+    ours, theirs = (quiet(lib.get_peft_model, build(name), quiet(lib.LoraConfig, **fields)) for lib in BOTH)
+    stir(theirs)
+    assert trainable(ours) == trainable(theirs)
+    with torch.no_grad():
+        held = dict(ours.named_parameters())
+        for key, parameter in theirs.named_parameters():
+            held[key].copy_(parameter)
+    expected = run(theirs.eval(), name)
+    near(run(ours.eval(), name), expected)
+    for model, folder in ((ours, "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    for folder in "01":
+        for library in BOTH:
+            read = quiet(library.PeftModel.from_pretrained, build(name), str(tmp_path / folder))
+            near(run(read.eval(), name), expected)
+    near(run(quiet(ours.merge_and_unload), name), expected)
+    assert float((run(quiet(theirs.merge_and_unload), name) - expected).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("general", "k"), [(0, 1), (0, 2), (2, 3)])
+def test_arrow(general: int, k: int, tmp_path: Path) -> None:
+    paths = []
+    for i in range(3 + general):
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=PROJECTIONS)
+        model = quiet(peft.get_peft_model, build("llama"), config)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.normal_(std=0.3)
+                parameter[(slice(0, 1), ...) if len(parameter) == 4 else (..., slice(0, 1))] *= 8  # PEFT iterates
+        quiet(model.save_pretrained, str(tmp_path / str(i)))
+        paths.append(str(tmp_path / str(i)))
+    made = []
+    for library in BOTH:
+        config = library.ArrowConfig(top_k=k, router_temperature=0.7, use_gks=bool(general))
+        made.append(quiet(library.create_arrow_model, build("llama"), paths[:3], config, paths[3:] or None).eval())
+    ours, theirs = made
+    assert list(ours.peft_config) == list(theirs.peft_config)
+    assert ours.active_adapters == theirs.active_adapters
+    expected = theirs(IDS).logits
+    near(ours(IDS).logits, expected, 1e-4)
+    assert float((ours(IDS).logits - build("llama")(IDS).logits).detach().abs().max()) > 0.1
+    for model in made:
+        with pytest.raises((RuntimeError, ValueError), match="merge"):
+            quiet(model.merge_and_unload)
+    quiet(ours.save_pretrained, str(tmp_path / "ours"))
+    assert weights_file(tmp_path / "ours" / "task_0").keys() == weights_file(tmp_path / "0").keys()
+    ours.delete_adapter("task_1")
+    with pytest.raises(ValueError, match=r"not there: \['task_1'\]"):
+        ours(IDS)

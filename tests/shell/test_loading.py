@@ -104,7 +104,7 @@ BROKEN: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target_modules": ["nowhere"]}, NoMatchingPeftModuleError, "not found in the base model"),
     ({"target_modules": "up"}, AdapterFileError, "unexpected keys"),
     ({"bias": "most"}, ConfigError, "`bias` should be one of"),
-    ({"use_qalora": True}, NotImplementedError, "`use_qalora=True`"),
+    ({"megatron_config": {"a": 1}}, NotImplementedError, "`megatron_config="),
     ({"init_lora_weights": "magic"}, ConfigError, "magic"),
     ({"modules_to_save": ["embed"], "target_modules": ["embed"]}, NoMatchingPeftModuleError, "excluded"),
 ]  # fmt: skip

@@ -110,7 +110,7 @@ def test_checkpointing_and_batches_of_any_size_change_no_loss(settings, tmp_path
     whole = run(settings, tmp_path / "d", max_steps=1, per_device_train_batch_size=24)
     assert split.result.losses[0][1] == pytest.approx(whole.result.losses[0][1], rel=1e-6)
     with pytest.raises(ConfigError, match="does not act yet"):
-        run(settings, tmp_path / "e", use_qalora=True)
+        run(settings, tmp_path / "e", megatron_config={"a": 1})
 
 
 @pytest.mark.parametrize("more", [{"method": "multitask_prompt_tuning"}, {"method": "poly", "n_tasks": 2}])

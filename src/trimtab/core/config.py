@@ -143,7 +143,7 @@ class PeftConfig:
                 try:
                     setattr(self, name, getattr(import_module(f"trimtab.{module}"), cls)(**value))
                 except (TypeError, ValueError) as error:
-                    raise ConfigError(f"`{name}` {value!r} does not make a {cls}: {error}") from error
+                    raise ConfigError(f"`{name}`: {error}") from error
         check_fields(self)
         self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION

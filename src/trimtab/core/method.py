@@ -130,6 +130,7 @@ class Method:
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
+    echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
@@ -249,11 +250,15 @@ class Method:
 
     def place_of(self, leaf: str) -> tuple[dict[str, Any], str]:
         """Where a leaf's tensor is registered: (parameters or buffers of a module, its key there)."""
-        return self.places[leaf_alias(leaf)]
+        return self.places[leaf_alias(self.source(leaf))]
+
+    def source(self, leaf: str) -> str:
+        """The leaf of the layer which keeps the tensors that is this layer's `leaf`."""
+        return leaf
 
     def tensor(self, leaf: str) -> Any:
         """A leaf's tensor as it is registered now."""
-        holder, key = self.places[leaf_alias(leaf)]
+        holder, key = self.place_of(leaf)
         return holder[key]
 
     def twin(self, adapter: str, options: Any) -> Any:

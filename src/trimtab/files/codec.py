@@ -58,6 +58,7 @@ class Slot:
     method: Any = None  # whose tensor it is, under the name `leaf`: it may keep another shape in memory than on disk
     leaf: str = ""
     state: bool = False  # of the state of training: kept in checkpoints, not in the adapter's file
+    echo: bool = False  # a tied layer keeps the tensor, and its file has it there, too
 
     def on_disk(self, prefix: str = "base_model.model.") -> str:
         """The whole key on disk; `prefix` is what stands before a module's path."""
@@ -120,6 +121,13 @@ class Slot:
             self.holder.method.restore(self.name, value)
             return
         value, old = self.unpacked(value), self.get()
+        if self.echo:
+            if old.device.type != "meta" and not torch.equal(value.to(old.device, old.dtype), old):
+                raise AdapterFileError(
+                    f"'{self.disk}' is not what the file has for the layer that is tied to it, though the config says "
+                    "`ensure_weight_tying`: load it with ensure_weight_tying=False to keep the two apart."
+                )
+            return
         if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own
             offload.install(self.holder, {self.name: nn.Parameter(value.to(old.dtype), requires_grad=False)})
             return
@@ -324,7 +332,7 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
         if key in tensors and not slot.takes(tensors[key])
     ]
     return Fit(
-        missing=[k for k, slot in wanted.items() if k not in tensors and not slot.optional],
+        missing=[k for k, slot in wanted.items() if k not in tensors and not (slot.optional or slot.echo)],
         unexpected=[
             k
             for k in tensors

@@ -24,6 +24,11 @@ class Base:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.read()
+
+    def read(self) -> None:
+        """Read the model anew."""
+        model = self.model
         self.modules: dict[str, nn.Module] = {}
         self.holders: dict[str, list[tuple[nn.Module, str]]] = {}
         self.layers: dict[str, AdaptedLayer] = {}

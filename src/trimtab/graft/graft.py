@@ -149,7 +149,7 @@ class Graft:
                 self._forget(self.adapters[name])
             for parameter in free:
                 parameter.requires_grad_(True)
-            self._rename({})
+            self._bare()
             raise
         self._commit(stage, adapter)
         return adapter
@@ -363,7 +363,7 @@ class Graft:
         """Layers and modules that have nothing of any adapter left give way to the base's own."""
         self.base.bare(self.residents.parts())
         if not self.base.layers:
-            self.detours.restore()
+            self.detours.restore(self.model)
         self._rename({})
 
     def unload(self, merge: bool = False, pristine: bool = False) -> nn.Module:
@@ -386,7 +386,7 @@ class Graft:
                 layer.originals.give_back(taker)
         for layer in self.base.layers.values():
             self.base.swap(layer.path, layer.frozen)
-        self.detours.restore()
+        self.detours.restore(self.model)
         for path, wrapper in self.base.saved.items():
             self.base.swap(path, wrapper.chosen() if merge else wrapper.original_module)
         weights.unpin(self.model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trimtab.core.report import warn
+from trimtab.graft import stack
 from trimtab.graft.base import Base
 from trimtab.layer.adapted import AdaptedLayer
 
@@ -55,6 +56,7 @@ def settle(base: Base) -> None:
             layer.originals.settle()
         elif layer.originals.held:
             layer.settle()
+    stack.part(base.model)
 
 
 def merged_adapters(base: Base) -> list[str]:
@@ -76,6 +78,9 @@ def _untie(base: Base, names: Sequence[str]) -> bool:
             for path in owners:
                 base.modules[path]._parameters[param] = first
             continue
+        repeated = stack.stack_of(base.model)
+        if repeated is not None and all(p.startswith(f"{repeated.path}.") for p in owners):
+            continue  # they share it only as long as no adapter is merged
         config = getattr(base.model, "config", None)
         if param == "weight" and config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

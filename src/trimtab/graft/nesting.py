@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.graft import stack
 from trimtab.layer.adapted import AdaptedLayer
 
 Chains = dict[str, list[AdaptedLayer]]  # path of a module -> the layers around it, innermost first
@@ -61,8 +62,9 @@ class Detours:
                     self.undo.append((module, switch, module.__dict__[switch]))
                     module.__dict__[switch] = 0
 
-    def restore(self) -> None:
-        """Open them again."""
+    def restore(self, root: nn.Module) -> None:
+        """Open them again, and put back the layers of a model that was rebuilt."""
         for module, switch, before in self.undo:
             module.__dict__[switch] = before
         self.undo.clear()
+        stack.restore(root)

@@ -32,15 +32,20 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
     for layer in layers:
         own = place(layer, alone)
         for method in layer.methods[adapter.name]:
-            if method.home is not layer:
+            echo = method.home is not layer
+            if echo and not method.echoes:
                 continue
             for leaf, template in method.templates.items():
                 memory, disk = leaf_keys(layer.name, template, adapter.name)
+                if echo:
+                    keeper = next(m for m in method.home.methods[adapter.name] if type(m) is type(method))
+                    source = keeper.templates[method.source(leaf)]
+                    memory = leaf_keys(method.home.name, source, adapter.name)[0]
                 disk = disk if own == layer.name else leaf_keys(own, template, adapter.name)[1]
                 where, name = method.place_of(leaf)
                 declared = method.declared[leaf]
                 slot = Slot(memory, disk, where, name, optional=not declared.file, method=method, leaf=leaf)
-                slot.state = declared.state
+                slot.state, slot.echo = declared.state, echo
                 found.append(slot)
     for name, shared in adapter.layout.shared.items():
         container, _, rest = name.partition(".")

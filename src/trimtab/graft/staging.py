@@ -17,6 +17,7 @@ from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
 from trimtab.graft.selection import choose, companions
+from trimtab.graft.stack import replicate
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
 from trimtab.layer.copies import SavedModule
@@ -50,6 +51,7 @@ class Stage:
         Args:
             known: by config, of adapters that were added before; a new one is put in.
         """
+        replicate(self.base, config)
         key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
         found = known.get(key)
         if found is not None and self._stands(found, autocast):
@@ -93,7 +95,7 @@ class Stage:
                     borrowed = {leaf: i for leaf, i in kept.items() if i != len(layout.places)}
                 home = len(layout.places)
                 if cls.tied:
-                    home = homes.setdefault(id(layer.frozen._parameters["weight"]), home)
+                    home = homes.setdefault(id(layer.frozen._parameters.get(site.param, layer)), home)
                 formula.declared = leaves
                 formula.templates = {name: leaf_template(prefix + leaf_template(name)) for name in leaves}
                 formula.trained = tuple(name for name, leaf in leaves.items() if trains(leaf))
@@ -108,7 +110,7 @@ class Stage:
         plans: dict[str, list[Wanted]] = {t.name: [(method, config.resolve(t.name), "")] for t in targets}
         for target in targets if method.tied else ():
             for path in self.base.tied(target.name):
-                plans.setdefault(path, plans[target.name])
+                plans[path] = plans[target.name]
         for path, companion in companions(self.base, config).items():
             plans.setdefault(path, []).append(companion)
         for target in targets:
@@ -163,6 +165,11 @@ class Stage:
             if self.base.layers_at(path) or any(layer.path == path for layer in adapter.layers):
                 raise ConfigError(
                     f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
+                )
+            if getattr(adapter.config, "ensure_weight_tying", False) and self.base.tied(path):
+                raise ConfigError(
+                    f"`ensure_weight_tying` ties what `target_modules` names; '{path}', trained whole "
+                    f"(`modules_to_save`), would part from {self.base.tied(path)}."
                 )
             wrapper = self.base.saved.get(path)
             if wrapper is None:

@@ -26,9 +26,14 @@ from trimtab.init import complete, mutates, start
 VARIANTS = {
     "use_dora": "dora:Dora",
     "alora_invocation_tokens": "alora:ALora",
+    "velora_config": "velora:Velora",
+    "monteclora_config": "monteclora:Monteclora",
+    "arrow_config": "arrow:Arrow",
     "kasa_config": "kasa:Kasa",
     "use_bdlora": "bdlora:BdLora",
+    "use_qalora": "qalora:QaLora",
     "init_lora_weights=mica": "mica:Mica",
+    "ensure_weight_tying": "tied:Tied",
 }
 
 
@@ -89,19 +94,15 @@ class LoraConfig(LayerConfig):
         "eva_config": "init.eva:EvaConfig",
         "corda_config": "init.corda:CordaConfig",
         "lora_ga_config": "init.lora_ga:LoraGAConfig",
+        "velora_config": "methods.velora:VeloraConfig",
+        "monteclora_config": "methods.monteclora:MontecloraConfig",
+        "arrow_config": "methods.arrow:ArrowConfig",
         "kasa_config": "methods.kasa:KasaConfig",
         "use_bdlora": "methods.bdlora:BdLoraConfig",
     }
     pending = {
         "megatron_config": "Megatron's layers are not supported",
         "megatron_core": "Megatron's layers are not supported",
-        "velora_config": "VeLoRA is not built in",
-        "monteclora_config": "MonteCLoRA is not built in",
-        "arrow_config": "Arrow is not built in",
-        "use_qalora": "QA-LoRA is not built in",
-        "qalora_group_size": "QA-LoRA is not built in",
-        "layer_replication": "replicating layers is not built in",
-        "ensure_weight_tying": "adapters of tied embeddings are kept apart",
     }
 
     def __post_init__(self) -> None:

@@ -162,6 +162,13 @@ CASES = [
         {"u": 4, "save_projection": False, "tinylora_dropout": 0.3, "init_weights": "uniform", "init_v_bound": 1.0},
         identity=False,
     ),
+    Case("frod", "FROD", {"sparse_rate": 0.2}),
+    Case(
+        "frod-found",
+        "FROD",
+        {"sparse_rate": 0.5, "save_projection": False, "frod_dropout": 0.3, "init_weights": False},
+        identity=False,
+    ),
     Case("boft", "BOFT", {"boft_block_size": 2}),
     Case("boft-dropout", "BOFT", {"boft_block_size": 2, "boft_dropout": 0.3}),
     Case("hra", "HRA", {"r": 4}),

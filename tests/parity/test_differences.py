@@ -342,3 +342,34 @@ def test_butterfly_factors_need_an_extension_in_peft(monkeypatch: pytest.MonkeyP
     theirs = method(peft, "BOFT", **fields)
     assert factors(theirs) == {2}
     near(run(ours.eval(), "llama"), run(theirs.eval(), "llama"))
+
+
+def test_frod_amplifies_rounding_where_a_weight_lacks_directions_in_peft() -> None:
+    """A layer of 16 inputs and 8 outputs alone: moving l where W has nothing adds noise in theirs, nothing in ours."""
+    moved = []
+    for library in BOTH:
+        fields = {"target_modules": ["v_proj"], "layers_to_transform": [0], "progressbar": False}
+        model = method(library, "Frod", **fields).eval()
+        layer = model.base_model.model.model.layers[0].self_attn.v_proj
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            y, (l,) = layer(x), layer.frod_lambda_l.values()
+            lacking = l < 1e-6
+            assert int(lacking.sum()) == 8
+            l[lacking] += 1
+            moved.append(float((layer(x) - y).abs().max()))
+    assert moved[0] == 0
+    assert moved[1] > 0.1
+
+
+def test_frod_without_its_basis_is_another_model_elsewhere(tmp_path: Path) -> None:
+    """The signs that PEFT's solver chose are nowhere in the file; ours follow a rule, and a warning names the risk."""
+    fields = {"target_modules": ["q_proj"], "save_projection": False, "sparse_rate": 0.5, "progressbar": False}
+    theirs = method(peft, "Frod", **fields).eval()
+    stir(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert not any("frod_V" in key for key in weights_file(tmp_path))
+    y = run(theirs, "llama")
+    warnings = spoken(trimtab.PeftModel.from_pretrained, build("llama"), str(tmp_path))
+    assert any("PEFT's and ours differ" in text for text in warnings)
+    assert float((run(load(trimtab, "llama", tmp_path).eval(), "llama") - y).detach().abs().max()) > 1e-3

@@ -173,6 +173,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tiny_tied": ("llama", "TinyLora", {"u": 5, "weight_tying": 0.4, "target_modules": "all-linear"}),
     "tiny_embedding": ("llama", "TinyLora", {"u": 5, "r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
     "tiny_drawn": ("bert", "TinyLora", {"u": 5, "r": 20, "save_projection": False, "bias": "tinylora_only"}),
+    "frod_llama": ("llama", "Frod", {"target_modules": PROJECTIONS, "sparse_rate": 0.1}),
+    "frod_gpt2": ("gpt2", "Frod", {"sparse_rate": 0.2, "projection_prng_key": 5, "init_weights": False}),
+    "frod_bert": (
+        "bert",
+        "Frod",
+        {"target_modules": ["query", "dense"], "sparse_rate": 0.05, "regularization_alpha": 0.1, "bias": "frod_only"},
+    ),
     "boft_llama": ("llama", "BOFT", {"boft_block_size": 4}),
     "boft_number": ("bert", "BOFT", {"boft_block_size": 0, "boft_block_num": 2, "bias": "boft_only"}),
     "boft_random": ("bert", "BOFT", {"boft_block_size": 8, "init_weights": False}),
@@ -209,7 +216,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adamss_llama": ("llama", "Adamss", {"r": 99, "num_subspaces": 4, "random_seed": 3}),
 }
 SAMPLED = ("pvera",)  # whose forward is random in training
-STARTS_ALIKE = ("vb_", "lily_")  # whose starting values are drawn in another order: equal in distribution
+# Whose starting values are drawn in another order: equal in distribution.
+STARTS_ALIKE = ("vb_", "lily_", "frod_")
 ONCE = "vblora_vector_bank|unilora_theta_d|tinylora_v"  # kept once; theirs is registered at every layer as well, and found there first
 every = pytest.mark.parametrize("case", CASES)
 STACKED = [
@@ -251,6 +259,7 @@ METHODS_HERE = [
     "Peanut",
     "Beft",
     "TinyLora",
+    "Frod",
     "Lily",
     "Psoft",
     "OSF",
@@ -278,6 +287,8 @@ def pair(case: str) -> tuple[Any, Any]:
     """(ours, theirs), holding the same numbers under the same names, stirred."""
     ours, theirs = (adapt(library, case) for library in BOTH)
     stir(theirs)
+    if case.startswith("frod_"):  # what is fixed has signs of its own, too
+        trimtab.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     with torch.no_grad():
         held = dict(ours.named_parameters())
         for name, parameter in theirs.named_parameters():
@@ -329,10 +340,12 @@ def test_names_shapes_and_starts(case: str) -> None:
     for name, parameter in theirs.named_parameters():
         if not parameter.requires_grad or ".adamss_A." in name:  # theirs is a random approximation of ours
             continue
-        if case.startswith(STARTS_ALIKE) and parameter.unique().numel() > 1:
+        if "frod_lambda_l" in name:  # in another basis of the same space, where eigenvalues are equal
+            near(held[name].norm(), parameter.norm(), 1e-4 if CASES[case][2].get("init_weights", True) else 0.2)
+        elif case.startswith(STARTS_ALIKE) and parameter.unique().numel() > 1:
             assert held[owned(name)].shape == parameter.shape
             assert abs(held[owned(name)].std() / parameter.std() - 1) < 0.2, name
-        else:
+        elif ".adamss_A." not in name:  # theirs is a random approximation of ours
             assert torch.equal(held[owned(name)], parameter), name
     assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
 

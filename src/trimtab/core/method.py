@@ -180,6 +180,9 @@ class Method:
         """Give the tensors their starting values. An initialisation that changes the base returns the new W."""
         raise NotImplementedError
 
+    def follow(self, config: Any) -> None:
+        """Find anew what is not in a file but follows from what is: called when a file's values have come in."""
+
     def weight(self, W: Tensor) -> Tensor:
         """W (..., out, in) -> the adapted W."""
         return W

@@ -221,13 +221,16 @@ def methods_of(adapter: Adapter) -> list[Method]:
     return methods
 
 
-def rejoin(adapter: Adapter) -> None:
-    """Make those tensors one again that several layers share, where each layer was filled by itself."""
+@torch.no_grad()
+def complete(adapter: Adapter) -> None:
+    """When a file's values have come in: those that several layers share are one again, and the rest follows."""
     methods = methods_of(adapter)
     for method, place in zip(methods, adapter.layout.places, strict=True):
         for leaf, i in place.borrowed.items():
             holder, key = method.place_of(leaf)
             holder[key] = methods[i].tensor(leaf)
+    for method in methods:
+        method.follow(method.options)
 
 
 def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
 from trimtab.formats import weights
 from trimtab.graft import merging, prompts, slots
-from trimtab.graft.adapters import Adapter, Layout, common, install, rejoin
+from trimtab.graft.adapters import Adapter, Layout, common, complete, install
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, chains, place
 from trimtab.graft.residents import Residents
@@ -191,7 +191,7 @@ class Graft:
         for slot in wanted:
             if slot.on_disk() in values:
                 slot.put(values[slot.on_disk()])
-        rejoin(adapter)
+        complete(adapter)
 
     def _commit(self, stage: Stage, adapter: Adapter) -> None:
         """Swap in what was staged."""

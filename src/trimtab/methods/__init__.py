@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "DELORA": ("delora", "Delora", "DeloraConfig"),
     "DYLORA": ("dylora", "DyLora", "DyLoraConfig"),
     "FOURIERFT": ("fourierft", "FourierFT", "FourierFTConfig"),
+    "FROD": ("frod", "Frod", "FrodConfig"),
     "GLORA": ("glora", "Glora", "GloraConfig"),
     "GRALORA": ("gralora", "Gralora", "GraloraConfig"),
     "HIRA": ("hira", "Hira", "HiraConfig"),

@@ -18,7 +18,7 @@ from trimtab.errors import AdapterFileError, ConfigError, PeftError
 from trimtab.files import experts, store
 from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
-from trimtab.graft.adapters import Adapter
+from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell.training import Training
 
@@ -120,6 +120,7 @@ class Source:
         for slot in slots:
             if slot.on_disk() in values:
                 slot.put(values[slot.on_disk()])
+        complete(adapter)
         self.resume(graft)
 
     def resume(self, graft: Graft) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.core.report import warn
 from trimtab.files.codec import PREFIX, aligned, fill, fit, from_state, sharded
 from trimtab.files.conversion import Names
-from trimtab.graft.adapters import Adapter
+from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft
 from trimtab.graft.slots import targets_embeddings
 from trimtab.shell.locate import locate_graft as locate_graft
@@ -70,6 +70,7 @@ def set_peft_model_state_dict(
     if found.mismatched:
         warn(f"Some weights have the wrong shape and were left out: {[k for k, _, _ in found.mismatched]}.")
     fill(slots, tensors, prefix)
+    complete(adapter)
     memory = {s.on_disk(prefix): s.in_memory(prefix) for s in slots}
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
 

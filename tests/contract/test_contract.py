@@ -373,6 +373,20 @@ def torch_saved(model: PeftModel) -> PeftModel:
 
 
 @everywhere
+def test_trains_under_autocast(case: Case, site: str) -> None:
+    """On a base in fp32, the backward pass outside of the block, as training loops have it."""
+    model = adapted(case, site).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids()).float().square().mean()
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert found
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32, name
+        assert torch.isfinite(gradient).all(), name
+
+
+@everywhere
 def test_what_a_layer_gives_may_be_written_into(case: Case, site: str) -> None:
     """As models do: `out.add_(...)` on a layer's output, on the way to a gradient."""
     found = []

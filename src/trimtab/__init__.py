@@ -56,6 +56,7 @@ _PUBLIC = {
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
+    "trimtab.layer.head": ["fuse_loss"],
     "trimtab.shell.status": ["get_layer_status", "get_model_status", "TunerLayerStatus", "TunerModelStatus"],
     "trimtab.shell.convert": ["dequantize", "merge_error", "prepare_model_for_kbit_training"],
     "trimtab.shell.prefixes": [

@@ -140,7 +140,7 @@ def get_peft_model(
     require_config(peft_config, "get_peft_model(model, config)")
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    graft = find_graft(model)
+    graft = None if find_graft(model) is None else Graft.of(model)  # which looks whether its adapters are still there
     if graft is not None and graft.adapters:
         replaced = f"Adapter '{adapter_name}' is replaced. " if adapter_name in graft.adapters else ""
         warn(

@@ -35,9 +35,34 @@ def names_at(site: Site) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
 
 
-def first_of(stacks: Sequence[Sequence[Any]]) -> Any:
-    """The first method of any stack."""
-    return next(m for stack in stacks for m in stack)
+def one_projection(config: Any, others: Sequence[Any], key_of: str, saved_of: str) -> None:
+    """Raise unless all adapters draw their projections from one key, and all or none save them.
+
+    Args:
+        key_of: what the method is called in the error about the key; `saved_of`: in that about saving.
+    """
+    for other in others:
+        if other.projection_prng_key != config.projection_prng_key:
+            raise ConfigError(
+                f"{key_of} PRNG initialisation key must be the same for all adapters. Got "
+                f"{config.projection_prng_key=} but previous config had {other.projection_prng_key}."
+            )
+        if other.save_projection != config.save_projection:
+            raise ConfigError(
+                f"{saved_of} projection weights must be saved for all adapters or none, but got multiple different "
+                f"values: {sorted({other.save_projection, config.save_projection})}"
+            )
+
+
+def require_places(site: Site, n: int, name: str) -> None:
+    """Raise unless `n`, a field of that name, is a number of entries that the matrix of a site has."""
+    require_rank(n, name)
+    size = site.fan_in * site.fan_out
+    if n > size:
+        raise ConfigError(
+            f"`{name}` should be less than or equal to the product of the input and output dimensions but the "
+            f"value passed is {n} and the product is {size} at '{site.name}'"
+        )
 
 
 def skipped(method: Method, call: Call, p: float) -> bool:
@@ -145,7 +170,8 @@ class LowRank(Method):
             stacks: the methods of each group of rows, of one linear site.
             cut: its `rows` tell each row's group; what is stacked is kept in its `banks` while no gradient is wanted.
         """
-        name, scales = first_of(stacks).site.name, [m.scaling for stack in stacks for m in stack]
+        methods = [m for stack in stacks for m in stack]
+        name, scales = methods[0].site.name, [m.scaling for m in methods]
         bank = cut.banks.get(name)
         kept = bank is not None and bank.source is stacks and bank.stamp == grouped.stamp_of(bank.parts, scales)
         if not kept or torch.is_grad_enabled():

@@ -190,10 +190,9 @@ class Lora(LowRank):
 
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
-        first = next(m for stack in stacks for m in stack)
         methods = [m for stack in stacks for m in stack]
-        dropped = first.training and any(m.dropout for m in methods)
-        if first.site.kind != "linear" or cut.rows is None or dropped or any(m.biased for m in methods):
+        dropped = methods[0].training and any(m.dropout for m in methods)
+        if methods[0].site.kind != "linear" or cut.rows is None or dropped or any(m.biased for m in methods):
             return None
         return LowRank.added(stacks, y, x, cut)
 

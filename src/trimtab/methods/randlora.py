@@ -15,11 +15,10 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import Delta, wide
+from trimtab.core.families import Delta, one_projection, wide
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
 
 
 @dataclass
@@ -81,17 +80,7 @@ class RandLora(Delta):
 
     @classmethod
     def admit(cls, config: Any, others: list[Any]) -> None:
-        for other in others:
-            if other.projection_prng_key != config.projection_prng_key:
-                raise ConfigError(
-                    "RandLora PRNG initialisation key must be the same for all adapters. Got "
-                    f"{config.projection_prng_key=} but previous config had {other.projection_prng_key}."
-                )
-            if other.save_projection != config.save_projection:
-                raise ConfigError(
-                    "RandLora projection weights must be saved for all adapters or none, but got multiple different "
-                    f"values: {sorted({other.save_projection, config.save_projection})}"
-                )
+        one_projection(config, others, "RandLora", "RandLora")
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import wide
+from trimtab.core.families import one_projection, wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
 
 
 @dataclass
@@ -72,17 +71,7 @@ class Vera(Method):
 
     @classmethod
     def admit(cls, config: Any, others: list[Any]) -> None:
-        for other in others:
-            if other.projection_prng_key != config.projection_prng_key:
-                raise ConfigError(
-                    "Vera PRNG initialisation key must be the same for all adapters. Got "
-                    f"{config.projection_prng_key=} but previous config had {other.projection_prng_key}."
-                )
-            if other.save_projection != config.save_projection:
-                raise ConfigError(
-                    "VeRA projection weights must be saved for all adapters or none, but got multiple different "
-                    f"values: {sorted({other.save_projection, config.save_projection})}"
-                )
+        one_projection(config, others, "Vera", "VeRA")
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.families import Delta, drawn_places, wide
-from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.families import Delta, drawn_places, require_places, wide
+from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -83,12 +83,7 @@ class WaveFT(Delta):
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         n, size = config.n_frequency, site.fan_in * site.fan_out
-        require_rank(n, "n_frequency")
-        if n > size:
-            raise ConfigError(
-                "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
-                f"value passed is {n} and the product is {size} at '{site.name}'"
-            )
+        require_places(site, n, "n_frequency")
         if shared:
             coefficients, sizes, _ = shared["waveft_sum"].shape
             n = max(1, round(coefficients * size / sizes))

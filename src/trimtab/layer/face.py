@@ -42,6 +42,10 @@ class Face(Switched):
         """A parameter as the model must see it where it reads the layer's without calling it."""
         raise NotImplementedError
 
+    def stack(self, names: Sequence[str]) -> list[Method]:
+        """The methods of some adapters here, innermost first; merged ones are part of the base already."""
+        raise NotImplementedError
+
     def detach(self, adapter: str) -> None:
         """Take an adapter's methods and tensors out of the module tree."""
         raise NotImplementedError

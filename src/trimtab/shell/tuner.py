@@ -31,6 +31,8 @@ class Tuner(nn.Module):
         peft_config: a config, or {adapter name: config}.
         adapter_name: the adapter's name, where one config is given.
         low_cpu_mem_usage: build the adapters without storage; a state dict is loaded into them later.
+        kwargs: for `add`. As in PEFT, adapters that are put in by themselves have their layers' dtypes, half precision
+            too, unless they are built without storage; `PeftModel` keeps them in fp32 (`autocast`).
 
     Attributes:
         prefix: what the names of the method's tensors start with.
@@ -51,6 +53,7 @@ class Tuner(nn.Module):
         self.model = model
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        kwargs.setdefault("autocast", low_cpu_mem_usage)
         for name, config in configs.items():
             self.add(name, config, **({"meta": True} if low_cpu_mem_usage else {}) | kwargs)
         if configs:

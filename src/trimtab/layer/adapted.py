@@ -35,6 +35,7 @@ class AdaptedLayer(Merging):
         self.name, self.board = name, board  # `name`: the path of this module, which others around it change
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}  # of the adapters that are in the module tree
+        self.shown: frozenset[str] = frozenset()  # attributes that methods, here now or before, show by adapter
         self.containers: dict[str, Leaves] = {}  # by path below this layer
         self.merged_adapters: list[str] = []
         self.originals = Originals(self)
@@ -146,6 +147,7 @@ class AdaptedLayer(Merging):
             method.register(leaf, self.containers[container].put(adapter, rest.removeprefix("."), tensor))
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
         self.sites.setdefault(method.site.param, method.site)
+        self.shown |= {*method.views}
         self.changed()
 
     def detach(self, adapter: str) -> None:

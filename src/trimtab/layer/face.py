@@ -30,6 +30,7 @@ class Face(Switched):
     base_layer: nn.Module
     sites: dict[str, Site]
     methods: dict[str, tuple[Method, ...]]
+    shown: frozenset[str]
     merged_adapters: list[str]
     originals: Originals
 
@@ -110,9 +111,8 @@ class Face(Switched):
             return self.read(name)
         if name in SIZES:
             return self._size(name)
-        for methods in self.__dict__.get("methods", {}).values():
-            if any(name in m.views for m in methods):
-                return View(self, name)
+        if name in self.__dict__.get("shown", ()):
+            return View(self, name)
         return getattr(self.base_layer, name)
 
     def _size(self, name: str) -> int:

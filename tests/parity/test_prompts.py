@@ -185,7 +185,8 @@ def test_names_in_memory(method: str) -> None:
 def test_a_prompts_model_that_gets_a_lora_gets_a_tuner() -> None:
     torch.manual_seed(0)
     prompt = trimtab.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    model = trimtab.get_peft_model(BASES["llama"][0](), prompt).eval()
+    base = BASES["llama"][0]()
+    model = trimtab.get_peft_model(base, prompt).eval()
     ids = torch.arange(3, 9)[None]
     prompted = model(input_ids=ids).logits
     model.add_adapter("lora", trimtab.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -200,3 +201,6 @@ def test_a_prompts_model_that_gets_a_lora_gets_a_tuner() -> None:
     twin.delete_adapter("lora")
     twin.set_adapter("default")
     torch.testing.assert_close(twin(input_ids=ids).logits, prompted)
+    assert trimtab.get_peft_model(BASES["llama"][0](), prompt).unload().__class__ is base.__class__
+    assert model.unload() is base
+    torch.testing.assert_close(base(input_ids=ids).logits, plain)

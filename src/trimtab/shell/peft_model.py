@@ -380,7 +380,7 @@ class PeftModel(Facts):
         except AttributeError:
             if name in ("base_model", "tuner") or name.startswith("__"):
                 raise
-        return getattr(self.base_model, name)
+        return getattr(self._runs, name)
 
 
 def discard_empty(model: nn.Module) -> None:

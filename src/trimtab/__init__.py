@@ -74,6 +74,7 @@ _PUBLIC = {
     "trimtab.rank.spectrum": ["delta_spectrum", "effective_ranks"],
     "trimtab.rank.suggest": ["estimate_ranks", "suggest_rank"],
     "trimtab.rank.survey": ["inspect_ranks"],
+    "trimtab.serve.store": ["AdapterStore"],
     "trimtab.train.many": ["Job", "train_many"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",

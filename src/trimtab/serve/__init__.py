@@ -1,0 +1,1 @@
+"""What serves many adapters on one model."""

@@ -113,7 +113,7 @@ def main() -> None:
         print(f"block {block} of {options.blocks}", flush=True)
     first, count = next(iter(arms)), options.jobs * options.steps * options.tokens
     table_rows: list[list[object]] = []
-    for name, found in times.items():
+    for name in times:
         cells: list[object] = [name]
         for clock in (0, 1):
             own, other = ([t[clock] for t in times[arm][1:]] for arm in (name, first))

@@ -12,8 +12,8 @@ from trimtab import AdaLoraConfig, Job, LoraConfig, PromptTuningConfig, get_peft
 from trimtab.errors import ConfigError
 from trimtab.train.batches import Batches
 from trimtab.train.data import encode_rows
-from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.evaluate import evaluate_loss
+from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.loop import Event, Run, TrainResult, train
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) + "!" * (i % 3)} for i in range(11)]
@@ -177,7 +177,7 @@ def test_what_was_there_is_left_alone(model_factory, rows) -> None:
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
     assert {n for n, p in model.named_parameters() if p.requires_grad and ".mine." in n}
-    assert rounds[0] == 2 and len(rounds) == 12 and rounds[-1] == 1  # 12 steps and 9
+    assert (rounds[0], rounds[-1], len(rounds)) == (2, 1, 12)  # 12 steps and 9
     again = train_many(model, [job("small", rows)])  # goes on from where it is
     assert again["small"].losses[0][1] < results["small"].losses[0][1]
 

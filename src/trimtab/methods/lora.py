@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import LowRank
-from trimtab.core.kernels import lora_linear
+from trimtab.core.kernels import Layer, fits, lora_linear, lora_linear_group
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -179,14 +179,24 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
+    def layer_with(self, x: Tensor, call: Call) -> Layer | None:
+        """The layer and its update as a fused step takes them, or None where it has no plain weight."""
         plain = self.site.plain()
         dropped = self.dropout and self.training
         if plain is None or self.biased or (dropped and torch.compiler.is_compiling()):
             return None
-        (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
+        (pa, ka), (pb, kb) = self.places.values()
         drop = call.dropout(self, x, self.dropout) if dropped else None
-        return lora_linear(x, W, b, pa[ka], pb[kb], self.scaling, drop)
+        return Layer(*plain, pa[ka], pb[kb], self.scaling, drop)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        layer = self.layer_with(x, call)
+        return None if layer is None else lora_linear(x, *layer)
+
+    @staticmethod
+    def together(methods: Sequence[Any], x: Tensor, call: Call) -> Sequence[Tensor] | None:
+        layers = [layer for m in methods if (layer := m.layer_with(x, call)) is not None]
+        return lora_linear_group(x, layers) if len(layers) == len(methods) and fits(x, layers) else None
 
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:

@@ -73,6 +73,12 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     return outs
 
 
+def fits(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether layers of one input can be stepped together: a fused step applies to each."""
+    dtype = product_dtype(x)
+    return all(layer.W.ndim == 2 and _fits(x, dtype, layer.W, layer.A, layer.B) for layer in layers)
+
+
 def plain(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: Dropout | None = None
 ) -> Tensor:

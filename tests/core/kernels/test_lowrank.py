@@ -141,15 +141,18 @@ def test_an_expanded_gradient() -> None:
 
 
 # ---------------------------------------------------------------------- several layers of one input
-def group(drop: Dropout | None, scales: tuple[float, ...]) -> tuple[Tensor, list[Tensors]]:
-    parts = [tensors(torch.float64, out=out, seed=i) for i, out in enumerate((OUT, 8, 16))]
+def group(
+    drop: Dropout | None, scales: tuple[float, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Tensors]]:
+    parts = [tensors(dtype, out=out, seed=i) for i, out in enumerate((OUT, 8, 16))]
     return parts[0]["x"], [p | {"scale": s, "drop": drop} for p, s in zip(parts, scales, strict=True)]
 
 
 @drops
 @pytest.mark.parametrize("scales", [(2.0, 2.0, 2.0), (2.0, 0.5, 1.0)], ids=["one scale", "three scales"])
-def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ...]) -> None:
-    x, parts = group(drop, scales)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ...], dtype: torch.dtype) -> None:
+    x, parts = group(drop, scales, dtype)
     layers = [Layer(*(p[k] for k in ("W", "b", "A", "B", "scale", "drop"))) for p in parts]
     found: list[list[Tensor]] = []
     for run in (lora_linear_group, lambda x, layers: [lora_linear(x, *layer) for layer in layers]):
@@ -158,7 +161,7 @@ def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ..
         wanted = [x, *(p[k] for p in parts for k in "AB")]
         found.append([*outs, *torch.autograd.grad(loss, wanted)])
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-14) * b.norm()
 
 
 def test_a_group_of_which_one_output_is_unused() -> None:
@@ -168,7 +171,7 @@ def test_a_group_of_which_one_output_is_unused() -> None:
     alone = torch.autograd.grad(lora_linear(x, *layers[1]).sum(), [x, layers[1].A])
     assert torch.allclose(x.grad, alone[0])
     assert torch.allclose(layers[1].A.grad, alone[1])
-    assert not layers[0].B.grad.any()
+    assert layers[0].B.grad is None
 
 
 # ---------------------------------------------------------------------- half precision

@@ -116,7 +116,7 @@ def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, sc
         if max(flat.numel(), y.numel()) <= SMALL:
             y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
         else:
-            y.addmm_(joined(*product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
+            y.addmm_(joined(*product(flat, A.t())), split(B, 1).t(), alpha=scale)
     else:
         y.addmm_(torch.mm(flat, A.to(x.dtype).t()), B.to(x.dtype).t(), alpha=scale)
     return y.unflatten(0, x.shape[:-1])
@@ -146,9 +146,9 @@ def _factor(M: Tensor, dtype: torch.dtype, dim: int, exact: bool) -> Tensor:
     return split(M, dim) if exact else M.to(dtype)
 
 
-def _down(x: Tensor, M: Tensor, exact: bool) -> Pair:
+def _down(x: Tensor, M: Tensor, dtype: torch.dtype, exact: bool) -> Pair:
     """x·M, in two parts where it is exact."""
-    return product(x, M) if exact else (torch.mm(x, M), None)
+    return product(x, M) if exact else (torch.mm(x, M.to(dtype)), None)
 
 
 def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
@@ -157,12 +157,11 @@ def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
 
 
 def _outer(x: Tensor, hi: Tensor, lo: Tensor | None) -> Tensor:
-    """x transposed times what `_down` gave (n, r): the way round that is faster; in fp32 where it is in two parts."""
+    """x transposed times what `_down` gave (n, r), each the way round that is faster; in fp32 where it is in two."""
     if lo is None:
         return torch.mm(x.t(), hi)
-    both = torch.mm(x.t(), torch.cat([hi, lo], 1))
-    r = hi.shape[1]
-    return both[:, :r].float().add_(both[:, r:])
+    both = torch.mm(torch.cat([hi, lo], 1).t(), x)
+    return both[: hi.shape[1]].float().add_(both[hi.shape[1] :]).t()
 
 
 def _beside(pairs: Sequence[Pair]) -> Pair:
@@ -217,7 +216,7 @@ class _LowRank(torch.autograd.Function):
         outs, his, los, kept = [], [], [], []
         for part in parts:
             places = None if part.drop is None else part.drop.dropped(x.shape[-1])
-            hi, lo = _down(_emptied(flat, places), _stacked(A, part, dtype, part.members).t(), part.exact)
+            hi, lo = _down(_emptied(flat, places), _stacked(A, part.members).t(), dtype, part.exact)
             his.append(hi)
             los.append(lo)
             kept.append(None if places is None or part.drop is None or part.drop.p > SPARSE else _narrow(places, flat))
@@ -270,9 +269,10 @@ def _gradients(
             places = part.drop.dropped(ctx.shape[-1])
         dA: Tensor | None = None
         if need[0] or flat is not None:
-            low = _beside([_down(dys[k], _factor(B[k], dtype, 1, part.exact), part.exact) for k, _ in cuts])
+            low = _beside([_down(dys[k], B[k], dtype, part.exact) for k, _ in cuts])
             if need[0]:
-                dx = _add(dx, _wide(*low), _stacked(A, part, dtype, [k for k, _ in cuts]), part.scale, places)
+                M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, 0, part.exact)
+                dx = _add(dx, _wide(*low), M, part.scale, places)
             if flat is not None:
                 dA = _outer(_emptied(flat, places), *low)
         at = 0
@@ -324,10 +324,9 @@ def _differentiable(
     return tuple((found | biases).get(i) for i in range(len(need)))
 
 
-def _stacked(A: Tensors, part: _Part, dtype: torch.dtype, members: Sequence[int]) -> Tensor:
-    """The As of some layers of a part as one factor."""
-    own = [A[k] for k in members]
-    return _factor(own[0] if len(own) == 1 else torch.cat(own), dtype, 0, part.exact)
+def _stacked(A: Tensors, members: Sequence[int]) -> Tensor:
+    """The As of some layers as one factor."""
+    return A[members[0]] if len(members) == 1 else torch.cat([A[k] for k in members])
 
 
 def _cuts(A: Tensors, part: _Part) -> list[tuple[int, slice]]:

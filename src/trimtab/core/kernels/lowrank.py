@@ -116,7 +116,7 @@ def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, sc
         if max(flat.numel(), y.numel()) <= SMALL:
             y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
         else:
-            y.addmm_(joined(*product(flat, A.t())), split(B, 1).t(), alpha=scale)
+            y.addmm_(joined(*product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
     else:
         y.addmm_(torch.mm(flat, A.to(x.dtype).t()), B.to(x.dtype).t(), alpha=scale)
     return y.unflatten(0, x.shape[:-1])
@@ -132,11 +132,7 @@ def _emptied(x: Tensor, places: Tensor | None) -> Tensor:
     """A copy of x with these places at zero."""
     if places is None:
         return x
-    return _empty(x.clone(memory_format=torch.contiguous_format), places)
-
-
-def _empty(x: Tensor, places: Tensor) -> Tensor:
-    """x with these places at zero, in place."""
+    x = x.clone(memory_format=torch.contiguous_format)
     x.view(-1).index_fill_(0, places.long(), 0)
     return x
 
@@ -148,7 +144,7 @@ def _factor(M: Tensor, dtype: torch.dtype, dim: int, exact: bool) -> Tensor:
 
 def _down(x: Tensor, M: Tensor, dtype: torch.dtype, exact: bool) -> Pair:
     """x·M, in two parts where it is exact."""
-    return product(x, M) if exact else (torch.mm(x, M.to(dtype)), None)
+    return product(x, split(M, 1)) if exact else (torch.mm(x, M.to(dtype)), None)
 
 
 def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
@@ -172,18 +168,15 @@ def _beside(pairs: Sequence[Pair]) -> Pair:
     return torch.cat([hi for hi, _ in pairs], 1), torch.cat(los, 1) if los else None
 
 
-def _add(dx: Tensor | None, low: Tensor, M: Tensor, scale: float, places: Tensor | None) -> Tensor:
-    """dx + scale·low·M, in place, but for the places that dropout emptied."""
-    if dx is None:
-        dx = torch.mm(low if scale == 1 else low * scale, M)
-        return dx if places is None else _empty(dx, places)
+def _add(dx: Tensor, low: Tensor, M: Tensor, scale: float, places: Tensor | None) -> None:
+    """dx += scale·low·M, in place, but for the places that dropout emptied."""
     if places is None:
-        return dx.addmm_(low, M, alpha=scale)
+        dx.addmm_(low, M, alpha=scale)
+        return
     flat, places = dx.view(-1), places.long()
     before = flat.index_select(0, places)
     dx.addmm_(low, M, alpha=scale)
     flat.scatter_(0, places, before)
-    return dx
 
 
 class _Part(NamedTuple):
@@ -259,8 +252,11 @@ def _gradients(
     dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
     grads: list[Tensor | None] = [None] * len(need)
     dx: Tensor | None = None
-    if need[0] and any(part.exact for part in ctx.parts):  # the larger one is rounded first
-        dx = _base_gradient(None, dys, W, dtype)
+    if need[0]:
+        for dy, w in zip(dys, W, strict=True):
+            if dy is not None:
+                dx = torch.mm(dy, w.to(dtype)) if dx is None else dx.addmm_(dy, w.to(dtype))
+        assert dx is not None
     for part, (u_hi, u_lo, places) in zip(ctx.parts, parts, strict=True):
         cuts = [(k, cut) for k, cut in _cuts(A, part) if dys[k] is not None]
         if not cuts:
@@ -268,11 +264,11 @@ def _gradients(
         if places is None and part.drop is not None:
             places = part.drop.dropped(ctx.shape[-1])
         dA: Tensor | None = None
-        if need[0] or flat is not None:
+        if dx is not None or flat is not None:
             low = _beside([_down(dys[k], B[k], dtype, part.exact) for k, _ in cuts])
-            if need[0]:
+            if dx is not None:
                 M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, 0, part.exact)
-                dx = _add(dx, _wide(*low), M, part.scale, places)
+                _add(dx, _wide(*low), M, part.scale, places)
             if flat is not None:
                 dA = _outer(_emptied(flat, places), *low)
         at = 0
@@ -287,18 +283,8 @@ def _gradients(
                 dB = _outer(dys[k], u_hi[:, cut], None if u_lo is None else u_lo[:, cut])
                 grads[7 + 4 * k] = dB.to(B[k].dtype).mul_(part.scale)
             at += rank
-    if need[0]:
-        dx = dx if any(part.exact for part in ctx.parts) else _base_gradient(dx, dys, W, dtype)
-        grads[0] = None if dx is None else dx.view(ctx.shape)
+    grads[0] = None if dx is None else dx.view(ctx.shape)
     return tuple(grads)
-
-
-def _base_gradient(dx: Tensor | None, dys: Sequence[Tensor | None], W: Tensors, dtype: torch.dtype) -> Tensor | None:
-    """dx with the gradients by way of the frozen layers added: a large product adds to what is there for nothing."""
-    for dy, w in zip(dys, W, strict=True):
-        if dy is not None:
-            dx = torch.mm(dy, w.to(dtype)) if dx is None else dx.addmm_(dy, w.to(dtype))
-    return dx
 
 
 def _differentiable(

@@ -6,7 +6,8 @@ would have computed: the input is the same object and nobody has written into it
 and the grad mode are the same. Where the others do not come as they did, that group is never formed again.
 
 A forward that is repeated, recorded or transformed (checkpointing, compilers, `torch.func`), or whose saved tensors are
-packed, is stepped layer by layer: a repetition must do what the first forward did.
+packed, is stepped layer by layer: a repetition must do what the first forward did. So is one without gradients: for the
+few rows of a step of generation, finding and keeping what belongs together costs more than it saves.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Through:
 
     def _together(self, x: Tensor) -> Tensor | None:
         """The output, where the layers of this input are stepped together."""
-        if type(x) is not Tensor or x.is_inference() or not _usual():
+        if not torch.is_grad_enabled() or type(x) is not Tensor or x.is_inference() or not _usual():
             return None
         last = self.last
         if last.met(x):
@@ -127,7 +128,7 @@ def _usual() -> bool:
 
 def _mode(x: Tensor) -> Any:
     """What else an output depends on."""
-    return torch.is_grad_enabled(), autocasts(x) and torch.get_autocast_dtype(x.device.type)
+    return autocasts(x) and torch.get_autocast_dtype(x.device.type)
 
 
 def _made_of(method: Method) -> tuple[list[Any], Any]:

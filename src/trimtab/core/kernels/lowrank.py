@@ -49,10 +49,10 @@ def lora_linear(
     """
     if drop is None and not torch.is_grad_enabled() and x.ndim > 1:
         if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
-            y, u = F.linear(x, W, b), F.linear(x, A)
-            if y.ndim == 2:
-                return torch.addmm(y, u, B.t(), alpha=scale)
-            return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.t(), alpha=scale).view_as(y)
+            flat = x.flatten(0, -2)
+            y, u = F.linear(flat, W, b), F.linear(flat, A)
+            add = torch.addmm if recorded() or type(y) is not Tensor else Tensor.addmm_  # y is nobody else's
+            return add(y, u, B.t(), alpha=scale).view(*x.shape[:-1], y.shape[-1])
         if _fits(x, x.dtype, W, A, B) and not autocasts(x):
             return _unrecorded(x, W, b, A, B, scale)
     return lora_linear_group(x, [Layer(W, b, A, B, scale, drop)])[0]

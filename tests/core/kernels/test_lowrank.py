@@ -220,6 +220,19 @@ def test_half_precision_without_gradients(rows: int) -> None:
     assert torch.allclose(y.double(), wanted, rtol=2**-8, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients(autocast: bool) -> None:
+    t = tensors()
+    for x in (t["x"], t["x"][:0], t["x"].mT.contiguous().mT, t["x"][:, ::2], t["x"][0]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = fused(t | {"x": x}, 1.7)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        torch.testing.assert_close(
+            y.float(), formula(t | {"x": x}, 1.7), rtol=0.02 if autocast else 1e-5, atol=0.05 if autocast else 1e-5
+        )
+
+
 def test_factors_in_half_precision_too() -> None:
     t = tensors(torch.bfloat16)
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in t.items()}

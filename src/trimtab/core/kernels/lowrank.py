@@ -51,7 +51,8 @@ def lora_linear(
         if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
             flat = x.flatten(0, -2)
             y, u = F.linear(flat, W, b), F.linear(flat, A)
-            add = torch.addmm if recorded() or type(y) is not Tensor else Tensor.addmm_  # y is nobody else's
+            plainly = recorded() or autocasts(x) or type(y) is not Tensor
+            add = torch.addmm if plainly else Tensor.addmm_  # y is nobody else's
             return add(y, u, B.t(), alpha=scale).view(*x.shape[:-1], y.shape[-1])
         if _fits(x, x.dtype, W, A, B) and not autocasts(x):
             return _unrecorded(x, W, b, A, B, scale)

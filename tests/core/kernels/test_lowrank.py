@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -394,15 +393,6 @@ def test_a_subclass_keeps_its_own_rules() -> None:
     y = fused(t | {"W": t["W"].as_subclass(Strange)}, 1.7)
     assert F.linear in seen
     assert torch.allclose(y.as_subclass(Tensor), wanted, atol=1e-6)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

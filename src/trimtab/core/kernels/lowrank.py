@@ -250,23 +250,21 @@ def _gradients(
     """Of x, W, b, A and B; `parts` has what was kept of each part: x·Aᵀ in two, and the places dropped."""
     dtype, need = ctx.dtype, ctx.needs_input_grad
     flat = None if x is None else x.reshape(-1, x.shape[-1]).to(dtype)
-    dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    given = {k: dy.reshape(-1, dy.shape[-1]) for k, dy in enumerate(dys) if dy is not None}
     grads: list[Tensor | None] = [None] * len(need)
     dx: Tensor | None = None
     if need[0]:
-        for dy, w in zip(dys, W, strict=True):
-            if dy is not None:
-                dx = torch.mm(dy, w.to(dtype)) if dx is None else dx.addmm_(dy, w.to(dtype))
-        assert dx is not None
+        for k, dy in given.items():
+            dx = torch.mm(dy, W[k].to(dtype)) if dx is None else dx.addmm_(dy, W[k].to(dtype))
     for part, (u_hi, u_lo, places) in zip(ctx.parts, parts, strict=True):
-        cuts = [(k, cut) for k, cut in _cuts(A, part) if dys[k] is not None]
+        cuts = [(k, cut) for k, cut in _cuts(A, part) if k in given]
         if not cuts:
             continue
         if places is None and part.drop is not None:
             places = part.drop.dropped(ctx.shape[-1])
         dA: Tensor | None = None
         if dx is not None or flat is not None:
-            low = _beside([_down(dys[k], B[k], dtype, part.exact) for k, _ in cuts])
+            low = _beside([_down(given[k], B[k], dtype, part.exact) for k, _ in cuts])
             if dx is not None:
                 M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, 0, part.exact)
                 _add(dx, _wide(*low), M, part.scale, places)
@@ -276,12 +274,12 @@ def _gradients(
         for k, cut in cuts:
             rank = cut.stop - cut.start
             if need[5 + 4 * k]:
-                grads[5 + 4 * k] = dys[k].sum(0)
+                grads[5 + 4 * k] = given[k].sum(0)
             if need[6 + 4 * k]:
                 assert dA is not None
                 grads[6 + 4 * k] = dA[:, at : at + rank].t().to(A[k].dtype).mul_(part.scale)
             if need[7 + 4 * k]:
-                dB = _outer(dys[k], u_hi[:, cut], None if u_lo is None else u_lo[:, cut])
+                dB = _outer(given[k], u_hi[:, cut], None if u_lo is None else u_lo[:, cut])
                 grads[7 + 4 * k] = dB.to(B[k].dtype).mul_(part.scale)
             at += rank
     grads[0] = None if dx is None else dx.view(ctx.shape)

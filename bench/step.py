@@ -1,6 +1,7 @@
 """A LoRA training step on SmolLM2-135M over the frozen model's: time and memory, ours and PEFT's.
 
     python bench/step.py [--dtype float32] [--dropout 0] [--tokens 1024] [--rank 16] [--targets all] [--write]
+    python bench/step.py --grid [--dtype float32] [--blocks 5] [--write]   # many of them, see bench/grid.py
 
 The floor is the model with every weight frozen and a gradient for the embeddings' output, at the same loss. All arms
 run in one process on one copy of the base's weights, interleaved (ABBA); the second floor says what the machine's noise
@@ -141,12 +142,18 @@ def main() -> None:
     parser.add_argument("--targets", default="all", choices=TARGETS)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--arms", nargs="*", help="only these (the floors always)")
+    parser.add_argument("--grid", action="store_true", help="many lengths, ranks, targets and dropouts")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(*memory(options.memory_of, options))
+        return
+    if options.grid:
+        import grid
+
+        grid.run(options)
         return
     base, ids = load(options)
     known = arms(options)

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.contract.cases import BY_NAME, CASES, Case, adapted, layer_of, move, tensors
 from tests.models import HIDDEN, WIDTH, llama, tokens
@@ -225,6 +228,18 @@ def test_compiles_for_training(case: Case) -> None:
         assert torch.isfinite(step(module, x, lambda m, v: compiled(v))["x"]).all()
     else:
         assert_same(step(module, x, lambda m, v: compiled(v)), step(module, x))
+
+
+@methods
+@pytest.mark.usefixtures("one_process")
+def test_sharded_parameters(case: Case) -> None:
+    """FSDP 2 swaps the parameters for gathered ones around each pass, and frees these between."""
+    module, x = layer(case, torch.float64), inputs(torch.float64)
+    wanted = step(module, x)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+    for _ in range(2):
+        found = step(module, x)
+        assert_same({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in found.items()}, wanted, 1e-12)
 
 
 # ---------------------------------------------------------------------- a model

@@ -11,6 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -151,6 +154,22 @@ def test_checkpointing_and_autocast(reentrant: bool) -> None:
     assert_same(step(model), wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(step(model), half, 0.03)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_parameters() -> None:
+    """Under FSDP 2, the head in the root's shard, or in one of its own."""
+    for own in (False, True):
+        model = adapted()
+        wanted, mesh = step(model), init_device_mesh("cpu", (1,))
+        fused = fuse_loss(model)
+        assert fused is not None
+        for part in (*model.get_base_model().model.layers, *([model.get_output_embeddings()] if own else [])):
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            found = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in step(model).items()}
+            assert_same(found, wanted)
 
 
 def test_copies_and_errors() -> None:

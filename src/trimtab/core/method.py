@@ -201,6 +201,8 @@ class Method:
 
     # The whole layer in one step, (self, x, call) -> y, or None where it does not apply; see `Site.plain`.
     through: ClassVar[Callable[..., Tensor | None] | None] = None
+    # The same for several layers of one input, (methods, x, call) -> their outputs, or None.
+    together: ClassVar[Callable[..., Sequence[Tensor] | None] | None] = None
     # At a site that is a module as a whole: its call, (self, run, call, *args, **kwargs) -> what it returns instead.
     around: ClassVar[Callable[..., Any] | None] = None
     # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.

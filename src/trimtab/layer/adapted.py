@@ -19,6 +19,7 @@ from trimtab.layer.mixed import Step, mixed_step
 from trimtab.layer.originals import Originals
 from trimtab.layer.plan import Board, Route
 from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
+from trimtab.layer.together import Through
 
 
 class AdaptedLayer(Merging):
@@ -40,6 +41,8 @@ class AdaptedLayer(Merging):
         self.merged_adapters: list[str] = []
         self.originals = Originals(self)
         self.kept: tuple[Route, Step] | None = None  # how the last route was computed
+        self.company: tuple[AdaptedLayer, ...] = ()  # the layers that are called with its input, right after it
+        self.alone = False  # they did not come once
 
     @property
     def frozen(self) -> nn.Module:
@@ -59,16 +62,30 @@ class AdaptedLayer(Merging):
         """The layer's output under the current route."""
         route = self.board.now()
         kept = self.kept
+        return (kept[1] if kept is not None and kept[0] is route else self.step(route))(*args, **kwargs)
+
+    def step(self, route: Route) -> Step:
+        """How to compute under a route."""
+        kept = self.kept
         if kept is not None and kept[0] is route:
-            return kept[1](*args, **kwargs)
+            return kept[1]
         step = self._step(route)
         if not torch.compiler.is_compiling():
             self.kept = (route, step)
-        return step(*args, **kwargs)
+        return step
 
     def changed(self) -> None:
         """Adapters, merges or the base are others: how to compute is to be chosen anew."""
-        self.kept = None
+        self.kept, self.company, self.alone = None, (), False
+
+    def join(self, other: AdaptedLayer) -> None:
+        """Note that another layer was called with this one's input, right after it."""
+        if not self.alone and other not in self.company:
+            self.company = (*self.company, other)
+
+    def part(self) -> None:
+        """Note that one of them did not come: each computes by itself from now on."""
+        self.company, self.alone = (), True
 
     def _step(self, route: Route) -> Step:
         """How to compute under a route: the choice that is kept until the route, the adapters or the base change."""
@@ -112,13 +129,7 @@ class AdaptedLayer(Merging):
 
         if how == "fused" or self.merged_adapters:
             return fused
-        through = stack[0].through
-
-        def at_once(*args: Any, **kwargs: Any) -> Any:
-            y = through(*args, call) if len(args) == 1 and not kwargs else None  # type: ignore[misc]
-            return fused(*args, **kwargs) if y is None else y
-
-        return at_once
+        return Through(self, stack[0], call, fused)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen layer, as it is at rest."""
@@ -172,7 +183,7 @@ class AdaptedLayer(Merging):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "company": ()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         self.originals.apply(fn)

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.core.method import Call
 from trimtab.errors import AdapterNameError, RouteError
 from trimtab.layer import checkpointing
+from trimtab.layer.together import Last
 
 BASE = "__base__"  # the row that wants no adapter
 PLAIN = Call()
@@ -239,6 +240,7 @@ class Board:
         self.blocks: dict[int, list[Block]] = {}  # thread -> the blocks it is in, innermost last
         self.last: Route | None = None  # the route of the last forward outside a backward pass
         self.residents: Any = None  # what brings back adapters that were parked
+        self.last_call = Last()  # of each thread
         checkpointing.watch()
         checkpointing.boards.add(self)
 
@@ -284,6 +286,11 @@ class Board:
     def repeating(self, route: Route) -> contextlib.AbstractContextManager[None]:
         """A block in which a forward is repeated under its own route."""
         return self.using(route=route, repeats=True)
+
+    def forget(self) -> None:
+        """This thread's forward is over: nothing that layers keep for each other outlives it."""
+        if not torch.compiler.is_compiling():
+            self.last_call.forget()
 
     def off(self) -> contextlib.AbstractContextManager[None]:
         """A block in which the model is the plain base."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
+from trimtab.core.dropout import Dropout
 from trimtab.core.families import LowRank
-from trimtab.core.kernels import lora_linear
+from trimtab.core.kernels import Layer, fits, lora_linear, lora_linear_group
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -179,14 +180,29 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
+    def beside(self) -> Layer | None:
+        """The layer and its update as a fused step takes them, without dropout; None where it has no plain weight."""
         plain = self.site.plain()
-        dropped = self.dropout and self.training
-        if plain is None or self.biased or (dropped and torch.compiler.is_compiling()):
+        if plain is None or self.biased or (self.dropout and self.training and torch.compiler.is_compiling()):
             return None
-        (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
-        drop = call.dropout(self, x, self.dropout) if dropped else None
-        return lora_linear(x, W, b, pa[ka], pb[kb], self.scaling, drop)
+        (pa, ka), (pb, kb) = self.places.values()
+        return Layer(*plain, pa[ka], pb[kb], self.scaling)
+
+    def dropping(self, x: Tensor, call: Call) -> Dropout | None:
+        """What drops entries of its input in this forward."""
+        return call.dropout(self, x, self.dropout) if self.dropout and self.training else None
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        layer = self.beside()
+        return None if layer is None else lora_linear(x, *layer[:5], self.dropping(x, call))
+
+    @staticmethod
+    def together(methods: Sequence[Any], x: Tensor, call: Call) -> Sequence[Tensor] | None:
+        layers = [layer for m in methods if (layer := m.beside()) is not None]
+        if len(layers) < len(methods) or not fits(x, layers):
+            return None
+        drops = [m.dropping(x, call) for m in methods]
+        return lora_linear_group(x, [layer._replace(drop=d) for layer, d in zip(layers, drops, strict=True)])
 
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:

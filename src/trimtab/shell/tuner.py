@@ -278,7 +278,10 @@ class Tuner(nn.Module):
         extras = self.extras(kwargs, adapter_names, args)
         if adapter_names is None:
             with self.routed(**extras):
-                return self._penalised(self.model(*args, **kwargs))
+                try:
+                    return self._penalised(self.model(*args, **kwargs))
+                finally:
+                    self.graft.board.forget()
         shape = batch_shape(args, kwargs)
         if shape and shape[0] != len(adapter_names):
             raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.core.kernels import linear_cross_entropy
 
@@ -144,6 +145,28 @@ def test_autocast(trained: str) -> None:
     assert torch.allclose(loss, wanted["loss"], rtol=0.02)
     for name in TRAINED[trained]:
         assert t[name].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trained", ["frozen head", "all trained"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool, trained: str) -> None:
+    t = tensors(torch.float64)
+    for name in "xWb":
+        t[name].requires_grad_(name in TRAINED[trained])
+    again = lambda t: checkpoint(lambda x: chunked({**t, "x": x * x}), t["x"], use_reentrant=reentrant)
+    assert_same(step(again, t), step(lambda t: plain({**t, "x": t["x"] * t["x"]}), t), 1e-13)
+
+
+def test_hidden_states_used_twice_and_backward_twice() -> None:
+    t = tensors(torch.float64)
+    twice = lambda run: lambda t: run(t) + 2 * run(t, "sum") + t["x"].square().sum()
+    wanted = step(twice(plain), t)
+    assert_same(step(twice(chunked), t), wanted, 1e-13)
+    loss = twice(chunked)(t)
+    loss.backward(retain_graph=True)
+    once = t["x"].grad.clone()
+    loss.backward()
+    assert torch.allclose(t["x"].grad, 2 * once)
 
 
 def test_without_gradients() -> None:

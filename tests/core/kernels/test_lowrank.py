@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,15 +140,18 @@ def test_an_expanded_gradient() -> None:
 
 
 # ---------------------------------------------------------------------- several layers of one input
-def group(drop: Dropout | None, scales: tuple[float, ...]) -> tuple[Tensor, list[Tensors]]:
-    parts = [tensors(torch.float64, out=out, seed=i) for i, out in enumerate((OUT, 8, 16))]
+def group(
+    drop: Dropout | None, scales: tuple[float, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Tensors]]:
+    parts = [tensors(dtype, out=out, seed=i) for i, out in enumerate((OUT, 8, 16))]
     return parts[0]["x"], [p | {"scale": s, "drop": drop} for p, s in zip(parts, scales, strict=True)]
 
 
 @drops
 @pytest.mark.parametrize("scales", [(2.0, 2.0, 2.0), (2.0, 0.5, 1.0)], ids=["one scale", "three scales"])
-def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ...]) -> None:
-    x, parts = group(drop, scales)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ...], dtype: torch.dtype) -> None:
+    x, parts = group(drop, scales, dtype)
     layers = [Layer(*(p[k] for k in ("W", "b", "A", "B", "scale", "drop"))) for p in parts]
     found: list[list[Tensor]] = []
     for run in (lora_linear_group, lambda x, layers: [lora_linear(x, *layer) for layer in layers]):
@@ -158,7 +160,7 @@ def test_a_group_equals_its_layers(drop: Dropout | None, scales: tuple[float, ..
         wanted = [x, *(p[k] for p in parts for k in "AB")]
         found.append([*outs, *torch.autograd.grad(loss, wanted)])
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-14) * b.norm()
 
 
 def test_a_group_of_which_one_output_is_unused() -> None:
@@ -168,7 +170,7 @@ def test_a_group_of_which_one_output_is_unused() -> None:
     alone = torch.autograd.grad(lora_linear(x, *layers[1]).sum(), [x, layers[1].A])
     assert torch.allclose(x.grad, alone[0])
     assert torch.allclose(layers[1].A.grad, alone[1])
-    assert not layers[0].B.grad.any()
+    assert layers[0].B.grad is None
 
 
 # ---------------------------------------------------------------------- half precision
@@ -215,6 +217,19 @@ def test_half_precision_without_gradients(rows: int) -> None:
         wanted = base.double() + 2 * (x.double() @ t["A"].double().T @ t["B"].double().T)
     assert y.dtype == torch.bfloat16
     assert torch.allclose(y.double(), wanted, rtol=2**-8, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients(autocast: bool) -> None:
+    t = tensors()
+    for x in (t["x"], t["x"][:0], t["x"].mT.contiguous().mT, t["x"][:, ::2], t["x"][0]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = fused(t | {"x": x}, 1.7)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        torch.testing.assert_close(
+            y.float(), formula(t | {"x": x}, 1.7), rtol=0.02 if autocast else 1e-5, atol=0.05 if autocast else 1e-5
+        )
 
 
 def test_factors_in_half_precision_too() -> None:
@@ -378,15 +393,6 @@ def test_a_subclass_keeps_its_own_rules() -> None:
     y = fused(t | {"W": t["W"].as_subclass(Strange)}, 1.7)
     assert F.linear in seen
     assert torch.allclose(y.as_subclass(Tensor), wanted, atol=1e-6)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -3,13 +3,14 @@
 from trimtab.core.kernels.delta import delta_linear
 from trimtab.core.kernels.half import HALF, add_product, project
 from trimtab.core.kernels.loss import linear_cross_entropy
-from trimtab.core.kernels.lowrank import Layer, lora_linear, lora_linear_group
+from trimtab.core.kernels.lowrank import Layer, fits, lora_linear, lora_linear_group
 
 __all__ = [
     "HALF",
     "Layer",
     "add_product",
     "delta_linear",
+    "fits",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",

@@ -49,10 +49,11 @@ def lora_linear(
     """
     if drop is None and not torch.is_grad_enabled() and x.ndim > 1:
         if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
-            y, u = F.linear(x, W, b), F.linear(x, A)
-            if y.ndim == 2:
-                return torch.addmm(y, u, B.t(), alpha=scale)
-            return torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.t(), alpha=scale).view_as(y)
+            flat = x.flatten(0, -2)
+            y, u = F.linear(flat, W, b), F.linear(flat, A)
+            plainly = recorded() or autocasts(x) or type(y) is not Tensor
+            add = torch.addmm if plainly else Tensor.addmm_  # y is nobody else's
+            return add(y, u, B.t(), alpha=scale).view(*x.shape[:-1], y.shape[-1])
         if _fits(x, x.dtype, W, A, B) and not autocasts(x):
             return _unrecorded(x, W, b, A, B, scale)
     return lora_linear_group(x, [Layer(W, b, A, B, scale, drop)])[0]
@@ -71,6 +72,12 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     tensors = [t for layer in layers for t in layer[:4]]
     outs: tuple[Tensor, ...] = _LowRank.apply(x, dtype, source, _parts(x, dtype, layers), *tensors)
     return outs
+
+
+def fits(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether layers of one input can be stepped together: a fused step applies to each."""
+    dtype = product_dtype(x)
+    return all(layer.W.ndim == 2 and _fits(x, dtype, layer.W, layer.A, layer.B) for layer in layers)
 
 
 def plain(
@@ -136,9 +143,9 @@ def _factor(M: Tensor, dtype: torch.dtype, dim: int, exact: bool) -> Tensor:
     return split(M, dim) if exact else M.to(dtype)
 
 
-def _down(x: Tensor, M: Tensor, exact: bool) -> Pair:
+def _down(x: Tensor, M: Tensor, dtype: torch.dtype, exact: bool) -> Pair:
     """x·M, in two parts where it is exact."""
-    return product(x, M) if exact else (torch.mm(x, M), None)
+    return product(x, split(M, 1)) if exact else (torch.mm(x, M.to(dtype)), None)
 
 
 def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
@@ -146,12 +153,12 @@ def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
     return hi if lo is None else joined(hi, lo)
 
 
-def _outer(hi: Tensor, lo: Tensor | None, x: Tensor) -> Tensor:
-    """What `_down` gave, transposed, times x; in fp32 where it is in two parts."""
+def _outer(x: Tensor, hi: Tensor, lo: Tensor | None) -> Tensor:
+    """x transposed times what `_down` gave (n, r), each the way round that is faster; in fp32 where it is in two."""
     if lo is None:
-        return torch.mm(hi.t(), x)
+        return torch.mm(x.t(), hi)
     both = torch.mm(torch.cat([hi, lo], 1).t(), x)
-    return both[: hi.shape[1]].float().add_(both[hi.shape[1] :])
+    return both[: hi.shape[1]].float().add_(both[hi.shape[1] :]).t()
 
 
 def _beside(pairs: Sequence[Pair]) -> Pair:
@@ -203,7 +210,7 @@ class _LowRank(torch.autograd.Function):
         outs, his, los, kept = [], [], [], []
         for part in parts:
             places = None if part.drop is None else part.drop.dropped(x.shape[-1])
-            hi, lo = _down(_emptied(flat, places), _stacked(A, part, dtype).t(), part.exact)
+            hi, lo = _down(_emptied(flat, places), _stacked(A, part.members).t(), dtype, part.exact)
             his.append(hi)
             los.append(lo)
             kept.append(None if places is None or part.drop is None or part.drop.p > SPARSE else _narrow(places, flat))
@@ -218,60 +225,69 @@ class _LowRank(torch.autograd.Function):
         ctx.save_for_backward(saved, *W, *A, *B, *low, *kept)
         ctx.source, ctx.parts, ctx.dtype = source, parts, dtype
         ctx.shape, ctx.autocast = x.shape, autocasts(x)
+        ctx.set_materialize_grads(False)  # what nobody used has no gradient
         return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *tensors = ctx.saved_tensors
         x = x if ctx.source is None else ctx.source.take()
         n = len(dys)
+        device = next((dy.device.type for dy in dys if dy is not None), None)
+        if device is None:
+            return (None,) * len(ctx.needs_input_grad)
         W, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
         his, los, kept = (tensors[3 * n + i * len(ctx.parts) :][: len(ctx.parts)] for i in range(3))
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable(ctx, x, W, A, B, dys)
-        with torch.autocast(dys[0].device.type, enabled=False) if autocasts(dys[0]) else nullcontext():
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return _gradients(ctx, x, W, A, B, list(zip(his, los, kept, strict=True)), dys)
 
 
 def _gradients(
-    ctx: Any, x: Tensor | None, W: Tensors, A: Tensors, B: Tensors, parts: Tensors, dys: Sequence[Tensor]
+    ctx: Any, x: Tensor | None, W: Tensors, A: Tensors, B: Tensors, parts: Tensors, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Of x, W, b, A and B; `parts` has what was kept of each part: x·Aᵀ in two, and the places dropped."""
     dtype, need = ctx.dtype, ctx.needs_input_grad
     flat = None if x is None else x.reshape(-1, x.shape[-1]).to(dtype)
-    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    given = {k: dy.reshape(-1, dy.shape[-1]) for k, dy in enumerate(dys) if dy is not None}
     grads: list[Tensor | None] = [None] * len(need)
     dx: Tensor | None = None
     if need[0]:
-        dx = torch.mm(dys[0], W[0].to(dtype))
-        for dy, w in zip(dys[1:], W[1:], strict=True):
-            dx.addmm_(dy, w.to(dtype))
+        for k, dy in given.items():
+            dx = torch.mm(dy, W[k].to(dtype)) if dx is None else dx.addmm_(dy, W[k].to(dtype))
     for part, (u_hi, u_lo, places) in zip(ctx.parts, parts, strict=True):
+        cuts = [(k, cut) for k, cut in _cuts(A, part) if k in given]
+        if not cuts:
+            continue
         if places is None and part.drop is not None:
             places = part.drop.dropped(ctx.shape[-1])
         dA: Tensor | None = None
         if dx is not None or flat is not None:
-            hi, lo = _beside([_down(dys[k], _factor(B[k], dtype, 1, part.exact), part.exact) for k in part.members])
+            low = _beside([_down(given[k], B[k], dtype, part.exact) for k, _ in cuts])
             if dx is not None:
-                _add(dx, _wide(hi, lo), _stacked(A, part, dtype), part.scale, places)
+                M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, 0, part.exact)
+                _add(dx, _wide(*low), M, part.scale, places)
             if flat is not None:
-                dA = _outer(hi, lo, _emptied(flat, places))
-        for k, cut in _cuts(A, part):
-            at = 4 + 4 * k
-            if need[at + 1]:
-                grads[at + 1] = dys[k].sum(0)
-            if need[at + 2]:
+                dA = _outer(_emptied(flat, places), *low)
+        at = 0
+        for k, cut in cuts:
+            rank = cut.stop - cut.start
+            if need[5 + 4 * k]:
+                grads[5 + 4 * k] = given[k].sum(0)
+            if need[6 + 4 * k]:
                 assert dA is not None
-                grads[at + 2] = dA[cut].to(A[k].dtype).mul_(part.scale)
-            if need[at + 3]:
-                dB = _outer(u_hi[:, cut], None if u_lo is None else u_lo[:, cut], dys[k])
-                grads[at + 3] = dB.to(B[k].dtype).mul_(part.scale).t()
+                grads[6 + 4 * k] = dA[:, at : at + rank].t().to(A[k].dtype).mul_(part.scale)
+            if need[7 + 4 * k]:
+                dB = _outer(given[k], u_hi[:, cut], None if u_lo is None else u_lo[:, cut])
+                grads[7 + 4 * k] = dB.to(B[k].dtype).mul_(part.scale)
+            at += rank
     grads[0] = None if dx is None else dx.view(ctx.shape)
     return tuple(grads)
 
 
 def _differentiable(
-    ctx: Any, x: Tensor | None, W: Tensors, A: Tensors, B: Tensors, dys: Sequence[Tensor]
+    ctx: Any, x: Tensor | None, W: Tensors, A: Tensors, B: Tensors, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients by operations that can be differentiated again."""
     if x is None:
@@ -279,22 +295,23 @@ def _differentiable(
             "The second derivative of a LoRA layer whose A is frozen is not known: its input is not kept."
         )
     need, wanted, ys = ctx.needs_input_grad, {0: x}, []
+    used = {k: dy for k, dy in enumerate(dys) if dy is not None}
     with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
         for part in ctx.parts:
-            for k in part.members:
+            for k in (k for k in part.members if k in used):
                 p = 0.0 if part.drop is None else part.drop.p
                 ys.append(plain(x, W[k], None, A[k], B[k], part.scale * (1 - p), part.drop))
                 wanted |= {4 + 4 * k + 2: A[k], 4 + 4 * k + 3: B[k]}
     wanted = {i: t for i, t in wanted.items() if need[i]}
-    found = dict(zip(wanted, torch.autograd.grad(ys, list(wanted.values()), dys, create_graph=True), strict=True))
-    biases = {5 + 4 * k: dy.flatten(0, -2).sum(0) for k, dy in enumerate(dys) if need[5 + 4 * k]}
+    known = torch.autograd.grad(ys, list(wanted.values()), list(used.values()), create_graph=True)
+    found = dict(zip(wanted, known, strict=True))
+    biases = {5 + 4 * k: dy.flatten(0, -2).sum(0) for k, dy in used.items() if need[5 + 4 * k]}
     return tuple((found | biases).get(i) for i in range(len(need)))
 
 
-def _stacked(A: Tensors, part: _Part, dtype: torch.dtype) -> Tensor:
-    """The As of a part as one factor."""
-    own = [A[k] for k in part.members]
-    return _factor(own[0] if len(own) == 1 else torch.cat(own), dtype, 0, part.exact)
+def _stacked(A: Tensors, members: Sequence[int]) -> Tensor:
+    """The As of some layers as one factor."""
+    return A[members[0]] if len(members) == 1 else torch.cat([A[k] for k in members])
 
 
 def _cuts(A: Tensors, part: _Part) -> list[tuple[int, slice]]:

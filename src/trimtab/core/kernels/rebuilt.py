@@ -45,7 +45,7 @@ def rebuilt(x: Tensor) -> Rebuilt | None:
     offloading): those are to be unpacked once.
     """
     node = x.grad_fn
-    if node is None or not torch.is_grad_enabled() or _packed():
+    if node is None or not torch.is_grad_enabled() or packed():
         return None
     found = Rebuilt.known.get(id(node))
     if found is None:
@@ -57,7 +57,8 @@ def rebuilt(x: Tensor) -> Rebuilt | None:
     return found
 
 
-def _packed() -> bool:
+def packed() -> bool:
+    """Whether hooks pack the tensors that are saved now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

@@ -21,8 +21,9 @@ def split(M: Tensor, dim: int) -> Tensor:
 def product(x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """x·M (T, r) as bfloat16 (hi, lo): x (T, k) in bfloat16, M (k, 3r) a factor as `split` gives it."""
     r = M.shape[1] // 3
-    hi = torch.mm(x, M[:, :r])
-    return hi, torch.addmm(hi, x, M[:, :r], beta=-1).addmm_(x, M[:, r : 2 * r])
+    both = torch.mm(x, M[:, : 2 * r])  # x·hi and x·lo, reading x once
+    hi = both[:, :r]
+    return hi, torch.addmm(hi, x, M[:, :r], beta=-1).add_(both[:, r:])
 
 
 def joined(hi: Tensor, lo: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ _PUBLIC = {
     "trimtab.rank.spectrum": ["delta_spectrum", "effective_ranks"],
     "trimtab.rank.suggest": ["estimate_ranks", "suggest_rank"],
     "trimtab.rank.survey": ["inspect_ranks"],
+    "trimtab.rank.sweep.plot": ["plot_sweep"],
+    "trimtab.rank.sweep.run": ["rank_sweep"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",

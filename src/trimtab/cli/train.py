@@ -54,8 +54,14 @@ def _train(context: typer.Context, config: Path | None, flags: Mapping[str, Any]
     from trimtab.train.run import run_training
 
     try:
-        outcome = run_training(settings)
+        outcome = run_training(settings, choose=_choose)
     except KeyboardInterrupt:
         print("\nStopped at once. What the last checkpoint holds is safe: --resume goes on from it.", file=sys.stderr)
         return 130
     return 130 if outcome.interrupted else 0
+
+
+def _choose(*args: Any) -> Any:
+    from trimtab.rank.sweep.auto import choose_rank  # only where it is wanted
+
+    return choose_rank(*args)

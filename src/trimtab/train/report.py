@@ -61,8 +61,8 @@ def adapter_in_words(model: Any) -> str:
     return ", ".join(words) + f", on {sum(t.count for t in found)} modules"
 
 
-def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int) -> dict[str, str]:
-    """What the model card lists."""
+def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int, advice: str = "") -> dict[str, str]:
+    """What the model card lists; `advice`: what a sweep of ranks said, where one chose the rank."""
     own = {k: v for k, v in config.adapter.items() if not isinstance(v, dict)}
     settings = ", ".join(f"{k} {v}" for k, v in own.items())
     return {
@@ -74,6 +74,7 @@ def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int
         "Steps": f"{result.step:,}" + (f"; the weights are of step {kept:,}, the best" if kept != result.step else ""),
         "Optimiser": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}",
         "Tokens": f"{result.tokens:,} in {span(result.seconds)}",
+        **({"Rank": f"chosen by a short sweep. {advice}"} if advice else {}),
     }
 
 

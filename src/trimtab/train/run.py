@@ -15,11 +15,11 @@ from trimtab import __version__
 from trimtab.errors import DataError
 from trimtab.shell.peft_model import PeftModel
 from trimtab.train import folder as files
-from trimtab.train.adapters import adapter_settings
+from trimtab.train.adapters import RANK, adapter_settings
 from trimtab.train.batches import Batches, digest
 from trimtab.train.card import write_card
 from trimtab.train.checkpoint import Checkpoints, go_back, load_checkpoint, write_folder, writing
-from trimtab.train.config import ADAPTER, FIELDS, LOOP, TrainConfig
+from trimtab.train.config import ADAPTER, AUTO, FIELDS, LOOP, TrainConfig
 from trimtab.train.data import check_packing
 from trimtab.train.evaluate import evaluate_generate, evaluate_loss
 from trimtab.train.events import (
@@ -43,7 +43,7 @@ from trimtab.train.progress import Progress
 from trimtab.train.provenance import NAME, fingerprint, provenance
 from trimtab.train.report import card_facts, console_for, facts_of, show_end, show_facts, show_plan
 
-__all__ = ["Outcome", "run_training"]
+__all__ = ["Choice", "Outcome", "run_training"]
 
 
 @dataclass
@@ -57,6 +57,18 @@ class Outcome:
     interrupted: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A rank that was measured, and what goes with it."""
+
+    adapter: dict[str, Any]  # fields of the method's config
+    learning_rate: float
+    advice: str  # the same in words
+
+
+Choose = Callable[[TrainConfig, Base, Data, Console], Choice]
+
+
 def run_training(
     config: TrainConfig,
     console: Console | None = None,
@@ -64,6 +76,7 @@ def run_training(
     events: Sequence[Event | Callable[[Run], Any]] = (),
     base: Base | None = None,
     data: Data | None = None,
+    choose: Choose | None = None,
 ) -> Outcome:
     """Do what a config says, from the model to the saved adapter.
 
@@ -72,6 +85,7 @@ def run_training(
         group: the processes that train together; by default what the launcher has started.
         events: more of them, after the run's own.
         base, data: the config's model and rows, where the caller has them loaded.
+        choose: what measures the rank where the config has `r: auto`: `trimtab.rank.sweep.auto.choose_rank`.
 
     Raises:
         PeftError: in one of its kinds, whatever cannot be done; what was there before is as it was.
@@ -84,6 +98,7 @@ def run_training(
     if data is None:
         assert rows is not None
         data = encode_data(config, base.tokenizer, *rows)
+    chosen = _choose(config, base, data, console, choose if group.count == 1 else None)
     batches = Batches(
         data.examples,
         batch_size=config.per_device_train_batch_size,
@@ -103,7 +118,7 @@ def run_training(
     by_width = config.learning_rate is None
     if by_width:
         config.learning_rate = rate_by_width(base.model)
-    job = _Job(config, base, data, batches, prints, model, group, console, by_width)
+    job = _Job(config, base, data, batches, prints, model, group, console, by_width, chosen)
     job.announce()
     return job.plan() if config.plan else job.train(checkpoint, events)
 
@@ -112,6 +127,20 @@ def _claim(config: TrainConfig, group: Alone) -> Path | None:
     found = files.claim(config) if group.main else None
     group.wait()
     return group.gather(found)[0]  # type: ignore[no-any-return]
+
+
+def _choose(config: TrainConfig, base: Base, data: Data, console: Console, choose: Choose | None) -> bool:
+    """Fill in a rank that is to be measured; whether it was."""
+    if config.adapter.get("r") != AUTO or choose is None:
+        return False
+    if config.plan:
+        config.adapter["r"] = RANK
+        console.print(f"r: {AUTO}: a sweep would come first, half as long as the run. The plan below is of r={RANK}.")
+        return False
+    choice = choose(config, base, data, console)
+    config.adapter |= choice.adapter
+    config.learning_rate = choice.learning_rate
+    return True
 
 
 def _base(config: TrainConfig, group: Alone) -> Base:
@@ -136,6 +165,7 @@ class _Job:
     group: Alone
     console: Console
     by_width: bool  # the learning rate is
+    chosen: bool  # the rank is, by a sweep
 
     def announce(self) -> None:
         """The header, and what the rows are: raises where they cannot be trained on."""
@@ -169,7 +199,7 @@ class _Job:
             try_evaluation(self.model, self.data.held_out, config.eval_batch_size, self.base.pad_id)
         if group.main:  # nothing of an earlier run is touched before this
             if not config.resume:
-                files.clear(config)
+                files.clear(config, self.chosen)
             files.save_config(config, f"Made by trimtab {__version__}; `trimtab train run.yaml` runs the same again.")
         torch.manual_seed(config.seed)
         prepared, optimizer = group.prepare(self.model, optimizer)
@@ -226,7 +256,9 @@ class _Job:
             model.save_pretrained(folder, is_main_process=self.group.main)
             if self.group.main:
                 (folder / NAME).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-                write_card(folder, card_facts(config, base, self.data, result, kept), result.scores)
+                write_card(
+                    folder, card_facts(config, base, self.data, result, kept, files.advice(config)), result.scores
+                )
 
         adapter = config.folder / files.ADAPTER
         if self.group.main:

@@ -27,7 +27,9 @@ def advice(curve: Curve, base: Score, predicted: int) -> str:
     if len(curve.points) == 1:
         reason = f": it is the only one that was finished; {loss}."
     elif point is curve.best:
-        reason = f": {loss}, the best of all." if not verdict.flat else f": {loss}, the best of all, and it is the smallest."
+        reason = (
+            f": {loss}, the best of all." if not verdict.flat else f": {loss}, the best of all, and it is the smallest."
+        )
     else:
         margin = verdict.margins[verdict.chosen]
         reason = (
@@ -44,7 +46,7 @@ def _shape(curve: Curve) -> str:
         return ""
     if verdict.flat:
         return (
-            f" The curve is flat: no rank up to {ranks[-1]} does better than r={curve.chosen.setting.rank} by more than "
+            f" The curve is flat: no rank up to {ranks[-1]} is better than r={curve.chosen.setting.rank} by more than "
             "noise, so capacity is not the limit here."
         )
     if verdict.open:

@@ -46,7 +46,7 @@ def step_seconds(work: Work, settings: Sequence[Setting]) -> dict[Setting, float
 
 
 def planned_tokens(work: Work, settings: Sequence[Setting]) -> float:
-    """Tokens that are still to be trained on: less what earlier calls have done, rates that will be given up at most."""
+    """Tokens that are still to be trained on: less what earlier calls have done."""
     space, total = work.space, 0.0
     done: dict[Setting, int] = {}
     for outcome in work.store.outcomes.values():

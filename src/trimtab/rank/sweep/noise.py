@@ -1,9 +1,10 @@
 """Which of several measured settings are as good as the best: a pure function of their held-out losses.
 
 Two things make a loss other than it might have been: the seed of the run, and which rows were held out. The first is
-estimated by the spread over the seeds, pooled over all settings; the second by how the difference of two settings varies
-over the rows, which both were tested on. A setting is within the noise of the best where its mean loss is larger by no
-more than both explain, at 95 % for all comparisons together (Bonferroni): a flat curve is called so 19 times in 20.
+estimated by the spread over the seeds, pooled over all settings; the second by how the difference of two settings
+varies over the rows, which both were tested on. A setting is within the noise of the best where its mean loss is larger
+by no more than both explain, at 95 % for all comparisons together (Bonferroni): a flat curve is called so 19 times in
+20.
 """
 
 from __future__ import annotations

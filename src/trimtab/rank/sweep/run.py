@@ -16,7 +16,7 @@ from trimtab.rank.sweep import show
 from trimtab.rank.sweep.advice import advice, take
 from trimtab.rank.sweep.clock import Clock
 from trimtab.rank.sweep.cost import estimate, planned_tokens, step_seconds
-from trimtab.rank.sweep.general import TEXTS
+from trimtab.rank.sweep.general import texts
 from trimtab.rank.sweep.noise import judge
 from trimtab.rank.sweep.result import Curve, Point, Score, Sweep, plain
 from trimtab.rank.sweep.score import Scorer
@@ -189,10 +189,10 @@ def prepare_sweep(
     _check_ranks(space, shapes)
     if config.gradient_checkpointing and not getattr(base.model, "is_quantized", False):
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    texts = _general(general, base, config)
-    scorer = Scorer(base.tokenizer, data.held_out, texts, base.pad_id, config.eval_generate, config.eval_generate_rows,
+    other = _general(general, base, config)
+    scorer = Scorer(base.tokenizer, data.held_out, other, base.pad_id, config.eval_generate, config.eval_generate_rows,
                     config.eval_batch_size)  # fmt: skip
-    store = Store(_folder(config), _identity(config, base, data, texts))
+    store = Store(_folder(config), _identity(config, base, data, other))
     return Prepared(Work(config, space, base, data, scorer, store, train), settings, shapes)
 
 
@@ -239,7 +239,7 @@ def _check_ranks(space: Space, shapes: dict[str, dict[str, tuple[int, int]]]) ->
 
 def _general(source: str | None, base: Base, config: TrainConfig) -> list[Example]:
     """The text that shows what was forgotten."""
-    rows: Any = load_rows(source) if source else [{"text": text} for text in TEXTS]
+    rows: Any = load_rows(source) if source else [{"text": text} for text in texts()]
     return encode_rows(rows, base.tokenizer, config.max_length, "truncate", config.system)
 
 
@@ -248,13 +248,23 @@ def _folder(config: TrainConfig) -> Path:
 
 
 # What may change between calls: where things are, and how fast.
-FREE = {"learning_rate", "output", "overwrite_output_dir", "plan", "device", "per_device_eval_batch_size", "data", "eval_data", "model"}
+FREE = {
+    "learning_rate",
+    "output",
+    "overwrite_output_dir",
+    "plan",
+    "device",
+    "per_device_eval_batch_size",
+    "data",
+    "eval_data",
+    "model",
+}
 
 
-def _identity(config: TrainConfig, base: Base, data: Data, texts: Sequence[Example]) -> dict[str, Any]:
+def _identity(config: TrainConfig, base: Base, data: Data, general: Sequence[Example]) -> dict[str, Any]:
     """What must be the same for a run that is there to be one of this sweep."""
     own = {name: value for name, value in plain(config.to_dict()).items() if name not in FREE}
-    rows = {"rows": digest(data.examples), "held_out": digest(data.held_out), "general": digest(texts)}
+    rows = {"rows": digest(data.examples), "held_out": digest(data.held_out), "general": digest(general)}
     return {**own, "base": fingerprint(base.model), "precision": base.precision.name, **rows}
 
 

@@ -43,9 +43,7 @@ class Scorer:
         task = {"next_token": found.next_token} if found.accuracy is None else {"accuracy": found.accuracy}
         if self.metrics:
             part = self.held_out[: self.answers]
-            task |= evaluate_generate(
-                model, self.tokenizer, part, self.metrics, batch_size=self.batch_size
-            ).metrics
+            task |= evaluate_generate(model, self.tokenizer, part, self.metrics, batch_size=self.batch_size).metrics
         tokens = tuple(e.trained for e in self.held_out)
         rows = tuple(loss * n for loss, n in zip(found.rows, tokens, strict=True))
         return Score(found.loss, rows, tokens, task, evaluate_loss(model, self.general, self.pad_id).loss)

@@ -13,25 +13,27 @@ from rich.table import Table
 
 from trimtab.rank.sweep.advice import remarks
 from trimtab.rank.sweep.cost import planned_steps
-from trimtab.rank.sweep.halving import rungs
 from trimtab.rank.sweep.result import Curve, Point, Sweep
 from trimtab.rank.sweep.space import Setting
 from trimtab.train.plan import Cost
 from trimtab.train.progress import size
 from trimtab.train.report import show_facts, span
 
-RULE = "after 1/4 and 1/2 of the steps the better half of a rank's learning rates goes on, rounded up; no rank is given up"
+RULE = (
+    "after 1/4 and 1/2 of the steps the better half of a rank's learning rates goes on, rounded up; no rank is given up"
+)
 
 
 def header(console: Console, work: Any, settings: Sequence[Setting], repeated: int) -> None:
     """What is about to be done."""
     space, config = work.space, work.config
     steps = sorted({len(work.batches(s.rows, config.seed)) for s in settings})
+    sizes = f"; {_list(space.data_sizes)} rows" if space.data_sizes else ""
     facts = [
         ("model", f"{work.base.name} in {work.base.precision.name}"),
         ("rows", f"{len(work.data.examples):,} to learn, {len(work.data.held_out):,} held out"),
         ("tried", f"{len(settings)} settings: ranks {_list(space.ranks)}; alpha {_list(space.alphas)}; on "
-                  f"{' and on '.join(space.targets)}" + (f"; {_list(space.data_sizes)} rows" if space.data_sizes else "")),
+                  f"{' and on '.join(space.targets)}{sizes}"),
         ("rates", f"{_list(space.rates)}" + (f"; {RULE}" if len(space.rates) > 1 else "")),
         ("runs", f"{_range(steps)} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} "
                  f"rows; {space.seeds} seed{'s' * (space.seeds > 1)} of each setting are trained to the end"),
@@ -41,9 +43,7 @@ def header(console: Console, work: Any, settings: Sequence[Setting], repeated: i
     show_facts(console, f"Sweep in {work.store.folder}", facts)
 
 
-def plan(
-    console: Console, work: Any, settings: Sequence[Setting], seconds: float, cost: Cost, at_once: int
-) -> None:
+def plan(console: Console, work: Any, settings: Sequence[Setting], seconds: float, cost: Cost, at_once: int) -> None:
     """The runs, and what they would take."""
     header(console, work, settings, len(work.store.outcomes))
     table = _table("setting", "rows", "steps", "searched", "repeated", "steps in all")
@@ -60,8 +60,8 @@ def plan(
     together = min(len(settings) * len(space.rates), at_once or len(settings) * len(space.rates))
     console.print(
         f"\n{part:,} steps in all, where every rate and seed to its end would be {whole:,}; up to {together} runs are "
-        f"trained at once\nabout {span(seconds)} at {cost.tokens_per_second:,.0f} tokens/s (a few steps of one run were "
-        "timed, alone)\n\nNothing was trained or written: that was the plan."
+        f"trained at once\nabout {span(seconds)} at {cost.tokens_per_second:,.0f} tokens/s (a few steps of one run, "
+        "alone, were timed)\n\nNothing was trained or written: that was the plan."
     )
 
 
@@ -82,13 +82,16 @@ def sweep(console: Console, found: Sweep, seeds: int, drawn: Path | None) -> Non
     for line in remarks(found.curves, found.failed, found.base, seeds):
         console.print(line, markup=False, style="yellow")
     console.print(
-        "\n*: within the noise of the best (seeds and held-out rows, 95 % for all comparisons together). Losses in nats "
-        "a token; ±: standard deviation over the seeds. general: loss on text that is none of the task's.",
+        "\n*: within the noise of the best (seeds and held-out rows, 95 % for all comparisons together). Losses in "
+        "nats a token; ±: standard deviation over the seeds. general: loss on text that is none of the task's.",
         style="dim", markup=False,
     )  # fmt: skip
-    facts = [("adapter", str(found.adapter)), ("results", str(found.folder / "sweep.json")),
-             ("plot", str(drawn) if drawn else "none: matplotlib is not installed"),
-             ("time", f"{span(found.seconds)}; {found.done} runs trained to the end, {found.repeated} were there")]  # fmt: skip
+    facts = [
+        ("adapter", str(found.adapter)),
+        ("results", str(found.folder / "sweep.json")),
+        ("plot", str(drawn) if drawn else "none: matplotlib is not installed"),
+        ("time", f"{span(found.seconds)}; {found.done} runs trained to the end, {found.repeated} were there before"),
+    ]
     console.print()
     show_facts(console, "", facts)
 

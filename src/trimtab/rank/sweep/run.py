@@ -100,10 +100,14 @@ class Prepared:
         work.store.begin()
         show.header(console, work, self.settings, repeated)
         base = work.scorer.whole(work.base.model)
-        with Clock(planned_tokens(work, self.settings)) as clock:
-            work.clock = clock
-            self._train(at_once)
-        curves, failed = self._curves()
+        was_training = work.base.model.training
+        try:
+            with Clock(planned_tokens(work, self.settings)) as clock:
+                work.clock = clock
+                self._train(at_once)
+            curves, failed = self._curves()
+        finally:
+            work.base.model.train(was_training)
         last = curves[-1]
         tokens = sum(e.trained for e in work.data.examples)
         shapes = self.shapes[last.chosen.setting.targets]

@@ -111,7 +111,7 @@ def chunks(settings: Sequence[Setting], per: int, at_once: int) -> Iterable[list
     Args:
         per: runs of a setting; they stay together.
     """
-    count = max(1, at_once // max(1, per)) if at_once else len(settings)
+    count = max(1, at_once // max(1, per) if at_once else len(settings))
     return (list(settings[i : i + count]) for i in range(0, len(settings), count))
 
 

@@ -162,7 +162,8 @@ def test_what_is_over_is_not_repeated(place: Path, capsys: pytest.CaptureFixture
     assert again.advice == first.advice
     assert [p.losses for p in again.curve.points] == [p.losses for p in first.curve.points]
     more = small(place, ranks=[1, 2])
-    assert more.done and {p.setting.rank for p in more.curve.points} == {1, 2}
+    assert more.done
+    assert {p.setting.rank for p in more.curve.points} == {1, 2}
     # The same as if both had been there from the start.
     whole = small(place, ranks=[1, 2], output=str(place / "whole"))
     assert [p.losses for p in more.curve.points] == [p.losses for p in whole.curve.points]

@@ -56,7 +56,7 @@ def sweep(
         settings = {**_content(words), **more, **{k: v for k, v in own.items() if v is not None}}
         space = {
             "ranks": _numbers("ranks", ranks, int), "rates": _numbers("rates", rates, float),
-            "alphas": _numbers("alphas", alphas, int), "targets": tuple(targets or ("all-linear",)), "seeds": seeds,
+            "alphas": _numbers("alphas", alphas, float), "targets": tuple(targets or ("all-linear",)), "seeds": seeds,
             "data_sizes": _numbers("data-sizes", data_sizes, int),
         }  # fmt: skip
         _sweep(settings, space, str(general) if general else None, at_once, plan, as_json)

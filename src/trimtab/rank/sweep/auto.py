@@ -41,8 +41,6 @@ def choose_rank(config: TrainConfig, base: Base, data: Data, console: Console) -
     """
     given = {name: value for name, value in config.adapter.items() if name != "r"}
     targets, alpha = given.get("target_modules", "all-linear"), given.get("lora_alpha", ALPHA)
-    if not isinstance(alpha, int):
-        raise ConfigError(f"lora_alpha is {alpha!r}: with r: {AUTO} it is a whole number, or left open.")
     if "rank_pattern" in given or "alpha_pattern" in given:
         raise ConfigError(f"With r: {AUTO} there is one rank for all layers: leave rank_pattern and alpha_pattern out.")
     text = targets if isinstance(targets, str) else ",".join(targets)

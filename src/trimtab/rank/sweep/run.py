@@ -22,7 +22,7 @@ from trimtab.rank.sweep.result import Curve, Point, Score, Sweep, plain
 from trimtab.rank.sweep.score import Scorer
 from trimtab.rank.sweep.serial import train_serially
 from trimtab.rank.sweep.space import Setting, Space, around, chunks
-from trimtab.rank.sweep.store import PLOT, RESULT, Store
+from trimtab.rank.sweep.store import PLOT, RESULT, Store, precision_of
 from trimtab.rank.sweep.work import Trainer, Work, targets_of
 from trimtab.train.adapters import USUAL
 from trimtab.train.batches import digest
@@ -45,7 +45,7 @@ def rank_sweep(
     *,
     ranks: Sequence[int] = Space.ranks,
     rates: Sequence[float] = (),
-    alphas: Sequence[int] = Space.alphas,
+    alphas: Sequence[float] = Space.alphas,
     targets: Sequence[str] = Space.targets,
     seeds: int = 2,
     data_sizes: Sequence[int] = (),
@@ -175,6 +175,7 @@ def prepare_sweep(
         train: what trains the jobs.
     """
     config = _checked(config)
+    config.precision = precision_of(_folder(config), config.precision)  # type: ignore[assignment]
     rows = _rows(config) if data is None else None
     base = base or load_base(config)
     if data is None:

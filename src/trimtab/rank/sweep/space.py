@@ -19,14 +19,14 @@ class Setting:
     """One point of the curve."""
 
     rank: int
-    alpha: int
+    alpha: float
     targets: str  # all-linear, names with commas between them, or a pattern, as `target_modules` has it
     rows: int  # to learn from
 
     @property
     def name(self) -> str:
         """It as a folder's name."""
-        return f"r{self.rank}-a{self.alpha}-{_plain(self.targets)}-n{self.rows}"
+        return f"r{self.rank}-a{_number(self.alpha)}-{_plain(self.targets)}-n{self.rows}"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Trial:
     def name(self) -> str:
         """It as the name of an adapter and of a folder."""
         mantissa, exponent = f"{self.rate:.5e}".split("e")
-        rate = f"{mantissa.rstrip('0').rstrip('.').replace('.', '_')}e{int(exponent)}"
-        return f"{self.setting.name}-lr{rate}-s{self.seed}"
+        return f"{self.setting.name}-lr{_number(float(mantissa))}e{int(exponent)}-s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,24 @@ class Space:
 
     ranks: tuple[int, ...] = RANKS
     rates: tuple[float, ...] = ()
-    alphas: tuple[int, ...] = (ALPHA,)
+    alphas: tuple[float, ...] = (ALPHA,)
     targets: tuple[str, ...] = ("all-linear",)
     seeds: int = 2
     data_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("ranks", "rates", "alphas", "targets", "data_sizes"):  # in order, each once; layers as given
-            values = tuple(getattr(self, name))
+            values = tuple(int(v) if isinstance(v, float) and v.is_integer() else v for v in getattr(self, name))
             found = tuple(dict.fromkeys(values)) if name == "targets" else tuple(sorted(set(values)))
             object.__setattr__(self, name, found)
         faults = [
             f"{name}: {value} is not {what}"
-            for name, what in (("ranks", "a rank"), ("alphas", "an alpha"), ("data_sizes", "a number of rows"))
+            for name, what in (("ranks", "a rank"), ("data_sizes", "a number of rows"))
             for value in getattr(self, name)
             if not (isinstance(value, int) and value > 0)
         ]
-        faults += [f"rates: {rate} is not a learning rate" for rate in self.rates if not 0 < rate < float("inf")]
+        for name, what in (("rates", "a learning rate"), ("alphas", "an alpha")):
+            faults += [f"{name}: {v} is not {what}" for v in getattr(self, name) if not 0 < v < float("inf")]
         faults += [f"{name}: there is none" for name in ("ranks", "alphas", "targets") if not getattr(self, name)]
         if self.seeds < 1:
             faults.append(f"seeds: {self.seeds} is not a number of runs")
@@ -113,6 +113,11 @@ def chunks(settings: Sequence[Setting], per: int, at_once: int) -> Iterable[list
     """
     count = max(1, at_once // max(1, per) if at_once else len(settings))
     return (list(settings[i : i + count]) for i in range(0, len(settings), count))
+
+
+def _number(value: float) -> str:
+    """A number without a point."""
+    return f"{value:g}".replace(".", "_")
 
 
 def _plain(text: str) -> str:

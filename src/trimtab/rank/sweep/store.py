@@ -80,7 +80,11 @@ class Store:
     def finish(self, result: Any, table: str, best: Outcome) -> Path:
         """Write what the sweep came to, and the adapter of its best run; returns the adapter's place."""
         target = self.folder / ADAPTER
-        write_folder(target, lambda to: shutil.copytree(self.folder / best.folder, to, dirs_exist_ok=True))
+
+        def copy(to: Path) -> None:
+            shutil.copytree(self.folder / best.folder, to, dirs_exist_ok=True)
+
+        write_folder(target, copy)
         self._write(self.folder / TABLE, table)
         self._write(self.folder / RESULT, _json(plain(result)))
         return target
@@ -94,6 +98,12 @@ class Store:
     def finished(self, name: str) -> bool:
         """Whether a run is trained to its end."""
         return name in self.outcomes and self.outcomes[name].ended == FINISHED
+
+
+def precision_of(folder: Path, wanted: str) -> str:
+    """What the runs in a folder were computed in, where it is to be measured: it might come out otherwise this time."""
+    then = _read(folder / IDENTITY) or {}
+    return str(then.get("precision", wanted)) if wanted == "auto" else wanted
 
 
 def _json(content: Any) -> str:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import ConfigError
+from trimtab.rank.sweep.clock import Clock
 from trimtab.rank.sweep.halving import given_up, rungs, steps_of_search, survivors
 from trimtab.rank.sweep.noise import Measured, judge, pooled_spread, t_quantile
 from trimtab.rank.sweep.space import Setting, Space, Trial, around, chunks
@@ -187,3 +188,19 @@ def test_chunks_hold_settings_together() -> None:
         parts = list(chunks(settings, per, at_once))
         assert [s for part in parts for s in part] == settings
         assert not at_once or all(len(part) * per <= max(at_once, per) for part in parts)
+
+
+def test_the_time_that_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Clock(1000, every=10) as clock:
+        clock.running = 3
+        now = 105.0
+        clock.advance(100)
+        assert capsys.readouterr().err == "", "not so often"
+        now = 150.0
+        clock.advance(150)
+        assert capsys.readouterr().err == "Sweep  25%  3 runs in training, 0 over  2:30 left\n"
+        now = 400.0
+        clock.advance(2000)
+        assert "100%" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from trimtab.shell.locate import locate_graft
 from trimtab.train.evaluate import evaluate_generate, evaluate_loss
 from trimtab.train.example import Example
 
-RUNG_ROWS = 64  # held-out rows that decide which learning rates go on
+RUNG_ROWS = 32  # held-out rows that decide which learning rates go on
 
 
 @dataclass(frozen=True)

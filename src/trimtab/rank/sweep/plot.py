@@ -56,8 +56,9 @@ def _curves(above: Any, below: Any, found: Sweep) -> None:
     last = found.curve
     margin = max((m for m in last.verdict.margins if m == m), default=0.0)
     if margin:
-        above.axhspan(last.best.loss, last.best.loss + margin, color="0.5", alpha=0.13, linewidth=0,
-                      label="within the noise of the best" + (f" of {last.rows:,} rows" if len(found.curves) > 1 else ""))  # fmt: skip
+        of = f" of {last.rows:,} rows" if len(found.curves) > 1 else ""
+        band = {"color": "0.5", "alpha": 0.13, "linewidth": 0, "label": f"within the noise of the best{of}"}
+        above.axhspan(last.best.loss, last.best.loss + margin, **band)
     below.axhline(found.base.general, color="0.4", linewidth=1, linestyle="--")
     below.annotate("untrained", (1, found.base.general), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                    textcoords="offset points", ha="right", fontsize=7, color="0.3")  # fmt: skip

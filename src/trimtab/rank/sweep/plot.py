@@ -80,7 +80,7 @@ def _curves(above: Any, below: Any, found: Sweep) -> None:
 
 def _lines(curve: Curve) -> list[list[Point]]:
     """The points of a curve by alpha and set of layers, in the order of their ranks."""
-    found: dict[tuple[str, int], list[Point]] = {}
+    found: dict[tuple[str, float], list[Point]] = {}
     for p in curve.points:
         found.setdefault((p.setting.targets, p.setting.alpha), []).append(p)
     return [sorted(points, key=lambda p: p.setting.rank) for points in found.values()]

@@ -17,7 +17,9 @@ from tests.train.conftest import make_model, make_tokenizer
 from trimtab.errors import ConfigError, DataError, TrainError
 from trimtab.rank.sweep.result import FINISHED, GIVEN_UP, Sweep, plain, read_outcome
 from trimtab.rank.sweep.run import Prepared, prepare_sweep
+from trimtab.rank.sweep.serial import train_serially
 from trimtab.rank.sweep.space import Space
+from trimtab.rank.sweep.turns import train_in_turns
 from trimtab.train.config import TrainConfig
 from trimtab.train.example import Example
 from trimtab.train.model import Base
@@ -89,6 +91,19 @@ def test_a_task_without_need_of_rank_is_called_flat(tmp_path: Path) -> None:
     assert "asks for r=16; measured was less" in found.advice, "4,800 tokens over 316 parameters a rank"
 
 
+def test_runs_that_train_at_once_come_out_as_one_after_the_other(tmp_path: Path) -> None:
+    """More of them than adapters that are out of use stay in the module tree."""
+    base, data = planted(2)
+    space = Space(ranks=tuple(range(1, 11)), rates=(1e-2,), alphas=(16,), targets=("lm_head",))
+    found = []
+    for place, train in (("at_once", train_in_turns), ("serial", train_serially)):
+        whole = sweep_of(base, data, tmp_path / place, space, max_steps=4)
+        whole.work.train = train
+        found.append([p.losses for p in whole.run(0, QUIET).curve.points])
+    assert found[0] == found[1]
+    assert len({losses for losses in found[0]}) == 10
+
+
 def test_nothing_to_learn_is_said(tmp_path: Path) -> None:
     base, data = planted(1)
     data.train = encoded(torch.randint(0, 300, (40, 8), generator=torch.Generator().manual_seed(0)))
@@ -124,7 +139,7 @@ def test_what_is_written(place: Path) -> None:
     assert found.advice in (place / "out" / "table.md").read_text()
     assert (place / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     outcomes = [read_outcome(json.loads(p.read_text())) for p in (place / "out" / "runs").glob("*/run.json")]
-    assert len(outcomes) == 2 * 3 + 2
+    assert len(outcomes) == 2 * 3 + 2, "two of three rates are given up"
     for outcome in outcomes:
         assert read_outcome(json.loads(json.dumps(plain(outcome)))) == outcome
         assert (outcome.ended == FINISHED) == bool(outcome.folder)
@@ -151,6 +166,7 @@ def test_rates_that_lag_are_given_up_and_no_rank_is(place: Path) -> None:
         assert set(point.tried) == {1e-9, 1e-3, 3e-2}
     runs = {p.name: json.loads((p / "run.json").read_text()) for p in (place / "out" / "runs").iterdir()}
     gone = {name for name, content in runs.items() if content["ended"] == GIVEN_UP}
+    assert len(gone) == 2 * 2
     assert all(not (place / "out" / "runs" / name / "adapter").exists() for name in gone)
 
 

@@ -20,7 +20,7 @@ from trimtab.train.batches import Batch, Batches
 from trimtab.train.loss import batch_loss, loss_of
 from trimtab.train.processes import Alone
 
-__all__ = ["Event", "Run", "TrainError", "TrainResult", "loss_of", "train"]
+__all__ = ["Event", "Run", "TrainError", "TrainResult", "loss_of", "take_step", "train"]
 
 
 @dataclass
@@ -152,7 +152,7 @@ def train(
     try:
         run.fire("begin")
         while not run.last and not run.stop:
-            _step(run, parameters, max_grad_norm)
+            take_step(run, parameters, max_grad_norm)
             run.fire("step")
         run.result.stopped = run.stop
         run.fire("end")
@@ -164,8 +164,8 @@ def train(
     return run.result
 
 
-def _step(run: Run, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
-    """One step of the optimiser."""
+def take_step(run: Run, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
+    """One step of the optimiser; raises what `train` does."""
     began = time.perf_counter()
     batches = run.batches[run.step]
     run.fire("before")

@@ -101,7 +101,7 @@ def test_runs_that_train_at_once_come_out_as_one_after_the_other(tmp_path: Path)
         whole.work.train = train
         found.append([p.losses for p in whole.run(0, QUIET).curve.points])
     assert found[0] == found[1]
-    assert len({losses for losses in found[0]}) == 10
+    assert len(set(found[0])) == 10
 
 
 def test_nothing_to_learn_is_said(tmp_path: Path) -> None:

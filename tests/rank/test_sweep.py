@@ -250,6 +250,8 @@ def test_too_few_rows(place: Path) -> None:
         ({"continue_from": "x"}, "continue_from is not for a sweep"),
         ({"optimizer": "lorafa"}, "adamw"),
         ({"method": "ia3"}, "has no rank"),
+        ({"method": "adalora"}, "has no rank"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
         ({"data_sizes": [99]}, "asks for 99 rows to learn from, and there are 32"),
         ({"targets": ["nothing"]}, "nothing"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.errors import ConfigError, DataError, TrainError
+from trimtab.rank.adapter_file import STARTS
 from trimtab.rank.suggest import layer_shapes
 from trimtab.rank.sweep import show
 from trimtab.rank.sweep.advice import advice, take
@@ -209,7 +210,11 @@ def _checked(config: TrainConfig) -> TrainConfig:
     faults += [f"{name} is not for a sweep" for name in NOT_HERE if getattr(config, name)]
     if config.trainer != "own" or config.optimizer != "adamw":
         faults.append("a sweep trains by trimtab's own loop with adamw")
-    if not {"r", "lora_alpha"} <= fields_of(method_of(config.method, USUAL)[0]):
+    start = str(config.adapter.get("init_lora_weights", ""))
+    if start.lower().startswith(STARTS):
+        faults.append(f"init_lora_weights={start} changes the base, and the runs of a sweep share it")
+    fields = fields_of(method_of(config.method, USUAL)[0])
+    if not {"r", "lora_alpha"} <= fields or "init_r" in fields:
         faults.append(f"the method {config.method} has no rank and lora_alpha to sweep")
     if faults:
         raise ConfigError(f"{'; '.join(faults)}.")

@@ -199,9 +199,8 @@ class _Shared:
             job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]
         job.result.stopped, job.result.failed = "", False
-        return JobRun(
-            model, job.batches, optimizer, job.result, known, processes, job.seed, job.name, job=job, parameters=own
-        )
+        more = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
+        return JobRun(model, job.batches, optimizer, job.result, known, processes, **more)
 
     @contextlib.contextmanager
     def _as(self, run: JobRun) -> Iterator[None]:

@@ -145,6 +145,8 @@ class Interrupt(Event):
         self.before_: dict[int, Any] = {}
 
     def begin(self, run: Run) -> None:
+        if self.before_:  # jobs that are trained at once have one in common
+            return
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before_[number] = signal.signal(number, self._first)

@@ -264,7 +264,7 @@ class _Shared:
         """The adapter's own terms of the loss, once a step."""
         for term in self.model.tuner.penalties([run.job.name]).values():
             term.backward()
-            run.loss += float(term)
+            run.loss += float(term.detach())
 
     def _update(self, run: JobRun, batches: Any) -> None:
         """The run's own part of a step."""

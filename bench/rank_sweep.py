@@ -18,8 +18,8 @@ from typing import Any
 from trimtab.rank.sweep.noise import judge
 from trimtab.rank.sweep.result import Point
 from trimtab.rank.sweep.run import Prepared, prepare_sweep
-from trimtab.rank.sweep.serial import train_serially
 from trimtab.rank.sweep.space import Space, Trial
+from trimtab.rank.sweep.trainers import train_serially
 from trimtab.train.config import TrainConfig
 from trimtab.train.report import console_for
 

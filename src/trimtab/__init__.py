@@ -76,6 +76,7 @@ _PUBLIC = {
     "trimtab.rank.survey": ["inspect_ranks"],
     "trimtab.rank.sweep.plot": ["plot_sweep"],
     "trimtab.rank.sweep.run": ["rank_sweep"],
+    "trimtab.train.many": ["Job", "train_many"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",

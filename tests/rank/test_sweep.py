@@ -17,9 +17,8 @@ from tests.train.conftest import make_model, make_tokenizer
 from trimtab.errors import ConfigError, DataError, TrainError
 from trimtab.rank.sweep.result import FINISHED, GIVEN_UP, Sweep, plain, read_outcome
 from trimtab.rank.sweep.run import Prepared, prepare_sweep
-from trimtab.rank.sweep.serial import train_serially
 from trimtab.rank.sweep.space import Space
-from trimtab.rank.sweep.turns import train_in_turns
+from trimtab.rank.sweep.trainers import train_serially, train_together
 from trimtab.train.config import TrainConfig
 from trimtab.train.example import Example
 from trimtab.train.model import Base
@@ -96,11 +95,12 @@ def test_runs_that_train_at_once_come_out_as_one_after_the_other(tmp_path: Path)
     base, data = planted(2)
     space = Space(ranks=tuple(range(1, 11)), rates=(1e-2,), alphas=(16,), targets=("lm_head",))
     found = []
-    for place, train in (("at_once", train_in_turns), ("serial", train_serially)):
+    for place, train in (("at_once", train_together), ("serial", train_serially)):
         whole = sweep_of(base, data, tmp_path / place, space, max_steps=4)
         whole.work.train = train
         found.append([p.losses for p in whole.run(0, QUIET).curve.points])
-    assert found[0] == found[1]
+    for own, other in zip(*found, strict=True):
+        assert own == pytest.approx(other, rel=1e-5)
     assert len(set(found[0])) == 10
 
 

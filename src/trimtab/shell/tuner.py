@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -233,6 +234,7 @@ class Tuner(nn.Module):
         lengths: Sequence[int] | None = None,
         open: bool = False,
         shape: Sequence[int] = (),
+        calls: Mapping[str, Call] | None = None,
         **extras: Any,
     ) -> Iterator[None]:
         """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
@@ -243,14 +245,17 @@ class Tuner(nn.Module):
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
+            calls: {adapter: what the formulas of its rows are handed}, for rows with random numbers of their own.
             extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
-            with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
+            board = self.graft.board
+            call = replace(board.route_here(quiet=True).call, extras=extras)
+            with board.using(call=call) if extras else contextlib.nullcontext():
                 yield
             return
         graft = self.graft
-        plan = Plan(adapter_names, lengths, extras=extras)
+        plan = Plan(adapter_names, lengths, extras=extras, calls=calls)
         require_known(plan.adapters, graft.adapters)
         if graft.biased():
             raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")

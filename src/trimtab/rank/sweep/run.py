@@ -23,7 +23,7 @@ from trimtab.rank.sweep.result import Curve, Point, Score, Sweep, plain
 from trimtab.rank.sweep.score import Scorer
 from trimtab.rank.sweep.space import Setting, Space, around, chunks
 from trimtab.rank.sweep.store import PLOT, RESULT, Store, precision_of
-from trimtab.rank.sweep.turns import train_in_turns
+from trimtab.rank.sweep.trainers import train_together
 from trimtab.rank.sweep.work import Trainer, Work, targets_of
 from trimtab.train.adapters import USUAL
 from trimtab.train.batches import digest
@@ -167,7 +167,7 @@ def prepare_sweep(
     general: str | None = None,
     base: Base | None = None,
     data: Data | None = None,
-    train: Trainer = train_in_turns,
+    train: Trainer = train_together,
 ) -> Prepared:
     """Load what a sweep needs, and check it; raises what `rank_sweep` does.
 

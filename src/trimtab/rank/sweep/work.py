@@ -14,9 +14,9 @@ from trimtab.rank.sweep.clock import Clock
 from trimtab.rank.sweep.halving import given_up, rungs
 from trimtab.rank.sweep.result import FAILED, FINISHED, GIVEN_UP, Outcome, Point
 from trimtab.rank.sweep.score import Scorer, alone
-from trimtab.rank.sweep.serial import Job
 from trimtab.rank.sweep.space import Setting, Space, Trial
 from trimtab.rank.sweep.store import Store
+from trimtab.rank.sweep.trainers import Job
 from trimtab.shell.locate import locate_graft
 from trimtab.train.adapters import adapter_config
 from trimtab.train.batches import Batches

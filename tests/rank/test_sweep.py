@@ -131,6 +131,13 @@ def small(place: Path, **changes: Any) -> Sweep:
     return trimtab.rank_sweep(**{**given, **changes})
 
 
+def same_losses(one: Sweep, other: Sweep) -> None:
+    """Runs that share their passes with other runs come out the same but for rounding."""
+    for own, theirs in zip(one.curve.points, other.curve.points, strict=True):
+        assert own.setting == theirs.setting
+        assert own.losses == pytest.approx(theirs.losses, rel=1e-5)
+
+
 def test_what_is_written(place: Path) -> None:
     found = small(place)
     assert (found.rows, found.held_out, found.steps) == (32, 8, 8)
@@ -172,7 +179,7 @@ def test_rates_that_lag_are_given_up_and_no_rank_is(place: Path) -> None:
 
 def test_what_is_over_is_not_repeated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = small(place, ranks=[1])
-    assert (first.done, first.repeated) == (4, 0) or first.repeated == 0
+    assert (first.done, first.repeated) == (2, 0)
     again = small(place, ranks=[1])
     assert again.done == 0
     assert again.advice == first.advice
@@ -182,7 +189,7 @@ def test_what_is_over_is_not_repeated(place: Path, capsys: pytest.CaptureFixture
     assert {p.setting.rank for p in more.curve.points} == {1, 2}
     # The same as if both had been there from the start.
     whole = small(place, ranks=[1, 2], output=str(place / "whole"))
-    assert [p.losses for p in more.curve.points] == [p.losses for p in whole.curve.points]
+    same_losses(more, whole)
     with pytest.raises(TrainError, match=r"another sweep.*max_steps \(8 then, 9 now\)"):
         small(place, max_steps=9)
     with pytest.raises(TrainError, match="another sweep"):
@@ -208,8 +215,7 @@ def test_a_sweep_that_is_interrupted_goes_on(place: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     found = small(place)
     assert found.repeated == 3
-    assert found.advice == whole.advice
-    assert [p.losses for p in found.curve.points] == [p.losses for p in whole.curve.points]
+    same_losses(found, whole)
 
 
 def test_sizes_alphas_and_layers(place: Path) -> None:

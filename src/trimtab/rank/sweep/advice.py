@@ -45,9 +45,11 @@ def _shape(curve: Curve) -> str:
     if len(ranks) < 2:
         return ""
     if verdict.flat:
+        seen = max((m for m in verdict.margins if math.isfinite(m)), default=0.0)
         return (
             f" The curve is flat: no rank up to {ranks[-1]} is better than r={curve.chosen.setting.rank} by more than "
-            "noise, so capacity is not the limit here."
+            f"noise, so capacity is not the limit here, as far as these seeds and rows show: differences below "
+            f"{seen:.4f} are not seen."
         )
     if verdict.open:
         return f" The curve still falls at r={ranks[-1]}, the largest that was tried: try larger ones."

@@ -66,7 +66,7 @@ def _by_the_book(rates: list[float], steps: int, scores: dict[float, dict[int, f
     gone: dict[float, int] = {}
     left = sorted(rates)
     for rung in rungs(steps):
-        left.sort(key=lambda rate: scores[rate][rung])
+        left.sort(key=lambda rate: (scores[rate][rung], rate))
         while len(left) > math.ceil(len(rates) / 2 ** (1 + rungs(steps).index(rung))):
             gone[left.pop()] = rung
     return gone

@@ -97,9 +97,7 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def adapt(
-    base: Base, config: TrainConfig, steps: int, model: PeftModel | None = None, adapter: str = ""
-) -> PeftModel:
+def adapt(base: Base, config: TrainConfig, steps: int, model: PeftModel | None = None, adapter: str = "") -> PeftModel:
     """The base with the run's adapter on it: a new one, or one that is trained further.
 
     Args:

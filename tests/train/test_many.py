@@ -12,8 +12,8 @@ from trimtab import AdaLoraConfig, Job, LoraConfig, PromptTuningConfig, get_peft
 from trimtab.errors import ConfigError
 from trimtab.train.batches import Batches
 from trimtab.train.data import encode_rows
-from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.evaluate import evaluate_loss
+from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.loop import Event, Run, TrainResult, train
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) + "!" * (i % 3)} for i in range(11)]

@@ -10,7 +10,7 @@ jobs:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from trimtab.train.events import Interrupt
 from trimtab.train.loop import Event, Run, TrainResult
 from trimtab.train.many import TOKENS, Job, train_many
 from trimtab.train.model import Base, load_base, make_optimizer
-from trimtab.train.names import ALIASES, nearest
+from trimtab.train.names import ALIASES
 from trimtab.train.plan import try_evaluation
 from trimtab.train.preparation import encode_data, read_data, show_data
 from trimtab.train.processes import Alone
@@ -40,8 +40,10 @@ from trimtab.train.run import MADE, Outcome
 __all__ = ["Jobs", "read_jobs", "run_jobs"]
 
 # What all jobs have in common, and those of them that make no sense where several are trained.
-SHARED = ("model", "revision", "precision", "device", "gradient_checkpointing", "output", "resume")
-SHARED += ("overwrite_output_dir", "tokens")
+SHARED = (
+    "model", "revision", "precision", "device", "gradient_checkpointing", "output", "resume", "overwrite_output_dir",
+    "tokens",
+)  # fmt: skip
 ALONE = ("trainer", "on_top_of", "plan")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -205,11 +207,12 @@ class _Saves(Event):
     """Saves a job's adapter as soon as it ends."""
 
     def __init__(self, run: Assembled) -> None:
-        self.run, self.saved = run, None
+        self.run = run
+        self.adapter: Path | None = None
 
     def end(self, run: Run) -> None:
         if run.stop != Interrupt.REASON:
-            self.saved = self.run.save(run.model, run.result)  # type: ignore[assignment]
+            self.adapter, _ = self.run.save(self.run.model, run.result)
             self.run.plot(run.result)
 
 
@@ -221,42 +224,18 @@ def _train(
     console: Console,
 ) -> dict[str, Outcome]:
     """Train what is ready."""
-    made, saves = [], {name: _Saves(run) for name, run in runs.items()}
-    states = {}
-    for name, run in runs.items():
-        with _of(name):
-            place = checkpoints[name]
-            states[name] = (
-                (TrainResult(), None) if place is None else load_checkpoint(place, run.model, run.identity(), name)
-            )
+    states = {name: _state(run, checkpoints[name]) for name, run in runs.items()}
     done = sum(run.batches.tokens(0, states[name][0].step) for name, run in runs.items())
     progress = JointProgress(sum(run.batches.tokens() for run in runs.values()), done)
-    interrupt = Interrupt(progress.line.note)
+    interrupt, saves = Interrupt(progress.line.note), {name: _Saves(run) for name, run in runs.items()}
+    made = []
     for name, run in runs.items():  # nothing of an earlier run is touched before this
-        config, (result, restore) = run.config, states[name]
         with _of(name):
-            if not config.resume:
-                files.clear(config)
-            files.save_config(config, MADE)
+            if not run.config.resume:
+                files.clear(run.config)
+            files.save_config(run.config, MADE)
             events = run.events([interrupt, progress], _saying(name, progress.line.note))
-        assert config.learning_rate is not None
-        made.append(
-            Job(
-                name,
-                run.model.peft_config[name],
-                run.batches,
-                config.learning_rate,
-                config.lr_scheduler_type,
-                run.warmup,
-                config.weight_decay,
-                config.max_grad_norm,
-                config.seed,
-                [*events, saves[name]],
-                result,
-                restore,
-                lambda _, name=name: optimizers[name],
-            )  # fmt: skip
-        )
+        made.append(_job(run, [*events, saves[name]], *states[name], optimizers[name]))
     model = next(iter(runs.values())).model
     try:
         results = train_many(model, made, tokens=jobs.tokens, events=[progress])
@@ -265,15 +244,35 @@ def _train(
             f"A pass of {jobs.tokens} tokens does not fit the memory: give fewer `tokens`, smaller batches, or "
             "gradient_checkpointing; then go on with --resume."
         ) from e
-    outcomes = {
-        name: Outcome(run.config.folder, (saves[name].saved or [None])[0], results[name], model,
-                      results[name].stopped == Interrupt.REASON)
-        for name, run in runs.items()
-    }  # fmt: skip
+    outcomes = {}
+    for name, run in runs.items():
+        result, adapter = results[name], saves[name].adapter
+        stopped = result.stopped == Interrupt.REASON
+        outcomes[name] = Outcome(run.config.folder, adapter, result, model, interrupted=stopped)
     show_outcomes(console, {name: (runs[name], outcome) for name, outcome in outcomes.items()})
     if any(outcome.interrupted for outcome in outcomes.values()):
         console.print("\nStopped. Go on: the same command with --resume.")
     return outcomes
+
+
+def _state(run: Assembled, checkpoint: Path | None) -> tuple[TrainResult, Any]:
+    """What has happened in a job so far, and what gives its optimiser the state it had."""
+    if checkpoint is None:
+        return TrainResult(), None
+    assert run.adapter is not None
+    with _of(run.adapter):
+        return load_checkpoint(checkpoint, run.model, run.identity(), run.adapter)
+
+
+def _job(run: Assembled, events: Sequence[Event], result: TrainResult, restore: Any, optimizer: Any) -> Job:
+    """A run as one of several."""
+    config, name = run.config, run.adapter
+    assert name is not None
+    assert config.learning_rate is not None
+    how = (config.learning_rate, config.lr_scheduler_type, run.warmup, config.weight_decay, config.max_grad_norm)
+    job = Job(name, run.model.peft_config[name], run.batches, *how, config.seed, events, result, restore)
+    job.optimizer = lambda parameters: optimizer
+    return job
 
 
 def _saying(name: str, note: Callable[[str], None]) -> Callable[[str], None]:

@@ -199,7 +199,7 @@ class _Shared:
             job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]
         job.result.stopped, job.result.failed = "", False
-        more = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
+        more: dict[str, Any] = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
         return JobRun(model, job.batches, optimizer, job.result, known, processes, **more)
 
     @contextlib.contextmanager

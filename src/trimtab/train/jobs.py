@@ -134,8 +134,11 @@ def _whole(path: Path, tokens: Any) -> int:
     return int(tokens)
 
 
-def run_jobs(jobs: Jobs, console: Console | None = None) -> dict[str, Outcome]:
+def run_jobs(jobs: Jobs, console: Console | None = None, events: Sequence[Event] = ()) -> dict[str, Outcome]:
     """Train the jobs at once, each into its folder; with `resume`, those that are not finished.
+
+    Args:
+        events: more of them, which all jobs have in common.
 
     Raises:
         PeftError: in one of its kinds, whatever cannot be done: before anything is trained.
@@ -163,7 +166,7 @@ def run_jobs(jobs: Jobs, console: Console | None = None) -> dict[str, Outcome]:
             if data.held_out:
                 try_evaluation(model, data.held_out, config.eval_batch_size, base.pad_id)
     _announce(jobs, runs, base, console)
-    return _train(jobs, runs, optimizers, checkpoints, console)
+    return _train(jobs, runs, optimizers, checkpoints, console, events)
 
 
 @contextmanager
@@ -222,6 +225,7 @@ def _train(
     optimizers: Mapping[str, Any],
     checkpoints: Mapping[str, Path | None],
     console: Console,
+    more: Sequence[Event],
 ) -> dict[str, Outcome]:
     """Train what is ready."""
     states = {name: _state(run, checkpoints[name]) for name, run in runs.items()}
@@ -234,7 +238,7 @@ def _train(
             if not run.config.resume:
                 files.clear(run.config)
             files.save_config(run.config, MADE)
-            events = run.events([interrupt, progress], _saying(name, progress.line.note))
+            events = run.events([*more, interrupt, progress], _saying(name, progress.line.note))
         made.append(_job(run, [*events, saves[name]], *states[name], optimizers[name]))
     model = next(iter(runs.values())).model
     try:

@@ -77,7 +77,9 @@ def test_every_job_leaves_what_a_run_by_itself_leaves(tmp_path, common) -> None:
         found, wanted = weights(folder), weights(alone)
         assert found.keys() == wanted.keys()
         for key, value in found.items():
-            torch.testing.assert_close(value, wanted[key], rtol=1e-2, atol=2e-4, msg=lambda m, k=key: f"{name} {k}: {m}")
+            torch.testing.assert_close(
+                value, wanted[key], rtol=1e-2, atol=2e-4, msg=lambda m, k=key: f"{name} {k}: {m}"
+            )
         for a, b in zip(lines(folder), lines(alone), strict=True):
             assert a.keys() == b.keys()
             for key in ("loss", "learning_rate", "eval_loss", "epoch"):
@@ -142,7 +144,10 @@ def test_a_job_that_stops_early_keeps_its_best(tmp_path, common) -> None:
 def test_jobs_are_read_as_a_list_too_and_go_on_from_adapters(tmp_path, common) -> None:
     path = write(tmp_path / "jobs.yaml", {**common, "output": str(tmp_path / "out"), "jobs": {"first": {"r": 2}}})
     run_jobs(read_jobs(path))
-    more = {**common, "jobs": [{"name": "again", "continue_from": str(tmp_path / "out/first/adapter")}, {"name": "new"}]}
+    more = {
+        **common,
+        "jobs": [{"name": "again", "continue_from": str(tmp_path / "out/first/adapter")}, {"name": "new"}],
+    }
     jobs = read_jobs(write(tmp_path / "more.yaml", more), {"output": str(tmp_path / "more"), "max_steps": 2})
     outcomes = run_jobs(jobs)
     assert outcomes["again"].result.losses[0][1] < outcomes["new"].result.losses[0][1]
@@ -156,12 +161,15 @@ def test_jobs_are_read_as_a_list_too_and_go_on_from_adapters(tmp_path, common) -
         ({}, "needs `jobs:`, a mapping"),
         ({"jobs": {}}, "there are no jobs"),
         ({"jobs": [{"r": 2}]}, "with a `name`"),
-        ({"jobs": {"a": {"learning_rat": 1}, "b": {}}}, "job 'a': learning_rat is no setting .*did you mean learning_rate"),
+        (
+            {"jobs": {"a": {"learning_rat": 1}, "b": {}}},
+            "job 'a': learning_rat is no setting .*did you mean learning_rate",
+        ),
         ({"learning_rat": 1, "jobs": {"a": {}, "b": {}}}, "common settings: learning_rat is no .*mean learning_rate"),
         ({"jobs": {"a": {"model": "x"}, "b": {"bf16": True}}}, "job 'a': model can only be .*; job 'b': precision can"),
         ({"jobs": {"a/b": {}}}, "job 'a/b': a name has letters"),
         ({"jobs": {"a": 3}}, "job 'a' must be a mapping"),
-        ({"jobs": {"a": {"r": "x"}, "b": {}}}, "job 'a': r must be"),
+        ({"jobs": {"a": {"r": "x"}, "b": {}}}, "job 'a': r: expected a whole number"),
         ({"jobs": {"a": {}}, "tokens": 0}, "tokens, of a shared pass"),
         ({"jobs": {"a": {}}, "trainer": "trl"}, "trainer is for one run by itself"),
         ({"data": None, "jobs": {"a": {}, "b": {"data": "x"}}}, "job 'a': Name the rows to learn"),

@@ -27,7 +27,7 @@ from trimtab.train.config import TrainConfig, read_file
 from trimtab.train.data import check_packing
 from trimtab.train.events import Interrupt
 from trimtab.train.loop import Event, Run, TrainResult
-from trimtab.train.many import TOKENS, Job, train_many
+from trimtab.train.many import TOKENS, Job, check_jobs, train_many
 from trimtab.train.model import Base, load_base, make_optimizer
 from trimtab.train.names import ALIASES
 from trimtab.train.plan import try_evaluation
@@ -200,7 +200,7 @@ def _announce(jobs: Jobs, runs: Mapping[str, Assembled], base: Base, console: Co
             show_data(run.data, run.model.get_base_model(), base.tokenizer, console)
         said.setdefault(capture.get(), None)
     for text in said:
-        console.print(text, markup=False, end="")
+        console.out(text, end="", highlight=False)
     for line in base.notices:
         console.print(line, style="yellow", markup=False)
     console.print()
@@ -232,14 +232,16 @@ def _train(
     done = sum(run.batches.tokens(0, states[name][0].step) for name, run in runs.items())
     progress = JointProgress(sum(run.batches.tokens() for run in runs.values()), done)
     interrupt, saves = Interrupt(progress.line.note), {name: _Saves(run) for name, run in runs.items()}
-    made = []
-    for name, run in runs.items():  # nothing of an earlier run is touched before this
-        with _of(name):
+    made = [_job(run, *states[name], optimizers[name]) for name, run in runs.items()]
+    check_jobs(made)
+    for job in made:  # nothing of an earlier run is touched before this
+        run = runs[job.name]
+        with _of(job.name):
             if not run.config.resume:
                 files.clear(run.config)
             files.save_config(run.config, MADE)
-            events = run.events([*more, interrupt, progress], _saying(name, progress.line.note))
-        made.append(_job(run, [*events, saves[name]], *states[name], optimizers[name]))
+            own = run.events([*more, interrupt, progress], _saying(job.name, progress.line.note))
+        job.events = [*own, saves[job.name]]
     model = next(iter(runs.values())).model
     try:
         results = train_many(model, made, tokens=jobs.tokens, events=[progress])
@@ -268,14 +270,14 @@ def _state(run: Assembled, checkpoint: Path | None) -> tuple[TrainResult, Any]:
         return load_checkpoint(checkpoint, run.model, run.identity(), run.adapter)
 
 
-def _job(run: Assembled, events: Sequence[Event], result: TrainResult, restore: Any, optimizer: Any) -> Job:
+def _job(run: Assembled, result: TrainResult, restore: Any, optimizer: Any) -> Job:
     """A run as one of several."""
     config, name = run.config, run.adapter
     assert name is not None
     assert config.learning_rate is not None
     how = (config.learning_rate, config.lr_scheduler_type, run.warmup, config.weight_decay, config.max_grad_norm)
-    job = Job(name, run.model.peft_config[name], run.batches, *how, config.seed, events, result, restore)
-    job.optimizer = lambda parameters: optimizer
+    job = Job(name, run.model.peft_config[name], run.batches, *how, config.seed)
+    job.result, job.restore, job.optimizer = result, restore, lambda parameters: optimizer
     return job
 
 

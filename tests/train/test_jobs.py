@@ -77,9 +77,7 @@ def test_every_job_leaves_what_a_run_by_itself_leaves(tmp_path, common) -> None:
         found, wanted = weights(folder), weights(alone)
         assert found.keys() == wanted.keys()
         for key, value in found.items():
-            torch.testing.assert_close(
-                value, wanted[key], rtol=1e-2, atol=2e-4, msg=lambda m, k=key: f"{name} {k}: {m}"
-            )
+            torch.testing.assert_close(value, wanted[key], rtol=1e-2, atol=2e-4, msg=f"{name} {key}")
         for a, b in zip(lines(folder), lines(alone), strict=True):
             assert a.keys() == b.keys()
             for key in ("loss", "learning_rate", "eval_loss", "epoch"):
@@ -97,7 +95,7 @@ def test_jobs_stop_together_and_go_on_where_each_was(tmp_path, common) -> None:
     path = write(tmp_path / "parts.yaml", parts)
     first = run_jobs(read_jobs(path), events=[StopAfter(3)])
     assert [(o.result.step, o.interrupted, o.adapter) for o in first.values()] == [(3, True, None)] * 3
-    with pytest.raises(TrainError, match="job 'one': .* holds another run"):
+    with pytest.raises(TrainError, match=r"job 'one': .* holds another run"):
         run_jobs(read_jobs(path))
     second = run_jobs(read_jobs(path, {"resume": True}), events=[StopAfter(2)])
     assert [(o.result.step, o.interrupted) for o in second.values()] == [(5, True), (5, False), (5, True)]

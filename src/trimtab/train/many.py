@@ -26,7 +26,7 @@ from trimtab.train.loop import Event, Run, TrainResult, not_finite
 from trimtab.train.processes import Alone
 from trimtab.train.shared import Part, losses, passes
 
-__all__ = ["Job", "Results", "train_many"]
+__all__ = ["Job", "Results", "check_jobs", "train_many"]
 
 TOKENS = 2048  # of a pass; more is no faster on processors, and takes memory
 
@@ -93,7 +93,7 @@ def train_many(
     Raises:
         ConfigError: two jobs of one name, or adapters that cannot share a batch.
     """
-    _check(jobs)
+    check_jobs(jobs)
     model = _with_adapters(model, jobs)
     shared = _Shared(model, tokens)
     with shared.open(jobs) as runs:
@@ -108,7 +108,8 @@ def train_many(
     return results
 
 
-def _check(jobs: Sequence[Job]) -> None:
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Raise `ConfigError` where jobs cannot be trained at once: all reasons."""
     names = [job.name for job in jobs]
     faults = [f"two jobs are called '{name}'" for name in dict.fromkeys(names) if names.count(name) > 1]
     for job in jobs:
@@ -199,7 +200,7 @@ class _Shared:
             job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]
         job.result.stopped, job.result.failed = "", False
-        more = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
+        more: dict[str, Any] = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
         return JobRun(model, job.batches, optimizer, job.result, known, processes, **more)
 
     @contextlib.contextmanager

@@ -155,7 +155,7 @@ def _train(
     if config.resume:
         console.print(_where(result, len(batches)))
     progress = Progress()
-    own = [Schedule(config.lr_scheduler_type, run.warmup)]
+    own: list[Event] = [Schedule(config.lr_scheduler_type, run.warmup)]
     own += run.events([Interrupt(progress.note), progress], progress.note)
     optimizer = make_optimizer(run.model, config)
     try_longest(run.model, batches)

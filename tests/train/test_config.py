@@ -73,7 +73,7 @@ def test_later_sources_win_and_other_names_are_told() -> None:
         ({"max_steps": 2.5}, "max_steps: expected a whole number, not 2.5"),
         ({"packing": "perhaps"}, "packing: expected true or false, not 'perhaps'"),
         ({"lr_scheduler_type": "cosin"}, "one of linear, cosine, constant, not 'cosin'; did you mean cosine?"),
-        ({"r": "x"}, "r: expected a whole number, not 'x'"),
+        ({"r": "x"}, "r: expected a whole number or auto, not 'x'"),
         ({"model": None}, "model needs a value: text"),
         ({"per_device_train_batch_size": 0}, "must be at least 1, not 0"),
         ({"warmup_ratio": 10}, "a number of steps is warmup_steps"),

@@ -177,7 +177,7 @@ def test_what_was_there_is_left_alone(model_factory, rows) -> None:
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
     assert {n for n, p in model.named_parameters() if p.requires_grad and ".mine." in n}
-    assert (rounds[0], rounds[-1], len(rounds)) == (2, 1, 12)  # 12 steps and 9
+    assert rounds == [2] * 9 + [1] * 3  # 12 steps and 9
     again = train_many(model, [job("small", rows)])  # goes on from where it is
     assert again["small"].losses[0][1] < results["small"].losses[0][1]
 

@@ -12,13 +12,16 @@ from trimtab.cli.quiet import Verbose, quiet
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for adapter, metrics and loss plot.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for adapter, metrics and loss plot. Default: runs/demo, runs/tasks.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Packaged model, local folder, GGUF file, or Hub id.")] = (
         "smollm2-135m-instruct"
     ),
     data: Annotated[Path | None, typer.Option(help="Folder with {train,valid,test}.jsonl. Default: addresses.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to train on. Default: 400, fewer on a slow machine.")] = 0,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 2.0,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Three tasks at once, an adapter each, on one model.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune a LoRA on real data, show what it learned, and load it again in a fresh process.
@@ -30,7 +33,11 @@ def demo(
     # made training 4 times as slow.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with quiet(verbose):
-        from trimtab.train.demo import run
-
-        code = run(out=out, base=model, data=data, rows=rows, epochs=epochs)
+        if tasks:
+            from trimtab.train.demo_tasks import run
+        else:
+            from trimtab.train.demo import run
+        code = run(
+            out=out or Path("runs/tasks" if tasks else "runs/demo"), base=model, data=data, rows=rows, epochs=epochs
+        )
     raise typer.Exit(code)

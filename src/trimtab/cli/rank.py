@@ -1,4 +1,4 @@
-"""trimtab rank: inspect, mend, resize, suggest"""
+"""trimtab rank: inspect, mend, resize, suggest, sweep"""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.options import EXTRA
 from trimtab.cli.quiet import quietly
+from trimtab.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.rank.suggest import RankEstimate
 
 rank = typer.Typer(name="rank", no_args_is_help=True, help="The rank r: what is used, what fits, what a task asks for.")
+rank.command(context_settings=EXTRA)(quietly(sweep))
 
 Adapter = Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model; by default the one the adapter names.")]

@@ -19,6 +19,9 @@ from trimtab.errors import ConfigError
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A file of the same names.")] = None,
+    jobs: Annotated[
+        Path | None, typer.Option("--jobs", help="A file of several runs (`jobs:`), trained at once on one base model.")
+    ] = None,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
@@ -31,7 +34,7 @@ def train(
     """
     ready()
     with quiet(verbose):
-        code = _train(context, config, flags, verbose)
+        code = _train(context, config, flags, verbose) if jobs is None else _jobs(context, config, jobs, flags)
     raise typer.Exit(code)
 
 
@@ -54,8 +57,35 @@ def _train(context: typer.Context, config: Path | None, flags: Mapping[str, Any]
     from trimtab.train.run import run_training
 
     try:
-        outcome = run_training(settings)
+        outcome = run_training(settings, choose=_choose)
     except KeyboardInterrupt:
         print("\nStopped at once. What the last checkpoint holds is safe: --resume goes on from it.", file=sys.stderr)
         return 130
     return 130 if outcome.interrupted else 0
+
+
+def _choose(*args: Any) -> Any:
+    from trimtab.rank.sweep.auto import choose_rank  # only where it is wanted
+
+    return choose_rank(*args)
+
+
+def _jobs(context: typer.Context, config: Path | None, jobs: Path, flags: Mapping[str, Any]) -> int:
+    """Train the jobs of a file; the exit code."""
+    from trimtab.train.jobs import read_jobs, run_jobs
+
+    try:
+        found = read_jobs(jobs, *given_by(context, config, flags))
+    except ConfigError as e:
+        print(f"trimtab train: {e}", file=sys.stderr)
+        return 2
+    for line in found.notices:
+        print(line, file=sys.stderr)
+    try:
+        outcomes = run_jobs(found).values()
+    except KeyboardInterrupt:
+        print("\nStopped at once. What the last checkpoints hold is safe: --resume goes on from them.", file=sys.stderr)
+        return 130
+    if any(outcome.interrupted for outcome in outcomes):
+        return 130
+    return 1 if any(outcome.result.failed for outcome in outcomes) else 0

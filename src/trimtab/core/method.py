@@ -69,12 +69,15 @@ class Call:
         keys: the rows' names for the generator, one a row; None: 0, 1, 2 ...
         lengths: the tokens of each row, where an input (1, tokens, d) holds several rows; None: a row is an entry of
             the first axis.
+        name: what the adapter is called in random numbers, so that it has the same under another name; None: its own
+            name.
     """
 
     extras: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     keys: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    name: str | None = None
 
     def drop(self, method: Method, x: Tensor, p: float) -> Tensor:
         """`x` after dropout with probability `p`, in training; indices have none.
@@ -98,7 +101,8 @@ class Call:
     def key(self, method: Method, salt: str = "") -> int:
         """A number for a generator: a function of the seed, the adapter, the site and `salt`."""
         seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
-        return mixed(seed, zlib.crc32(f"{method.adapter}/{method.site.name}/{salt}".encode()))
+        adapter = method.adapter if self.name is None else self.name
+        return mixed(seed, zlib.crc32(f"{adapter}/{method.site.name}/{salt}".encode()))
 
     def generator(self, method: Method, salt: str = "", device: Any = "cpu") -> torch.Generator:
         """A generator of random numbers that belong to no row."""

@@ -161,8 +161,8 @@ def config_of(estimates: Iterable[RankEstimate]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- sizes
-def _sizes(model: nn.Module, target_modules: Any) -> dict[str, int]:
-    """{path of a layer: the parameters that a LoRA of rank 1 has there}."""
+def layer_shapes(model: nn.Module, target_modules: Any) -> dict[str, tuple[int, int]]:
+    """{path of a layer that a LoRA changes: (out, in) of its W as a matrix}."""
     from trimtab.methods import config_class
     from trimtab.shell.tasks import get_peft_model
 
@@ -170,11 +170,16 @@ def _sizes(model: nn.Module, target_modules: Any) -> dict[str, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a first adapter says about this model
         graft = get_peft_model(skeleton(model), config).graft
-    sizes: dict[str, int] = {}
+    halves: dict[str, dict[str, int]] = {}
     for slot in graft.slots(graft.require("default")):
         if match := FACTOR.fullmatch(slot.disk):
-            sizes[match[1]] = sizes.get(match[1], 0) + slot.get().numel()
-    return sizes
+            halves.setdefault(match[1], {})[match[2][-1]] = slot.get().numel()
+    return {path: (sizes["B"], sizes["A"]) for path, sizes in halves.items()}
+
+
+def _sizes(model: nn.Module, target_modules: Any) -> dict[str, int]:
+    """{path of a layer: the parameters that a LoRA of rank 1 has there}."""
+    return {path: sum(shape) for path, shape in layer_shapes(model, target_modules).items()}
 
 
 def skeleton(model: nn.Module) -> nn.Module:

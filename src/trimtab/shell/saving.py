@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def save(
     main: bool,
     start: str | None,
     state: Any,
+    place: Callable[[Path, str], Path] = store.folder_of,
 ) -> None:
     """Write a PeftModel's adapters and the card, all files or none; see `PeftModel.save_pretrained`.
 
@@ -30,6 +31,7 @@ def save(
         main: whether this process writes; the others only take part in gathering what is sharded.
         start: the folder of the adapter as it started, to be subtracted.
         state: the state dict that tensors are taken from in place of the model's.
+        place: the folder of an adapter, from `root` and its name.
     """
     if root.is_file():
         raise ValueError(f"Provided path ({root}) should be a directory, not a file")
@@ -46,7 +48,7 @@ def save(
         if not main:
             continue
         if kept is not None:
-            files[store.folder_of(root, name) / store.STATE] = store.state_writer(*kept)
+            files[place(root, name) / store.STATE] = store.state_writer(*kept)
         config = saved_config(model.graft, name)
         if start is not None:
             tensors = subtract_start(model.graft, name, config, tensors, start)
@@ -55,7 +57,7 @@ def save(
         if config.task_type is None:
             base = model.get_base_model()
             mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        files |= store.writers(store.folder_of(root, name), config, tensors, safe, mapping)
+        files |= store.writers(place(root, name), config, tensors, safe, mapping)
     if main:
         files |= card.writers(root, model.peft_config[names[0]] if names else None, _described(model))
         store.save(files)

@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.core.config import TaskType
 from trimtab.errors import ConfigError
 from trimtab.methods import config_class
-from trimtab.train.config import FIELDS, TrainConfig
+from trimtab.train.config import AUTO, FIELDS, TrainConfig
 from trimtab.train.methods import fields_of, method_of
 
 # What holds unless told otherwise, where PEFT's own default is none that one would train with.
@@ -45,6 +45,8 @@ def adapter_config(config: TrainConfig, steps: int) -> Any:
     cls, given = config_class(peft_type), adapter_settings(config)
     if "total_step" in fields_of(peft_type):
         given.setdefault("total_step", steps)
+    if given.get("r") == AUTO:
+        raise ConfigError(f"r: {AUTO} is for `trimtab train` with its own trainer, in one process: name a rank here.")
     if peft_type == "MULTITASK_PROMPT_TUNING" or given.get("n_tasks", 1) > 1:
         raise ConfigError(
             f"{config.method} is trained on rows that say their task (task_ids), which those of a run do not: "

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrainError
-from trimtab.shell import training
+from trimtab.shell import saving, training
 from trimtab.shell.locate import locate_graft
 from trimtab.train.loop import Event, Run, TrainResult
 from trimtab.train.processes import Alone
 
-__all__ = ["Checkpoints", "checkpoints_in", "go_back", "load_checkpoint", "write_folder", "writing"]
+__all__ = [
+    "Checkpoints", "checkpoints_in", "go_back", "load_checkpoint", "save_adapter", "write_folder", "writing",
+]  # fmt: skip
 
 STATE = "trainer_state.pt"
+ONLY = "default"  # what a model's only adapter is called
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -94,14 +97,14 @@ def save_checkpoint(target: Path, run: Run, identity: Mapping[str, Any]) -> None
     state = {
         "identity": dict(identity),
         "result": asdict(run.result),
-        "tensors": {n: whole(t) for n, t in own_tensors(model).items()},
-        "adapters": training.reached(locate_graft(model)[0]) if adapted(model) else {},
+        "tensors": {n: whole(t) for n, t in own_tensors(model, run.adapter).items()},
+        "adapters": _reached(model, run.adapter),
         "optimizer": processes.optimizer_state(run.model, run.optimizer),
         "random": processes.gather(random_state()),
     }
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder, is_main_process=processes.main)
+        save_adapter(model, folder, run.adapter, processes.main)
         if processes.main:
             torch.save(state, folder / STATE)
 
@@ -130,9 +133,12 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, identity: Mapping[str, Any]
+    path: Path, model: nn.Module, identity: Mapping[str, Any], adapter: str | None = None
 ) -> tuple[TrainResult, Callable[[nn.Module, Any, Alone], None]]:
     """Put the tensors of a checkpoint into the model, before it is prepared.
+
+    Args:
+        adapter: the one that the run trains, where the model has others.
 
     Returns:
         What had happened until then, and a function that restores optimiser and random numbers, for later.
@@ -145,9 +151,9 @@ def load_checkpoint(
     changed = [f"{k} ({then.get(k)!r} then, {now.get(k)!r} now)" for k in {**then, **now} if then.get(k) != now.get(k)]
     if changed:
         raise TrainError(f"{path} is of another run. What has changed since: {', '.join(changed)}.")
-    if own_tensors(model).keys() != state["tensors"].keys():
+    if own_tensors(model, adapter).keys() != state["tensors"].keys():
         raise TrainError(f"{path} is of another run: it trains other tensors than this one.")
-    _put(model, state)
+    _put(model, state, adapter)
 
     def restore(prepared: nn.Module, optimizer: Any, processes: Alone) -> None:
         processes.load_optimizer_state(prepared, optimizer, state["optimizer"])
@@ -156,17 +162,25 @@ def load_checkpoint(
     return TrainResult(**_tuples(state["result"])), restore
 
 
-def go_back(path: Path, model: nn.Module) -> None:
-    """Give the model what it had at a checkpoint."""
-    _put(model, _read(path))
+def go_back(path: Path, model: nn.Module, adapter: str | None = None) -> None:
+    """Give the model, or one of its adapters, what it had at a checkpoint."""
+    _put(model, _read(path), adapter)
+
+
+def save_adapter(model: Any, folder: Path, adapter: str | None, main: bool = True) -> None:
+    """Save the model's adapters, or one of them as if it were the only one: at the root of the folder."""
+    if adapter is None:
+        model.save_pretrained(folder, is_main_process=main)
+    else:
+        saving.save(model, folder, True, [adapter], "auto", main, None, None, place=lambda root, _: root)
 
 
 @torch.no_grad()
-def _put(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _put(model: nn.Module, state: Mapping[str, Any], adapter: str | None) -> None:
     """Put a checkpoint's tensors into the model, also where it is split over processes, and its adapters' facts."""
     tensor: Any
     values = state["tensors"]
-    for name, tensor in own_tensors(model).items():
+    for name, tensor in own_tensors(model, adapter).items():
         value = values[name].to(tensor.device)
         if hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
@@ -174,7 +188,16 @@ def _put(model: nn.Module, state: Mapping[str, Any]) -> None:
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         tensor.copy_(value)
     if adapted(model):
-        training.go_on(locate_graft(model)[0], state.get("adapters", {}))
+        kept = {(adapter or name): value for name, value in state.get("adapters", {}).items()}
+        training.go_on(locate_graft(model)[0], kept)
+
+
+def _reached(model: nn.Module, adapter: str | None) -> dict[str, Any]:
+    """How far the adapters are that act on steps; one of several counts as the only one."""
+    found = training.reached(locate_graft(model)[0]) if adapted(model) else {}
+    if adapter is None:
+        return found
+    return {ONLY: found[adapter]} if adapter in found else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -190,10 +213,17 @@ def adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training may change: the adapters' parameters and buffers, and whatever else requires a gradient."""
+def own_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """What training may change: the adapters' parameters and buffers, and whatever else requires a gradient.
+
+    Args:
+        adapter: just the tensors of this one, under the names that they have where it is the only one.
+    """
     adapters = set(getattr(model, "peft_config", ()))
     both = [*model.named_parameters(), *model.named_buffers()]
+    if adapter is not None:
+        parts = [(name.split("."), tensor) for name, tensor in both]
+        return {".".join(ONLY if p == adapter else p for p in path): t for path, t in parts if adapter in path}
     return {name: tensor for name, tensor in both if tensor.requires_grad or adapters & set(name.split("."))}
 
 

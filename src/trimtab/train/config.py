@@ -18,8 +18,9 @@ from trimtab.errors import ConfigError
 from trimtab.train.names import ALIASES, nearest
 from trimtab.train.values import Fault, parse, types_of
 
-__all__ = ["FIELDS", "NOT_SAVED", "SHOWN", "TrainConfig", "read_config", "read_file"]
+__all__ = ["AUTO", "FIELDS", "NOT_SAVED", "SHOWN", "TrainConfig", "read_config", "read_file"]
 
+AUTO = "auto"  # a rank that is measured before the run
 DATA, ADAPTER, LOOP, SAVING, WATCHING = "Model and data", "Adapter", "Loop", "Run folder", "What to look at"
 
 
@@ -165,7 +166,7 @@ TYPES = types_of(TrainConfig)
 SECTIONS = (DATA, ADAPTER, LOOP, SAVING, WATCHING)
 # The fields of LoRA's config that the help shows; any other field, and those of every other method, are taken as well.
 SHOWN = {
-    "r": "The rank (LoRA: 16).",
+    "r": "The rank (LoRA: 16); auto: a short sweep of ranks comes first.",
     "lora_alpha": "The scale is lora_alpha / r (LoRA: 2 r).",
     "lora_dropout": "Dropout on the adapter's input.",
     "target_modules": "all-linear, names, or a pattern of whole paths.",
@@ -258,8 +259,9 @@ def _gather_adapter(found: _Gathered, extra: Mapping[str, Any]) -> None:
             found.faults.append(f"{name} is no setting of a run, and none of the method {method}{hint or '.'}")
             continue
         part, hints = (found.extra, extra) if name in extra else (found.adapter, known)
+        hint = hints[name] | Literal["auto"] if name == "r" else hints[name]
         try:
-            part[name] = parse(name, value, hints[name])
+            part[name] = parse(name, value, hint)
         except Fault as e:
             found.faults.append(str(e))
 

@@ -69,6 +69,8 @@ class StepOne(Event):
             return
         self.done = True
         trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+        if run.adapter is not None:  # others train beside it
+            trained = {n: p for n, p in trained.items() if run.adapter in n.split(".")}
         without = [n for n, p in trained.items() if p.grad is None]
         if len(without) == len(trained) or run.grad_norm == 0:
             raise TrainError("No trainable tensor got a gradient in the first step: nothing would be learned.")
@@ -143,6 +145,8 @@ class Interrupt(Event):
         self.before_: dict[int, Any] = {}
 
     def begin(self, run: Run) -> None:
+        if self.before_:  # jobs that are trained at once have one in common
+            return
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before_[number] = signal.signal(number, self._first)

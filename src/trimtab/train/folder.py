@@ -1,10 +1,12 @@
 """A run's folder: what is in it, whether it may be used, and the config that goes on with the run that is there.
 
-run.yaml  metrics.jsonl  loss.png  adapter/  checkpoint-<step>/  (base/: the model that on_top_of has made)
+run.yaml  metrics.jsonl  loss.png  adapter/  checkpoint-<step>/
+base/: the model that on_top_of has made; rank/: the sweep that has chosen the rank
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from trimtab.train.config import TrainConfig, read_config, read_file
 __all__ = ["CONFIG", "claim", "read_run", "save_config"]
 
 CONFIG, METRICS, PLOT, ADAPTER, BASE = "run.yaml", "metrics.jsonl", "loss.png", "adapter", "base"
+RANK = "rank"
 
 
 def read_run(
@@ -57,8 +60,11 @@ def claim(config: TrainConfig) -> Path | None:
     return None
 
 
-def clear(config: TrainConfig) -> None:
+def clear(config: TrainConfig, chosen: bool = False) -> None:
     """Make the folder of a new run ready: what an earlier one has left goes, everything else stays.
+
+    Args:
+        chosen: the rank was chosen by a sweep just now, which stays.
 
     Raises:
         TrainError: it cannot be written to.
@@ -67,7 +73,8 @@ def clear(config: TrainConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         old = [folder / ADAPTER, *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]
-        for path in old if config.on_top_of else [*old, folder / BASE]:
+        old += [] if config.on_top_of else [folder / BASE]
+        for path in old if chosen else [*old, folder / RANK]:
             shutil.rmtree(path, ignore_errors=True)
         for name in (CONFIG, METRICS, PLOT):
             (folder / name).unlink(missing_ok=True)
@@ -83,3 +90,12 @@ def save_config(config: TrainConfig, head: str) -> None:
         path.write_text(text, encoding="utf-8")
 
     write_whole({config.folder / CONFIG: write})
+
+
+def advice(config: TrainConfig) -> str:
+    """What the sweep in the run's folder said, if there was one."""
+    try:
+        content = json.loads((config.folder / RANK / "sweep.json").read_text(encoding="utf-8"))
+        return str(content["advice"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

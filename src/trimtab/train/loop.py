@@ -10,7 +10,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class TrainResult:
     best: tuple[int, float] | None = None  # (step, score) of the best evaluation so far
     no_better: int = 0  # evaluations since
     stopped: str = ""  # why it ended before its last step
+    failed: bool = False  # that was an error, of a job whose companions went on
 
     @property
     def eval_losses(self) -> list[tuple[int, float]]:
@@ -69,6 +70,7 @@ class Run:
     seconds: float = 0.0
     stop: str = ""  # set by an event to end the run after this step: why
     seed: int | None = None  # of the adapters' random numbers
+    adapter: str | None = None  # the one that this run trains, where others train beside it; None: all that train
 
     @property
     def step(self) -> int:
@@ -209,8 +211,12 @@ def _gradients(run: Run, batches: Sequence[Batch]) -> float:
 
 
 def call_of(run: Run, batch: Batch) -> Call:
-    """What the formulas of a run's adapter are handed in the forward of a batch of the step at hand."""
-    return Call(seed=None if run.seed is None else mixed(run.seed, zlib.crc32(repr((run.step, batch.rows)).encode())))
+    """What the formulas of a run's adapter are handed in the forward of a batch of the step at hand.
+
+    Random numbers do not follow from the adapter's name: a job's is another than that of a run by itself.
+    """
+    seed = None if run.seed is None else mixed(run.seed, zlib.crc32(repr((run.step, batch.rows)).encode()))
+    return Call(seed=seed, name="")
 
 
 def _seeded(run: Run, batch: Batch) -> contextlib.AbstractContextManager[None]:
@@ -218,7 +224,9 @@ def _seeded(run: Run, batch: Batch) -> contextlib.AbstractContextManager[None]:
     model = run.processes.unwrap(run.model)
     if run.seed is None or not getattr(model, "peft_config", None):
         return contextlib.nullcontext()
-    return locate_graft(model)[0].board.using(call=call_of(run, batch))
+    board, call = locate_graft(model)[0].board, call_of(run, batch)
+    stacked = len(board.route_here(quiet=True).active) > 1  # each has masks of its own
+    return board.using(call=replace(call, name=None) if stacked else call)
 
 
 @torch.no_grad()

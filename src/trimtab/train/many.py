@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trimtab.core.config import PeftConfig
-from trimtab.errors import ConfigError, TrainError
+from trimtab.errors import ConfigError, PeftError, TrainError
 from trimtab.layer.head import fuse_loss
 from trimtab.shell.peft_model import PeftModel
 from trimtab.shell.tasks import get_peft_model
@@ -26,7 +26,7 @@ from trimtab.train.loop import Event, Run, TrainResult, not_finite
 from trimtab.train.processes import Alone
 from trimtab.train.shared import Part, losses, passes
 
-__all__ = ["Job", "Results", "train_many"]
+__all__ = ["Job", "Results", "check_jobs", "train_many"]
 
 TOKENS = 2048  # of a pass; more is no faster on processors, and takes memory
 
@@ -64,7 +64,7 @@ class Job:
 
 
 class Results(dict[str, TrainResult]):
-    """{job: what became of it}; `stopped` says why one ended early.
+    """{job: what became of it}; `stopped` says why one ended early, `failed` whether by an error.
 
     Attributes:
         model: the PeftModel that holds all the adapters.
@@ -93,7 +93,7 @@ def train_many(
     Raises:
         ConfigError: two jobs of one name, or adapters that cannot share a batch.
     """
-    _check(jobs)
+    check_jobs(jobs)
     model = _with_adapters(model, jobs)
     shared = _Shared(model, tokens)
     with shared.open(jobs) as runs:
@@ -108,7 +108,8 @@ def train_many(
     return results
 
 
-def _check(jobs: Sequence[Job]) -> None:
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Raise `ConfigError` where jobs cannot be trained at once: all reasons."""
     names = [job.name for job in jobs]
     faults = [f"two jobs are called '{name}'" for name in dict.fromkeys(names) if names.count(name) > 1]
     for job in jobs:
@@ -124,6 +125,9 @@ def _check(jobs: Sequence[Job]) -> None:
 
 def _with_adapters(model: Any, jobs: Sequence[Job]) -> PeftModel:
     """The model with an adapter for each job, each started as it would be alone."""
+    parts = {part for path, _ in model.named_parameters() for part in path.split(".")} - {*_adapters_of(model)}
+    if taken := [job.name for job in jobs if job.name in parts]:
+        raise ConfigError(f"Parts of the model have these names, which no job can have then: {', '.join(taken)}.")
     for job in jobs:
         torch.manual_seed(job.seed)
         if not isinstance(model, PeftModel):
@@ -134,13 +138,17 @@ def _with_adapters(model: Any, jobs: Sequence[Job]) -> PeftModel:
     return model
 
 
+def _adapters_of(model: Any) -> dict[str, Any]:
+    """{name: config} of the adapters that a model has."""
+    return model.peft_config if isinstance(model, PeftModel) else {}
+
+
 @dataclass
 class JobRun(Run):
     """The run of one job."""
 
     job: Any = None
     parameters: list[nn.Parameter] = field(default_factory=list)
-    failed: bool = False
 
     @property
     def live(self) -> bool:
@@ -191,10 +199,9 @@ class _Shared:
         if job.restore is not None:
             job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]
-        job.result.stopped = ""
-        return JobRun(
-            model, job.batches, optimizer, job.result, known, processes, seed=job.seed, job=job, parameters=own
-        )
+        job.result.stopped, job.result.failed = "", False
+        more: dict[str, Any] = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
+        return JobRun(model, job.batches, optimizer, job.result, known, processes, **more)
 
     @contextlib.contextmanager
     def _as(self, run: JobRun) -> Iterator[None]:
@@ -203,8 +210,9 @@ class _Shared:
             self.model.graft.set_active([run.job.name], trainable=None)
         try:
             yield
-        except TrainError as e:
-            run.stop, run.failed = str(e), True
+        except PeftError as e:
+            run.stop = run.result.stopped = str(e)
+            run.result.failed = True
 
     def begin(self, run: JobRun) -> bool:
         """Start a run; whether there is anything left to do in it."""
@@ -217,7 +225,7 @@ class _Shared:
         if run.live:
             return True
         run.result.stopped = run.stop
-        if not run.failed:
+        if not run.result.failed:
             with self._as(run):
                 run.fire("end")
         return False
@@ -240,7 +248,7 @@ class _Shared:
                 self._update(run, steps[id(run)])
         spent, tokens = time.perf_counter() - began, sum(run.tokens for run in runs)
         for run in runs:
-            if not run.failed:
+            if not run.result.failed:
                 self._done(run, spent * run.tokens / tokens)
 
     def _pass(self, work: Sequence[tuple[JobRun, Any, int]]) -> None:
@@ -257,7 +265,7 @@ class _Shared:
         """The adapter's own terms of the loss, once a step."""
         for term in self.model.tuner.penalties([run.job.name]).values():
             term.backward()
-            run.loss += float(term)
+            run.loss += float(term.detach())
 
     def _update(self, run: JobRun, batches: Any) -> None:
         """The run's own part of a step."""

@@ -97,8 +97,12 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def adapt(base: Base, config: TrainConfig, steps: int) -> PeftModel:
+def adapt(base: Base, config: TrainConfig, steps: int, model: PeftModel | None = None, adapter: str = "") -> PeftModel:
     """The base with the run's adapter on it: a new one, or one that is trained further.
+
+    Args:
+        model: the base with other adapters already.
+        adapter: what the new one is called beside them; it is then the active one, and the only one that is trained.
 
     Raises:
         ConfigError: fields of an adapter that has its own, or that the method refuses.
@@ -113,12 +117,17 @@ def adapt(base: Base, config: TrainConfig, steps: int) -> PeftModel:
                 f"{', '.join(config.adapter)} cannot be given together with continue_from: the adapter of "
                 f"{config.continue_from} has its own."
             )
-        model = _on(base, config.continue_from, is_trainable=True)
+        model = _on(base, config.continue_from, True, model, adapter)
     else:
         try:
-            model = get_peft_model(base.model, adapter_config(config, steps))
+            own = adapter_config(config, steps)
+            if model is None:
+                model = get_peft_model(base.model, own, adapter_name=adapter or "default")
+            else:
+                model.add_adapter(adapter, own)
         except NotImplementedError as e:  # a field that does not act yet
             raise ConfigError(str(e)) from e
+    model.set_adapter(adapter or "default")
     model.active_peft_config.base_model_name_or_path = base.name
     model.active_peft_config.revision = config.revision
     return model
@@ -143,14 +152,20 @@ def merge_first(base: Base, config: TrainConfig, folder: Path | None) -> Base:
     return Base(merged, base.tokenizer, name, base.precision, base.notices)
 
 
-def _on(base: Base, adapter: str, is_trainable: bool = False) -> PeftModel:
+def _on(
+    base: Base, adapter: str, is_trainable: bool = False, model: PeftModel | None = None, name: str = ""
+) -> PeftModel:
     """The base with an adapter that was trained before; says so where that was on another base."""
     known = check_provenance(adapter, base.model, base.name, base.tokenizer)
     try:
-        model: PeftModel = PeftModel.from_pretrained(base.model, adapter, is_trainable=is_trainable)
+        if model is None:
+            model = PeftModel.from_pretrained(base.model, adapter, name or "default", is_trainable)
+        else:
+            model.load_adapter(adapter, name, is_trainable=is_trainable)
     except AdapterFileError as e:
         raise AdapterFileError(" ".join([*known, str(e)])) from e
     base.notices += known
+    assert model is not None
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,16 @@ from rich.table import Table
 
 from trimtab.train.plan import Cost, Target, targets
 from trimtab.train.progress import clock, size
+from trimtab.train.provenance import base_tensors
 
 if TYPE_CHECKING:
     from trimtab.train.loop import TrainResult
     from trimtab.train.translate import Translation
 
-__all__ = ["card_facts", "console_for", "facts_of", "show_end", "show_facts", "show_plan", "show_translation"]
+__all__ = [
+    "card_facts", "console_for", "facts_of", "show_end", "show_facts", "show_jobs", "show_outcomes",
+    "show_plan", "show_translation",
+]  # fmt: skip
 
 
 def facts_of(
@@ -61,8 +65,8 @@ def adapter_in_words(model: Any) -> str:
     return ", ".join(words) + f", on {sum(t.count for t in found)} modules"
 
 
-def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int) -> dict[str, str]:
-    """What the model card lists."""
+def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int, advice: str = "") -> dict[str, str]:
+    """What the model card lists; `advice`: what a sweep of ranks said, where one chose the rank."""
     own = {k: v for k, v in config.adapter.items() if not isinstance(v, dict)}
     settings = ", ".join(f"{k} {v}" for k, v in own.items())
     return {
@@ -74,6 +78,7 @@ def card_facts(config: Any, base: Any, data: Any, result: TrainResult, kept: int
         "Steps": f"{result.step:,}" + (f"; the weights are of step {kept:,}, the best" if kept != result.step else ""),
         "Optimiser": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}",
         "Tokens": f"{result.tokens:,} in {span(result.seconds)}",
+        **({"Rank": f"chosen by a short sweep. {advice}"} if advice else {}),
     }
 
 
@@ -95,6 +100,53 @@ def show_facts(console: Console, title: str, facts: Iterable[tuple[str, str]]) -
     console.print(f"[bold]{escape(title)}[/bold]")
     console.print(table)
     console.print()
+
+
+def show_jobs(console: Console, folder: Path, base: Any, runs: Sequence[Any], tokens: int) -> None:
+    """The header of jobs that are trained at once: what they share, and a line for each."""
+    model = runs[0].model
+    count = sum(p.numel() for p in base_tensors(model).values())
+    device = next(model.parameters()).device.type
+    facts = [
+        ("model", f"{base.name}, {parameters(count)} in {base.precision.name} on {device} ({base.precision.why}); "
+                  f"one for all {len(runs)} jobs"),
+        ("passes", f"rows of several jobs together, up to {tokens:,} tokens"),
+    ]  # fmt: skip
+    show_facts(console, f"Jobs in {folder}", facts)
+    table = Table("job", "adapter", "rows", "held out", "steps", "learning rate", box=None, header_style="dim",
+                  padding=(0, 2, 0, 0), pad_edge=False)  # fmt: skip
+    for run in runs:
+        model.set_adapter(run.adapter)
+        config, data = run.config, run.data
+        rows = f"{config.per_device_train_batch_size * config.gradient_accumulation_steps}"
+        table.add_row(
+            escape(run.adapter), f"{adapter_in_words(model)}", f"{len(data.examples):,}", f"{len(data.held_out):,}",
+            f"{len(run.batches):,} of {rows}", f"{config.learning_rate:g}, {config.lr_scheduler_type}",
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+
+
+def show_outcomes(console: Console, outcomes: Mapping[str, tuple[Any, Any]]) -> None:
+    """What became of each job: {name: (its run, its outcome)}."""
+    table = Table("job", "steps", "loss", "held-out loss", "", box=None, header_style="dim", padding=(0, 2, 0, 0),
+                  pad_edge=False)  # fmt: skip
+    table.columns[4].overflow = "fold"
+    for name, (run, outcome) in outcomes.items():
+        result = outcome.result
+        losses = [loss for _, loss in (*result.losses[:1], *result.losses[-1:])]
+        held = [loss for _, loss in (*result.eval_losses[:1], *result.eval_losses[-1:])]
+        where = f"{outcome.adapter}" + (f" (stopped: {result.stopped})" if result.stopped else "")
+        table.add_row(
+            escape(name), f"{result.step:,} of {len(run.batches):,}", " -> ".join(f"{x:.4f}" for x in losses),
+            " -> ".join(f"{x:.4f}" for x in held),
+            escape(where) if outcome.adapter else f"[red]{escape(result.stopped)}[/red]",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    spent = sum(outcome.result.seconds for _, outcome in outcomes.values())
+    tokens = sum(outcome.result.tokens for _, outcome in outcomes.values())
+    console.print(f"\n{tokens:,} tokens in {span(spent)}, {tokens / max(spent, 1e-9):,.0f} tokens/s")
 
 
 def show_translation(console: Console, translation: Translation, path: Path) -> None:

@@ -61,7 +61,8 @@ def describe(hint: Any) -> str:
     for kind in members(hint):
         origin = typing.get_origin(kind) or kind
         if origin is typing.Literal:
-            words.append("one of " + ", ".join(map(str, typing.get_args(kind))))
+            choices = typing.get_args(kind)
+            words.append(("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices)))
         elif kind is not NONE:
             words.append(_NAMES.get(origin, "a value"))
     return " or ".join(dict.fromkeys(words))

@@ -115,3 +115,26 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 rows x 3 passes" in done.stdout
     assert "Loading weights" in done.stderr
+
+
+def test_the_demo_of_tasks_on_a_tiny_model(tiny_base) -> None:
+    for task, answer in (("sums", "{}"), ("echoes", "yes"), ("json", '{{"a": {}}}')):
+        folder = tiny_base / "tasks" / task
+        folder.mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = [{"prompt": f"{task} {i}", "completion": answer.format(i)} for i in range(12)]
+            (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tiny_base / "many"
+    args = ["--model", str(tiny_base / "base"), "--data", str(tiny_base / "tasks"), "--out", str(out)]
+    done = trimtab("demo", "--tasks", *args, "--rows", "8", "--epochs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (
+        "One task after the other",
+        "All at once",
+        "field f1",
+        "One batch of 12 rows, 3 adapters",
+        "the base",
+    ):
+        assert words in done.stdout, words
+    for task in ("sums", "echoes", "json"):
+        assert (out / task / "adapter" / "adapter_model.safetensors").is_file()

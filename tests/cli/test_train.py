@@ -157,3 +157,25 @@ def test_without_trl_a_line_says_so(verb, monkeypatch) -> None:
     done = trimtab(verb, "--data", "x.jsonl")
     assert done.exit_code == 1
     assert done.stderr == f"trimtab {verb}: this is done by TRL, which is not installed: pip install trl\n"
+
+
+def test_jobs_print_what_they_share_and_end_with_the_right_code(there) -> None:
+    jobs = there / "jobs.yaml"
+    jobs.write_text(
+        f"model: {there / 'base'}\ndata: {there / 'rows.jsonl'}\nmax_steps: 2\nprecision: fp32\njobs:\n"
+        "  small: {r: 2}\n  large: {r: 8, learning_rate: 0.01}\n"
+    )
+    done = trimtab("train", "--jobs", jobs, "--output", there / "both", "--tokens", "500")
+    assert done.exit_code == 0, done.output
+    assert all(word in done.stdout for word in ("one for all 2 jobs", "up to 500 tokens", "small", "large", "0.01"))
+    for name in ("small", "large"):
+        assert f"{there / 'both' / name}"[:20] in done.stdout
+        assert (there / "both" / name / "adapter" / "adapter_model.safetensors").is_file()
+    again = trimtab("train", "--jobs", jobs, "--output", there / "both", "--resume")
+    assert "All 2 jobs" in again.stdout
+    mad = trimtab("train", "--jobs", jobs, "--output", there / "mad", "--learning-rate", "1e30", "--max-grad-norm", "0")
+    assert mad.exit_code == 1  # "small" diverges, "large" has a rate of its own
+    assert not (there / "mad" / "small" / "adapter").exists()
+    assert (there / "mad" / "large" / "adapter").exists()
+    typo = trimtab("train", "--jobs", jobs, "--output", there / "typo", "--ranc", "4")
+    assert typo.exit_code == 2

@@ -22,7 +22,7 @@ from trimtab.train.assembly import assemble
 from trimtab.train.config import TrainConfig
 from trimtab.train.data import load_rows
 from trimtab.train.demo import SETTINGS, speed
-from trimtab.train.generate import BASE, answer
+from trimtab.train.generate import answer
 from trimtab.train.jobs import read_jobs, run_jobs
 from trimtab.train.loop import TrainResult, train
 from trimtab.train.model import Base, adapt, load_base, make_optimizer
@@ -36,6 +36,7 @@ ROWS, TEST_ROWS, GENERATED = 240, 100, 24  # of each task: to learn, to be teste
 TRAIN_SECONDS = 240.0  # what training all of them may take before fewer rows are taken
 MIN_ROWS = 24
 SHARE = 0.2  # of the steps: so many are also done one task after the other, to be timed
+BASE = "base"  # what answers call the model alone
 NAMES = ("addresses", "devil", "sentiment")
 
 
@@ -74,7 +75,7 @@ def run(out: Path, base: str, data: Path | None, rows: int, epochs: float) -> in
 
 
 def task_folders(data: Path | None) -> dict[str, Path]:
-    """{task: its folder with train.jsonl and test.jsonl}: in `data`, in the source tree, or in the installed package."""
+    """{task: its folder with train.jsonl and test.jsonl}: in `data`, in the source tree, or in what is installed."""
     here = Path(__file__).resolve().parent
     for folder in [data] if data else [here.parents[2] / "examples/data", here]:
         found = sorted(path.parent for path in folder.glob("*/train.jsonl") if (path.parent / "test.jsonl").is_file())
@@ -141,8 +142,8 @@ def _show(console: Console, outcomes: Mapping[str, Outcome], alone: float) -> No
     seconds = sum(outcome.result.seconds for outcome in outcomes.values())
     console.print(
         f"{tokens:,} tokens in {clock(seconds)} (min:s) at once, {tokens / seconds:,.0f} tokens/s; one task after the "
-        f"other they would take {clock(tokens / alone)}, at {alone:,.0f} tokens/s: {tokens / seconds / alone:.2f} times "
-        "as fast.\n"
+        f"other they would take {clock(tokens / alone)}, at {alone:,.0f} tokens/s: {tokens / seconds / alone:.2f} x "
+        "as fast at once.\n"
     )
 
 

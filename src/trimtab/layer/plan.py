@@ -44,6 +44,7 @@ class Cut:
         index: for each group, which entries of the axis are its.
         order: the permutation that puts the groups' entries, one after another, back in order.
         rows: the group of each row of the batch, where the first axis has every row's entries side by side; else None.
+        owners: the same as a list.
         banks: what methods stack of their tensors for all rows; it holds as long as they find it does.
     """
 
@@ -64,6 +65,7 @@ class Cut:
         self.sorted = order == list(range(len(order)))
         self.sizes = [len(rows) for rows in places]
         self.index = [torch.tensor(rows, dtype=torch.long, device=device) for rows in places]
+        self.owners = None if rows is None else list(rows)
         self.rows = None if rows is None else torch.tensor(list(rows), dtype=torch.long, device=device)
         self.order = torch.tensor(order, dtype=torch.long, device=device).argsort()
         self.banks: dict[str, Any] = {}

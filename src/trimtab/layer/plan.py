@@ -241,6 +241,7 @@ class Board:
         self.blocks: dict[int, list[Block]] = {}  # thread -> the blocks it is in, innermost last
         self.last: Route | None = None  # the route of the last forward outside a backward pass
         self.residents: Any = None  # what brings back adapters that were parked
+        self.moving = threading.RLock()  # held while adapters come into the module tree or leave it
         checkpointing.watch()
         checkpointing.boards.add(self)
 
@@ -282,6 +283,12 @@ class Board:
             if not blocks:
                 self.blocks.pop(thread, None)
             self.current = blocks[-1].route if blocks else self.route
+
+    def used(self) -> list[str]:
+        """The adapters that routes in force name, those of other threads' blocks included."""
+        with self.moving:
+            routes = [self.route, *(block.route for blocks in list(self.blocks.values()) for block in list(blocks))]
+        return [n for r in routes for n in (*r.active, *(r.plan.adapters if r.plan is not None else ()))]
 
     def repeating(self, route: Route) -> contextlib.AbstractContextManager[None]:
         """A block in which a forward is repeated under its own route."""

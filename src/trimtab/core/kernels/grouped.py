@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.kernels.lowrank import SMALL
@@ -90,7 +89,7 @@ def applies(y: Tensor, x: Tensor, rows: int, parts: Sequence[Tensor]) -> bool:
 
 
 def add_rows(y: Tensor, x: Tensor, bank: Bank) -> Tensor:
-    """y (..., out), gated and shifted, with x·A·B added a row; the first axis of x (..., in) is rows, or rows · more."""
+    """y (..., out), gated and shifted, with x·A·B added a row; the first axis of x (..., in) is rows, or rows · n."""
     A, B = bank.A, bank.B
     flat, out = x.reshape(len(A), -1, x.shape[-1]), y.reshape(len(A), -1, y.shape[-1])
     if bank.gate is not None:

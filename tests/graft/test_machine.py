@@ -264,6 +264,11 @@ class World:
             with pytest.raises(RuntimeError), self.model.disable_adapter():
                 self.model(x[..., :-1])
 
+    def switch(self, rng: random.Random) -> None:
+        """All adapters off, or on again, outside any block."""
+        self.reference.enabled = not self.reference.enabled
+        (self.model.enable_adapter_layers if self.reference.enabled else self.model.disable_adapter_layers)()
+
     def copies(self, rng: random.Random) -> None:
         """Go on with a copy; what is done to the one that stays behind is not seen in it."""
         left, self.model = self.model, copy.deepcopy(self.model)
@@ -292,7 +297,21 @@ class World:
             self.check(rng)
 
 
-OPERATIONS = ["add", "save", "load", "choose", "mix", "step", "merge", "unmerge", "delete", "off", "copies", "moves"]
+OPERATIONS = [
+    "add",
+    "save",
+    "load",
+    "choose",
+    "mix",
+    "step",
+    "merge",
+    "unmerge",
+    "delete",
+    "off",
+    "switch",
+    "copies",
+    "moves",
+]
 
 
 class Machine(RuleBasedStateMachine):

@@ -180,12 +180,13 @@ class LowRank(Method):
         methods = [m for stack in stacks for m in stack]
         parts = tuple(holder[key] for m in methods for holder, key in m.places.values())
         name, fixed = methods[0].site.name, not torch.is_grad_enabled()
-        bank = cut.banks.get(name) if fixed else None
         stamp = grouped.stamp_of(parts, [m.scaling for m in methods]) if fixed else None
-        kept = bank is not None and bank.source is stacks and bank.stamp == stamp
-        if not grouped.applies(y, x, len(cut.owners), (bank.A,) if kept else parts):
+        bank: grouped.Bank | None = cut.banks.get(name) if fixed else None
+        if bank is not None and not (bank.source is stacks and bank.stamp == stamp):
+            bank = None
+        if not grouped.applies(y, x, len(cut.owners), parts if bank is None else (bank.A,)):
             return None
-        if not kept:
+        if bank is None:
             gate = shift = None
             if gated is None:
                 updates = [[(*m.matrices, m.scaling) for m in stack] for stack in stacks]

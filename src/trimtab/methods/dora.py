@@ -106,7 +106,9 @@ def ratios_of(methods: Sequence[Dora]) -> Tensor:
     site, ms = methods[0].site, torch.stack([wide(m.lora_magnitude_vector).flatten() for m in methods])
     with torch.no_grad():
         W = wide(site.matrix())
-        A, B = stacked([[(*map(wide, m.matrices), m.scaling)] for m in methods], range(len(methods)))
+        pairs = [m.matrices for m in methods]
+        updates = [[(wide(A), wide(B), m.scaling)] for (A, B), m in zip(pairs, methods, strict=True)]
+        A, B = stacked(updates, range(len(methods)))
         down = B.mT  # (methods, out, r), the scale included
         square = W.square().sum(-1) + 2 * ((W @ A) * down).sum(-1) + ((down @ (A.mT @ A)) * down).sum(-1)
         norm = square.clamp_min(0).sqrt()

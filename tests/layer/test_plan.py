@@ -113,6 +113,50 @@ def test_a_thread_that_fails_leaves_no_route() -> None:
     assert torch.equal(model(IDS), expected)
 
 
+def many(count: int) -> Any:
+    """More adapters than stay in the module tree unused."""
+    config = LoraConfig(r=2, target_modules=["up", "head"])
+    model = get_peft_model(toy(), config, "a0")
+    for i in range(1, count):
+        model.add_adapter(f"a{i}", config)
+    for i in range(count):
+        model.set_adapter(f"a{i}")
+        move(model, f"a{i}")
+    model.set_adapter("a0")
+    return model.eval()
+
+
+@torch.no_grad()
+def test_threads_that_bring_in_more_adapters_than_stay_are_all_right() -> None:
+    model, ids = many(40), tokens(10, 5)
+    batches = [[f"a{10 * i + k}" for k in range(10)] for i in range(4)]
+    expected = [model(ids, adapter_names=names) for names in batches]
+    wrong: list[int] = []
+
+    def job(i: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(25):
+                wrong.extend([] if torch.equal(model(ids, adapter_names=batches[i]), expected[i]) else [i])
+
+        return run
+
+    assert in_threads([job(i) for i in range(4)]) == []
+    assert wrong == []
+
+
+@torch.no_grad()
+def test_what_a_block_routes_stays_while_others_come_and_go_inside() -> None:
+    model, ids = many(40), tokens(10, 5)
+    outer = [f"a{k}" for k in range(10, 20)]
+    expected = model(ids, adapter_names=outer)
+    with model.base_model.routed(outer):
+        for start in (20, 30):
+            model(ids, adapter_names=[f"a{start + k}" for k in range(10)])
+        for name in ("a20", "a30", *(f"a{k}" for k in range(25, 36))):
+            model.set_adapter(name)
+        assert torch.equal(model(ids), expected)
+
+
 # ---------------------------------------------------------------------- mixed batches
 class Headed(nn.Module):
     """A head that takes its input by name, and a second tensor of rows beside it."""

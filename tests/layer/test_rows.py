@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.contract.cases import move
 from tests.models import llama, tokens
 from trimtab import IA3Config, LoraConfig, PeftModel, get_peft_model
 from trimtab.errors import AdapterNameError, RouteError
+from trimtab.layer.plan import wanted
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 RANKS = {"one": 2, "two": 4, "three": 3}
@@ -142,3 +143,103 @@ def test_what_a_row_cannot_want() -> None:
     model.eval()
     with pytest.raises(RouteError, match="has no scale"):
         model(ids, adapter_names=[[("scales", 0.5)]])
+
+
+# ---------------------------------------------------------------------- DoRA
+class Biased(nn.Module):
+    """Two linear layers with biases, on rows of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def directions(dtype: torch.dtype = torch.float64) -> PeftModel:
+    """Three DoRAs of different ranks, magnitudes and layers."""
+    torch.manual_seed(0)
+    base = Biased().to(dtype)
+    model = get_peft_model(base, LoraConfig(r=2, use_dora=True, target_modules=["up", "down"]), "one")
+    model.add_adapter("two", LoraConfig(r=4, lora_alpha=3, use_dora=True, target_modules=["up", "down"]))
+    model.add_adapter("three", LoraConfig(r=3, lora_alpha=9, use_dora=True, target_modules=["up"]))
+    for name in RANKS:
+        move(model, name)
+    return model.eval()
+
+
+def by_hand(model: PeftModel, row: list[tuple[str, float]], x: Tensor) -> Tensor:
+    """The formula in plain loops: y -> b + m / ||W + s·B·A|| · (y - b + s·B·A·x), innermost first."""
+    for name, then in (("up", torch.tanh), ("down", lambda t: t)):
+        layer: Any = model.graft.layers[name]
+        W, b = layer.base_layer.weight, layer.base_layer.bias
+        y = x @ W.T
+        for adapter, scale in row:
+            if adapter in layer.lora_A:
+                A, B, m = (getattr(layer, n)[adapter].weight for n in ("lora_A", "lora_B", "lora_magnitude_vector"))
+                D = scale * layer.scaling[adapter] * B @ A
+                y = (m / (W + D).norm(dim=1).detach()) * (y + x @ D.T)
+        x = then(y + b)
+    return x
+
+
+DIRECTIONS: list[list[Any]] = [
+    ["one", "two", "three", "one"],
+    ["two", "__base__", "three", "__base__"],
+    [[("one", 0.7), ("two", -0.3)], "three", [("two", 2.0), "one", "three"], "__base__"],
+]
+
+
+@pytest.mark.parametrize("rows", DIRECTIONS, ids=["each its own", "with the base", "several, scaled"])
+def test_dora_rows_and_their_gradients_are_those_of_the_formula(rows: list[Any]) -> None:
+    model = directions()
+    x = torch.randn(4, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    model.set_requires_grad(list(RANKS))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with model.base_model.routed(rows):
+        mixed = model(x)
+        with torch.no_grad():
+            again = [model(x) for _ in range(2)]  # stacked, then from what was stacked
+    expected = torch.cat([by_hand(model, list(wanted(row)), x[[i]]) for i, row in enumerate(rows)])
+    for found in (mixed, *again):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    found, own = (
+        torch.autograd.grad(y.sin().sum(), [x, *trained.values()], allow_unused=True) for y in (mixed, expected)
+    )
+    for name, a, b in zip(["x", *trained], found, own, strict=True):
+        assert (a is None or not a.any()) if b is None else True, name
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_dora_rows_are_computed_together() -> None:
+    """One base product, and no product of one adapter by itself: the time does not grow with their number."""
+    model = directions()
+    for i in range(5):
+        model.add_adapter(f"more{i}", LoraConfig(r=2, use_dora=True, target_modules=["up", "down"]))
+        move(model, f"more{i}")
+    x = torch.randn(8, 3, 6, dtype=torch.float64)
+    counts = []
+    for rows in (["one", "two"] * 4, ["one", "two", "three", *(f"more{i}" for i in range(5))]):
+        with torch.no_grad(), model.eval().base_model.routed(rows):
+            model(x)
+            with torch.profiler.profile() as profile:
+                model(x)
+        counts.append(sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm")))
+    assert counts[0] == counts[1]
+
+
+@torch.no_grad()
+def test_dora_rows_in_a_language_model() -> None:
+    ids = tokens(3, 5, 64)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        model = get_peft_model(llama().to(dtype), LoraConfig(r=2, use_dora=True, target_modules=LINEAR), "one")
+        model.add_adapter("two", LoraConfig(r=4, use_dora=True, target_modules=LINEAR))
+        for name in ("one", "two"):
+            move(model, name)
+        model.eval()
+        mixed = model(ids, adapter_names=["two", "__base__", "one"]).logits
+        assert mixed.dtype == dtype
+        for i, row in enumerate(["two", "__base__", "one"]):
+            torch.testing.assert_close(mixed[[i]], alone(model, row, ids[[i]]), rtol=limit, atol=limit)

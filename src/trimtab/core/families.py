@@ -88,6 +88,9 @@ def drawn_places(site: Site, n: int, seed: int | None) -> Tensor:
     return torch.randperm(site.fan_out * site.fan_in, generator=torch.Generator().manual_seed(seed))[:n]
 
 
+Gated = Callable[[Sequence[Sequence[Any]]], tuple[list[list[grouped.Update]], Tensor, Tensor | None]]
+
+
 class LowRank(Method):
     """dW = s·B·A with A (r, in), B (out, r), under LoRA's names (an embedding's pair has names of its own)."""
 
@@ -163,14 +166,19 @@ class LowRank(Method):
         return tensors
 
     @staticmethod
-    def added(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any) -> Tensor | None:
+    def added(
+        stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, gated: Gated | None = None
+    ) -> Tensor | None:
         """y with every row's updates added, by two batched products for all rows; None where these do not apply.
 
         Args:
             stacks: the methods of each group of rows, of one linear site.
             cut: its `rows` tell each row's group; what is stacked is kept in its `banks` while no gradient is wanted.
+            gated: of methods that scale the layer's output as well: (the updates, what each group's output is scaled
+                by, what is added to it).
         """
         methods = [m for stack in stacks for m in stack]
+<<<<<<< HEAD
         name, scales = methods[0].site.name, [m.scaling for m in methods]
         bank = cut.banks.get(name)
         kept = bank is not None and bank.source is stacks and bank.stamp == grouped.stamp_of(bank.parts, scales)
@@ -185,8 +193,27 @@ class LowRank(Method):
             if not torch.is_grad_enabled():
                 cut.banks[name] = bank
         elif not grouped.applies(y, x, len(cut.rows), (bank.A, bank.B)):
+=======
+        parts = tuple(holder[key] for m in methods for holder, key in m.places.values())
+        name, fixed = methods[0].site.name, not torch.is_grad_enabled()
+        stamp = grouped.stamp_of(parts, [m.scaling for m in methods]) if fixed else None
+        bank: grouped.Bank | None = cut.banks.get(name) if fixed else None
+        if bank is not None and not (bank.source is stacks and bank.stamp == stamp):
+            bank = None
+        if not grouped.applies(y, x, len(cut.owners), parts if bank is None else (bank.A,)):
+>>>>>>> h/mixed
             return None
-        return grouped.add_rows(y, x, bank.A, bank.B)
+        if bank is None:
+            gate = shift = None
+            if gated is None:
+                updates = [[(*m.matrices, m.scaling) for m in stack] for stack in stacks]
+            else:
+                updates, *vectors = gated(stacks)
+                gate, shift = (None if v is None else v.index_select(0, cut.rows) for v in vectors)
+            bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, cut.owners), gate, shift)
+            if fixed:
+                cut.banks[name] = bank
+        return grouped.add_rows(y, x, bank)
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The update of an output up to its last product: (h, B) with s·B·A·x = B·h.

@@ -294,14 +294,14 @@ class Graft:
         found = self.model._modules.get("trimtab_biases")
         return [self.adapters[found.adapter]] if found is not None else []  # type: ignore[index,list-item]
 
-    def settle(self) -> None:
-        """Keep in the module tree the adapters that are in use and the few last used; park the others."""
-        route = self.board.route
+    def settle(self, recent: Sequence[str] = ()) -> None:
+        """Keep in the module tree the adapters in use, `recent` ones and the few last used; park the others."""
         trained = [name for name, a in self.adapters.items() if a.trainable]
         biased = [a.name for a in self.biased()]
         takers = [t for x in self.base.layers.values() for t in x.originals.takers.values() if x.originals.takers]
-        needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *route.active])
-        self.residents.settle(n for n in needed if n in self.adapters)
+        with self.board.moving:
+            needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *self.board.used(), *recent])
+            self.residents.settle(n for n in needed if n in self.adapters)
 
     # ------------------------------------------------------------------ merging and taking out
     def merge(

@@ -45,6 +45,7 @@ class Cut:
         index: for each group, which entries of the axis are its.
         order: the permutation that puts the groups' entries, one after another, back in order.
         rows: the group of each row of the batch, where the first axis has every row's entries side by side; else None.
+        owners: the same as a list.
         banks: what methods stack of their tensors for all rows; it holds as long as they find it does.
     """
 
@@ -65,6 +66,7 @@ class Cut:
         self.sorted = order == list(range(len(order)))
         self.sizes = [len(rows) for rows in places]
         self.index = [torch.tensor(rows, dtype=torch.long, device=device) for rows in places]
+        self.owners = None if rows is None else list(rows)
         self.rows = None if rows is None else torch.tensor(list(rows), dtype=torch.long, device=device)
         self.order = torch.tensor(order, dtype=torch.long, device=device).argsort()
         self.banks: dict[str, Any] = {}
@@ -240,7 +242,11 @@ class Board:
         self.blocks: dict[int, list[Block]] = {}  # thread -> the blocks it is in, innermost last
         self.last: Route | None = None  # the route of the last forward outside a backward pass
         self.residents: Any = None  # what brings back adapters that were parked
+<<<<<<< HEAD
         self.last_call = Last()  # of each thread
+=======
+        self.moving = threading.RLock()  # held while adapters come into the module tree or leave it
+>>>>>>> h/mixed
         checkpointing.watch()
         checkpointing.boards.add(self)
 
@@ -282,6 +288,12 @@ class Board:
             if not blocks:
                 self.blocks.pop(thread, None)
             self.current = blocks[-1].route if blocks else self.route
+
+    def used(self) -> list[str]:
+        """The adapters that routes in force name, those of other threads' blocks included."""
+        with self.moving:
+            routes = [self.route, *(block.route for blocks in list(self.blocks.values()) for block in list(blocks))]
+        return [n for r in routes for n in (*r.active, *(r.plan.adapters if r.plan is not None else ()))]
 
     def repeating(self, route: Route) -> contextlib.AbstractContextManager[None]:
         """A block in which a forward is repeated under its own route."""

@@ -5,12 +5,14 @@ The norm is of each row and a constant in the backward pass (section 4.3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.core.families import LowRank, wide
+from trimtab.core.kernels.grouped import stacked
 from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.init import mutates, start
@@ -68,3 +70,46 @@ class Dora(LowRank):
             return site.add(y + site.spread(g - 1) * site.apply(dropped, site.matrix()), h, B)
         b = site.bias()
         return site.add(y, h, B, g, None if b is None else (1 - g) * b)
+
+    @staticmethod
+    def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
+        methods = [m for stack in stacks for m in stack]
+        dropped = methods[0].training and any(m.dropout for m in methods)
+        if methods[0].site.kind != "linear" or cut.rows is None or dropped:
+            return None
+        return LowRank.added(stacks, y, x, cut, gates)
+
+
+def gates(stacks: Sequence[Sequence[Dora]]) -> tuple[list[list[Any]], Tensor, Tensor | None]:
+    """The updates of each group, and its gate and shift (groups, out): y -> gate·y + shift + the updates.
+
+    A method scales what those below it in its row have added, too: gates multiply.
+    """
+    methods = [m for stack in stacks for m in stack]
+    ratios = iter(ratios_of(methods))
+    updates, found = [], []
+    b, none = methods[0].site.bias(), torch.ones_like(wide(methods[0].lora_magnitude_vector)).flatten()
+    for stack in stacks:
+        gate, own = none, []
+        for method, ratio in reversed([(m, next(ratios)) for m in stack]):
+            gate = gate * ratio
+            A, B = method.matrices
+            own.append((A, (gate[:, None] * B).to(B.dtype), method.scaling))
+        updates.append(own)
+        found.append(gate)
+    gate = torch.stack(found)
+    return updates, gate, None if b is None else (1 - gate) * b
+
+
+def ratios_of(methods: Sequence[Dora]) -> Tensor:
+    """`ratio` of each method at one site (methods, out): the products with W are one for all."""
+    site, ms = methods[0].site, torch.stack([wide(m.lora_magnitude_vector).flatten() for m in methods])
+    with torch.no_grad():
+        W = wide(site.matrix())
+        pairs = [m.matrices for m in methods]
+        updates = [[(wide(A), wide(B), m.scaling)] for (A, B), m in zip(pairs, methods, strict=True)]
+        A, B = stacked(updates, range(len(methods)))
+        down = B.mT  # (methods, out, r), the scale included
+        square = W.square().sum(-1) + 2 * ((W @ A) * down).sum(-1) + ((down @ (A.mT @ A)) * down).sum(-1)
+        norm = square.clamp_min(0).sqrt()
+    return ms / norm

@@ -20,7 +20,7 @@ from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.plan import Plan, Row, require_known, wanted
+from trimtab.layer.plan import Board, Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class, prefix_of
 
 
@@ -263,15 +263,16 @@ class Tuner(nn.Module):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        graft.residents.bring(plan.adapters)
         plan.tell(shape)
-        hook = self.model.register_forward_pre_hook(partial(_tell, plan), with_kwargs=True)
+        hook = self.model.register_forward_pre_hook(partial(_tell, graft.board, plan), with_kwargs=True)
         try:
             with graft.board.using(open=open, plan=plan):
+                with graft.board.moving:  # from now on no other thread parks them
+                    graft.residents.bring(plan.adapters)
                 yield
         finally:
             hook.remove()
-            graft.settle()
+            graft.settle(plan.adapters)
 
     def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
@@ -344,8 +345,10 @@ def batch_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ..
     return next((tuple(v.shape[:2]) for v in candidates if isinstance(v, Tensor) and v.ndim), ())
 
 
-def _tell(plan: Plan, model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Note what shapes the model is really called with: generation repeats rows for beams."""
+def _tell(board: Board, plan: Plan, model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Note what shapes the model is really called with, by this thread: generation repeats rows for beams."""
+    if board.route_here(quiet=True).plan is not plan:
+        return
     tensors = [*args[:1], *(kwargs.get(n) for n in (*INPUTS, "decoder_inputs_embeds", "attention_mask"))]
     for tensor in tensors:
         if isinstance(tensor, Tensor):

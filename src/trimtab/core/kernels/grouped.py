@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.kernels.lowrank import SMALL
 from trimtab.core.kernels.usual import autocasts, ordinary, recorded
 
 Update = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), scale
-Stamp = tuple[int, tuple[float, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,54 +26,79 @@ class Bank:
     Attributes:
         source: what they were stacked from, by identity.
         parts: the tensors that were stacked.
-        stamp: the parts' versions and the scales when they were.
+        stamp: what says that the parts and scales are still those.
+        gate: what the base's output is scaled by first, where it is.
+        shift: what is added to it then.
     """
 
     source: Any
     parts: tuple[Tensor, ...]
-    stamp: Stamp
+    stamp: Any
     A: Tensor  # (rows, in, r)
     B: Tensor  # (rows, r, out)
+    gate: Tensor | None = None  # (rows, out)
+    shift: Tensor | None = None  # (rows, out)
 
 
-def stacked(groups: Sequence[Sequence[Update]], owners: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A (rows, in, r) and B (rows, r, out), the scale included, of rows whose groups are `owners` (None: 0, 1 ...)."""
+def stacked(groups: Sequence[Sequence[Update]], owners: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A (rows, in, r) and B (rows, r, out), the scale included, of rows whose groups are `owners`."""
     first = next(update for group in groups for update in group)
     rank = max(sum(A.shape[0] for A, _, _ in group) for group in groups)
-    none = first[0].new_zeros(rank, first[0].shape[1]), first[0].new_zeros(rank, first[1].shape[0])
-    As, Bs = [], []
-    for group in groups:
-        if not group:
-            As.append(none[0])
-            Bs.append(none[1])
-            continue
-        A = torch.cat([A for A, _, _ in group]) if len(group) > 1 else group[0][0]
-        B = torch.cat([s * B.t() for _, B, s in group]) if len(group) > 1 else group[0][2] * group[0][1].t()
-        As.append(F.pad(A, (0, 0, 0, rank - len(A))))
-        Bs.append(F.pad(B, (0, 0, 0, rank - len(B))))
-    A, B = torch.stack(As).transpose(1, 2), torch.stack(Bs)
-    if owners is not None:
-        A, B = A.index_select(0, owners), B.index_select(0, owners)
-    return A.contiguous(), B
+    scales = [[s for A, _, s in group for _ in range(len(A))] for group in groups]
+    scale = first[1].new_tensor([own + [0.0] * (rank - len(own)) for own in scales])[:, :, None]  # (groups, r, 1)
+    if torch.is_grad_enabled():
+        As = [_beside([A for A, _, _ in group], rank, first[0].shape[1], first[0]) for group in groups]
+        Bs = [_beside([B.t() for _, B, _ in group], rank, first[1].shape[0], first[1]) for group in groups]
+        A, B = torch.stack(As).transpose(1, 2), torch.stack(Bs) * scale
+        if list(owners) != list(range(len(groups))):
+            places = torch.tensor(owners, device=A.device)
+            A, B = A.index_select(0, places), B.index_select(0, places)
+        return A.contiguous(), B
+    full = all(len(own) == rank for own in scales)  # else what nothing is copied to must be zero
+    empty = torch.empty if full else torch.zeros
+    A = empty(len(owners), first[0].shape[1], rank, dtype=first[0].dtype, device=first[0].device)
+    B = empty(len(owners), rank, first[1].shape[0], dtype=first[1].dtype, device=first[1].device)
+    into, values = [], []
+    for row, group in enumerate(owners):
+        at = 0
+        for one_A, one_B, _ in groups[group]:
+            end = at + len(one_A)
+            into += [A[row, :, at:end], B[row, at:end]]
+            values += [one_A.t(), one_B.t()]
+            at = end
+    torch._foreach_copy_(into, values)  # one call: a generation begins with it at every layer
+    return A, B.mul_(scale[torch.tensor(owners, device=B.device)])
+
+
+def _beside(parts: Sequence[Tensor], rank: int, width: int, like: Tensor) -> Tensor:
+    """Factors (r, width) one below the other, filled up with zeros to (rank, width)."""
+    missing = rank - sum(len(part) for part in parts)
+    parts = [*parts, like.new_zeros(missing, width)] if missing else parts
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def applies(y: Tensor, x: Tensor, rows: int, parts: Sequence[Tensor]) -> bool:
     """Whether `add_rows` can do it: ordinary tensors of one format, or a few rows in half precision."""
     dtype = parts[0].dtype
-    if recorded() or autocasts(x) or not all(map(ordinary, (x, *parts))) or any(t.dtype != dtype for t in parts):
+    if recorded() or autocasts(x) or not all(map(ordinary, (x, *parts))):
+        return False
+    if any(t.dtype != dtype or t.is_inference() for t in parts):  # of the latter changes cannot be seen
         return False
     fits = x.dtype == dtype or (dtype == torch.float32 and max(x.numel(), y.numel()) <= SMALL)
     return x.is_floating_point() and fits and len(x) % rows == 0
 
 
-def add_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """y (..., out) with x·A·B added a row, where the first axis of x (..., in) is rows, or rows · anything."""
+def add_rows(y: Tensor, x: Tensor, bank: Bank) -> Tensor:
+    """y (..., out), gated and shifted, with x·A·B added a row; the first axis of x (..., in) is rows, or rows · n."""
+    A, B = bank.A, bank.B
     flat, out = x.reshape(len(A), -1, x.shape[-1]), y.reshape(len(A), -1, y.shape[-1])
-    if x.dtype == A.dtype:
-        return torch.baddbmm(out, torch.bmm(flat, A), B).view_as(y)
-    return torch.baddbmm(out.to(A.dtype), torch.bmm(flat.to(A.dtype), A), B).to(y.dtype).view_as(y)
+    if bank.gate is not None:
+        out = out * bank.gate[:, None]
+        out = out if bank.shift is None else out + bank.shift[:, None]
+    added = torch.baddbmm(out.to(A.dtype), torch.bmm(flat.to(A.dtype), A), B)
+    return added.to(y.dtype).view_as(y)
 
 
-def stamp_of(parts: Sequence[Tensor], scales: Sequence[float]) -> Stamp:
+def stamp_of(parts: Sequence[Tensor], scales: Sequence[float]) -> Any:
     """What changes when any of the parts or scales does."""
-    return sum(t._version for t in parts), tuple(scales)
+    return [(id(t), t.data_ptr(), t._version) for t in parts], scales

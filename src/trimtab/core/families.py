@@ -178,22 +178,6 @@ class LowRank(Method):
                 by, what is added to it).
         """
         methods = [m for stack in stacks for m in stack]
-<<<<<<< HEAD
-        name, scales = methods[0].site.name, [m.scaling for m in methods]
-        bank = cut.banks.get(name)
-        kept = bank is not None and bank.source is stacks and bank.stamp == grouped.stamp_of(bank.parts, scales)
-        if not kept or torch.is_grad_enabled():
-            updates = [[(*m.factors, m.scaling) for m in stack] for stack in stacks]
-            parts = tuple(t for group in updates for A, B, _ in group for t in (A, B))
-            if not grouped.applies(y, x, len(cut.rows), parts):
-                return None
-            owners = None if cut.sorted and len(set(cut.sizes)) == 1 else cut.rows  # groups alike in size: one each
-            stamp = grouped.stamp_of(parts, scales)
-            bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, owners))
-            if not torch.is_grad_enabled():
-                cut.banks[name] = bank
-        elif not grouped.applies(y, x, len(cut.rows), (bank.A, bank.B)):
-=======
         parts = tuple(holder[key] for m in methods for holder, key in m.places.values())
         name, fixed = methods[0].site.name, not torch.is_grad_enabled()
         stamp = grouped.stamp_of(parts, [m.scaling for m in methods]) if fixed else None
@@ -201,16 +185,18 @@ class LowRank(Method):
         if bank is not None and not (bank.source is stacks and bank.stamp == stamp):
             bank = None
         if not grouped.applies(y, x, len(cut.owners), parts if bank is None else (bank.A,)):
->>>>>>> h/mixed
             return None
         if bank is None:
             gate = shift = None
+            owners = cut.owners
             if gated is None:
                 updates = [[(*m.matrices, m.scaling) for m in stack] for stack in stacks]
+                if cut.sorted and len(set(cut.sizes)) == 1:  # groups alike in size: stacked once each
+                    owners = range(len(stacks))
             else:
                 updates, *vectors = gated(stacks)
                 gate, shift = (None if v is None else v.index_select(0, cut.rows) for v in vectors)
-            bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, cut.owners), gate, shift)
+            bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, owners), gate, shift)
             if fixed:
                 cut.banks[name] = bank
         return grouped.add_rows(y, x, bank)

@@ -242,11 +242,8 @@ class Board:
         self.blocks: dict[int, list[Block]] = {}  # thread -> the blocks it is in, innermost last
         self.last: Route | None = None  # the route of the last forward outside a backward pass
         self.residents: Any = None  # what brings back adapters that were parked
-<<<<<<< HEAD
         self.last_call = Last()  # of each thread
-=======
         self.moving = threading.RLock()  # held while adapters come into the module tree or leave it
->>>>>>> h/mixed
         checkpointing.watch()
         checkpointing.boards.add(self)
 

@@ -104,6 +104,13 @@ class Call:
         """A generator of random numbers that belong to no row."""
         return torch.Generator(device).manual_seed(self.key(method, salt))
 
+    def strength(self, method: Method) -> Any:
+        """How strongly each token takes the method's update (rows, tokens, 1), or a number; None: as it is."""
+        if not self.extras:
+            return None
+        found = self.extras.get(f"{method.adapter}.strength")
+        return found[method.site.name] if isinstance(found, Mapping) else found
+
     def fact(self, method: Method, name: str) -> Any:
         """What the method's `facts` found for this forward under `name`, or None."""
         return self.extras.get(f"{method.adapter}.{name}")
@@ -125,6 +132,7 @@ class Method:
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: bool = True  # of the class; one of its methods may say no, by its config
+    weighed: bool = False  # its update can be weighed for each token, by `Call.strength`
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way

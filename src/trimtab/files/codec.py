@@ -321,6 +321,11 @@ class Fit:
             )
 
 
+def whole_model(keys: Iterable[str]) -> bool:
+    """Whether these are of a file that PEFT 0.21 writes beside a router, with parts of the base model in it."""
+    return any(key.startswith("base_model.lora_model.") for key in keys)
+
+
 def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> Fit:
     """Compare the tensors of a file with the slots of an adapter. Nothing is changed."""
     slots = list(slots)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.model_method import ModelMethod
+from trimtab.core.model_method import ModelMethod, PromptMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
@@ -138,7 +138,7 @@ class Graft:
             for parameter in free:
                 parameter.requires_grad_(False)
             if issubclass(method, ModelMethod):
-                layout, prompt = Layout(config, []), prompts.started(method, config, self.model)
+                layout, prompt = Layout(config, []), prompts.started(method, config, self.model, self.adapters)
             else:
                 layout = stage.layout(config, method, autocast, strict, self.layouts)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
@@ -203,7 +203,7 @@ class Graft:
         self.base.layers |= stage.new
         self.base.saved |= stage.saved
         name = adapter.name
-        if adapter.prompt is not None:
+        if isinstance(adapter.prompt, PromptMethod):
             self.prompts[name] = adapter.prompt
         if adapter.biases is not None:
             self.model._modules["trimtab_biases"] = adapter.biases
@@ -238,11 +238,9 @@ class Graft:
         self.residents.bring(names)
         self.board.set(active=tuple(names))
         if trainable is not None:
-            for name in (
-                [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
-            ):
-                if name in self.adapters:
-                    self.set_trainable(name, False)
+            others = [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
+            for name in [n for n in others if n in self.adapters]:
+                self.set_trainable(name, False)
             for name in names:
                 self.set_trainable(name, trainable)
         self._place_biases()
@@ -278,6 +276,8 @@ class Graft:
         if adapter.prompt is not None:
             for key, parameter in adapter.prompt.named_parameters():
                 parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
+        for part in self.residents.together([name], trained=True)[1:]:
+            self.set_trainable(part, trainable)
         for key, leaf in adapter.layout.shared.items():
             tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):
@@ -300,7 +300,7 @@ class Graft:
         trained = [name for name, a in self.adapters.items() if a.trainable]
         biased = [a.name for a in self.biased()]
         takers = [t for x in self.base.layers.values() for t in x.originals.takers.values() if x.originals.takers]
-        needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *route.active])
+        needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *self.residents.together(route.active)])
         self.residents.settle(n for n in needed if n in self.adapters)
 
     # ------------------------------------------------------------------ merging and taking out

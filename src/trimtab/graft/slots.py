@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.core.method import leaf_template
-from trimtab.core.model_method import PROMPT, PromptMethod
+from trimtab.core.model_method import PROMPT, Mixture, PromptMethod
 from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
@@ -66,6 +66,11 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         for path in adapter.biases.own:
             key = f"{names[path]}.base_layer.bias" if path in names else f"{path}.bias"
             found.append(Slot(key, key, adapter.biases.own, path))
+    if isinstance(adapter.prompt, Mixture):
+        for key in adapter.prompt.state_dict():
+            path, _, name = key.rpartition(".")
+            whole = f"{adapter.prompt.place}.{key}"
+            found.append(Slot(whole, whole, adapter.prompt.get_submodule(path), name, shared=True))
     if isinstance(adapter.prompt, PromptMethod):
         for key in adapter.prompt.saved():
             memory = f"prompt_encoder.{adapter.name}{'' if key == PROMPT else f'.{key}'}"

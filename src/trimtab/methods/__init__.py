@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
     "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),
+    "XLORA": ("xlora", "XLora", "XLoraConfig"),
 }
 
 

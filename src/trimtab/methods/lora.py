@@ -148,6 +148,7 @@ class Lora(LowRank):
     config, prefix, targets = LoraConfig, "lora_", ATTENTION
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})
+    weighed = True
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
     combine = LowRank.combined
 
@@ -163,6 +164,7 @@ class Lora(LowRank):
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
         self.biased = config.lora_bias
+        self.weighed = not self.biased and self.site.kind in ("linear", "embedding")
 
     def reset(self, config: Any) -> Tensor | None:
         if self.biased:
@@ -184,6 +186,8 @@ class Lora(LowRank):
         dropped = self.dropout and self.training
         if plain is None or self.biased or (dropped and torch.compiler.is_compiling()):
             return None
+        if call.strength(self) is not None:
+            return None
         (W, b), (pa, ka), (pb, kb) = plain, *self.places.values()
         drop = call.dropout(self, x, self.dropout) if dropped else None
         return lora_linear(x, W, b, pa[ka], pb[kb], self.scaling, drop)
@@ -198,4 +202,6 @@ class Lora(LowRank):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))
+        if (strength := call.strength(self)) is not None:
+            h = h * (strength.to(h.dtype) if isinstance(strength, Tensor) else strength)
         return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)

@@ -21,6 +21,8 @@ from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.plan import Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class, prefix_of
+from trimtab.shell import mixtures
+from trimtab.shell.loading import Source
 
 
 class Tuner(nn.Module):
@@ -75,11 +77,22 @@ class Tuner(nn.Module):
                 f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
                 "libraries may then take one for the other."
             )
+        self._load_among(config)
         adapter = self.graft.add(name, config, **kwargs)
         self._modules.update(self.graft.commons)
+        mixtures.place(self.graft, self)
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
             self.graft._place_biases()
         return adapter
+
+    def _load_among(self, config: PeftConfig) -> None:
+        """Load the adapters that a router works among, where they are not there."""
+        router = mixtures.router_class(config) if isinstance(config, PeftConfig) else None
+        for name, path in router.among(config).items() if router is not None else ():
+            if name not in self.graft.adapters:
+                source = Source(path, self.model, name, {}, overrides={})
+                with source.blamed():
+                    self.graft.add(name, source.config, tensors=source, trainable=False)
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -121,6 +134,7 @@ class Tuner(nn.Module):
             raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} does not exist")
         for name in names:
             self.graft.delete(name)
+        mixtures.place(self.graft, self)
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on."""
@@ -243,7 +257,11 @@ class Tuner(nn.Module):
             extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
-            with self.graft.board.using(call=Call(extras=extras)) if extras else contextlib.nullcontext():
+            call = Call(extras=extras)
+            with (
+                mixtures.surrounding(self.graft, call),
+                self.graft.board.using(call=call) if extras else contextlib.nullcontext(),
+            ):
                 yield
             return
         graft = self.graft
@@ -321,7 +339,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
-        return getattr(self.model, name)
+        shown = mixtures.show(self.graft, name) if "graft" in self.__dict__ else None
+        return getattr(self.model, name) if shown is None else shown
 
 
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")

@@ -1,0 +1,125 @@
+"""Routers among adapters: those they need are loaded with them, and act while a router does, as strongly as it says."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trimtab.core.method import Call
+from trimtab.core.model_method import Mixture
+from trimtab.files import store
+from trimtab.files.codec import whole_model
+from trimtab.files.finding import is_adapter
+from trimtab.graft.graft import Graft
+from trimtab.methods import method_class
+
+
+def router_class(config: Any) -> type[Mixture] | None:
+    """The method a config asks for, if it is a router among other adapters."""
+    method: Any = method_class(config)
+    return method if issubclass(method, Mixture) else None
+
+
+def prepare(
+    model_id: str | os.PathLike[str], config: Any, tensors: dict[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Complete what was read of a router from what lies beside it in its folder.
+
+    The adapters it works among are taken from there rather than from where its config says, unless the caller says.
+    PEFT's copies are parts of the whole model, from which the adapters cannot be had.
+    """
+    router = router_class(config)
+    if router is None:
+        return
+
+    def beside(name: str) -> Path | None:
+        own = Path(model_id) / name
+        return own if own.is_dir() and is_adapter(own) else None
+
+    router.mend(tensors, lambda name: store.load_peft_weights(own) if (own := beside(name)) else {})
+    among = router.among(config)
+    for name in () if router.field in overrides else among:
+        own = beside(name)
+        if own is not None and not whole_model(store.load_shapes(own)):
+            among[name] = str(own)
+
+
+@contextlib.contextmanager
+def surrounding(graft: Graft, call: Call) -> Iterator[None]:
+    """Inside the block the model's forward is what the active router makes of it, if one is active.
+
+    The block is around the model's own `forward`, so that every step of generation goes through the router.
+    """
+    route = graft.board.route_here(quiet=True)
+    active = [graft.adapters[n] for n in route.active if n in graft.adapters] if route.enabled else []
+    found = [a for a in active if isinstance(a.prompt, Mixture)]
+    if not found:
+        yield
+        return
+    if len(active) > 1:
+        raise ValueError(f"A router among adapters is active alone, not beside others: {list(route.active)}.")
+    model: Any = graft.model
+    plain, own = model.forward, "forward" in model.__dict__
+    model.forward = _surrounded(graft, found[0], plain, call)
+    settings = getattr(model, "generation_config", None)
+    cached = getattr(settings, "use_cache", None)
+    try:
+        if settings is not None:
+            settings.use_cache = False
+        yield
+    finally:
+        if settings is not None:
+            settings.use_cache = cached
+        if own:
+            model.forward = plain
+        else:
+            del model.forward
+
+
+def _surrounded(graft: Graft, adapter: Any, plain: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    """A model's forward with the router `adapter` around it."""
+    names = list(inspect.signature(plain).parameters)
+    among = tuple(adapter.method.among(adapter.config))
+
+    def routed(strengths: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
+        extras = {**call.extras, **{f"{name}.strength": strengths[name] for name in among}}
+        with graft.board.using(active=among, call=Call(extras=extras)):
+            return plain(**inputs)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if adapter.name not in graft.board.route_here(quiet=True).active:  # another thread's
+            return plain(*args, **kwargs)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if (cache := inputs.get("past_key_values")) is not None and cache.get_seq_length():
+            raise ValueError("A router reads whole sequences: generate with use_cache=False.")
+        for name in among:
+            graft.require(name)
+        graft.residents.bring(among)
+        return adapter.prompt.around(routed, inputs, call)
+
+    return forward
+
+
+def show(graft: Graft, name: str) -> Any:
+    """What a router shows of its own under a name as the model's, or None."""
+    for adapter in graft.adapters.values():
+        if isinstance(adapter.prompt, Mixture) and name in adapter.prompt.views:
+            return getattr(adapter.prompt, name)
+    return None
+
+
+def place(graft: Graft, tuner: nn.Module) -> None:
+    """Keep the routers' tensors in the module tree of the tuner."""
+    held = {a.prompt.place: a.prompt for a in graft.adapters.values() if isinstance(a.prompt, Mixture)}
+    for key, module in list(tuner._modules.items()):
+        if isinstance(module, Mixture) and key not in held:
+            del tuner._modules[key]
+    tuner._modules.update(held)

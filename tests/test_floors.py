@@ -18,7 +18,7 @@ from tests.models import SITES
 from trimtab import get_peft_model
 from trimtab.core import families
 from trimtab.core.method import Method
-from trimtab.core.model_method import PromptMethod
+from trimtab.core.model_method import ModelMethod, PromptMethod
 from trimtab.methods import METHODS, load
 
 ROOT = Path(trimtab.__file__).parent
@@ -238,7 +238,7 @@ def kinds() -> set[str]:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_hooks_are_overridden_at_most_once(cls: type) -> None:
-    root = PromptMethod if issubclass(cls, PromptMethod) else Method
+    root = next(r for r in (PromptMethod, ModelMethod, Method) if issubclass(cls, r))
     for hook in HOOKS:
         owners = [c.__name__ for c in cls.__mro__ if hook in vars(c) and c is not root and issubclass(c, root)]
         assert len(owners) <= 1, f"`{hook}` is overridden by {owners}"
@@ -259,7 +259,7 @@ def test_families_give_helpers_and_no_hooks() -> None:
         assert not [hook for hook in HOOKS if hook in vars(family)], family.__name__
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, PromptMethod)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, ModelMethod)], ids=lambda c: c.__name__)
 def test_a_method_defines_what_it_promises(cls: Any) -> None:
     overrides = {hook for hook in HOOKS if getattr(cls, hook, None) is not getattr(Method, hook, None)}
     definition = "weight" if cls.around is None else "around"  # a block that is surrounded has no weight

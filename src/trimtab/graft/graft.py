@@ -276,8 +276,8 @@ class Graft:
         if adapter.prompt is not None:
             for key, parameter in adapter.prompt.named_parameters():
                 parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
-        for part in self.residents.together([name], trained=True)[1:]:
-            self.set_trainable(part, trainable)
+        for other in self.residents.together([name], trained=True)[1:]:
+            self.set_trainable(other, trainable)
         for key, leaf in adapter.layout.shared.items():
             tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):
@@ -310,7 +310,7 @@ class Graft:
         """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
         self.look()
         chosen = list(self.board.route.active if names is None else names)
-        self.residents.bring(self.require(name).name for name in chosen)
+        self.residents.bring(a.name for a in map(self.require, chosen) if merging.changes_layers(a))
         self.untied = merging.merge(self.base, chosen, safe, keep, progress) or self.untied
 
     def unmerge(self) -> None:

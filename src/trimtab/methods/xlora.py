@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class XLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.XLORA
-        self.adapters = dict(self.adapters or {})
+        self.adapters = dict(sorted((self.adapters or {}).items()))  # the order they have in a file
         require_rank(self.xlora_depth, "xlora_depth")
         if self.top_k_lora is not None:
             require_rank(self.top_k_lora, "top_k_lora")
@@ -95,12 +96,15 @@ class XLora(Mixture):
         self.options, layers = config, len(self.sites) if config.layerwise_scalings else 1
         widths = [config.hidden_size] + [config.xlora_size] * (config.xlora_depth - 1) + [count * layers]
         parts: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             parts += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(config.xlora_dropout_p)]  # (b, a) and (b,)
         self.layers = nn.Sequential(*parts[:-2])
         self.latest: Tensor | None = None
         self.log: list[Tensor] | None = None
         self.logging = False
+
+    def __getstate__(self) -> dict[str, Any]:  # no copy of a graph
+        return {**self.__dict__, "latest": None}
 
     def reset(self, config: Any, base: Any) -> None:
         for part in self.layers:
@@ -124,7 +128,8 @@ class XLora(Mixture):
     def scalings(self, x: Tensor) -> Tensor:
         """Hidden states (rows, tokens, dim) -> weights (rows, tokens, layers, adapters)."""
         config, n = self.options, len(self.options.adapters)
-        logits = self.layers(x.to(self.layers[0].weight.dtype)).unflatten(-1, (-1, n))
+        weight = next(self.layers.parameters())
+        logits = self.layers(x.to(weight.dtype)).unflatten(-1, (-1, n))
         if config.enable_softmax:
             logits = torch.softmax(logits / config.softmax_temperature, -1)
         return logits.expand(*logits.shape[:-2], len(self.sites), n)

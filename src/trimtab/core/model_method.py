@@ -25,6 +25,7 @@ class ModelMethod(nn.Module):
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    watches: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
 
     def build(self, config: Any) -> None:

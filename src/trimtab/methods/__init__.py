@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
     "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
     "ROAD": ("road", "Road", "RoadConfig"),
+    "SHADOW": ("shadow", "Shadow", "ShadowConfig"),
     "SHIRA": ("shira", "Shira", "ShiraConfig"),
     "SUPERTUNING": ("supertuning", "Supertuning", "SupertuningConfig"),
     "TINYLORA": ("tinylora", "TinyLora", "TinyLoraConfig"),

@@ -52,6 +52,26 @@ def prepare(
 
 
 @contextlib.contextmanager
+def watching(model: nn.Module, extras: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block methods that watch see each call of the model: generation makes many."""
+    seen = [value for name, value in extras.items() if name.endswith(".seen")]
+    if not seen:
+        yield
+        return
+    names = list(inspect.signature(model.forward).parameters)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for value in seen:
+            value["inputs"] = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def surrounding(graft: Graft, call: Call) -> Iterator[None]:
     """Inside the block the model's forward is what the active router makes of it, if one is active.
 

@@ -235,6 +235,7 @@ class Tuner(nn.Module):
             for adapter in curious:
                 facts = adapter.method.facts(adapter.config, whole, self.training)
                 found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
+        found |= {f"{a.name}.seen": {"model": self.model} for a in adapters if a.method.watches}
         return {name: value for name, value in found.items() if value is not None}
 
     @contextlib.contextmanager
@@ -259,6 +260,7 @@ class Tuner(nn.Module):
         if adapter_names is None:
             call = Call(extras=extras)
             with (
+                mixtures.watching(self.model, extras),
                 mixtures.surrounding(self.graft, call),
                 self.graft.board.using(call=call) if extras else contextlib.nullcontext(),
             ):
@@ -277,7 +279,7 @@ class Tuner(nn.Module):
         plan.tell(shape)
         hook = self.model.register_forward_pre_hook(partial(_tell, plan), with_kwargs=True)
         try:
-            with graft.board.using(open=open, plan=plan):
+            with mixtures.watching(self.model, extras), graft.board.using(open=open, plan=plan):
                 yield
         finally:
             hook.remove()

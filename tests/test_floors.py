@@ -18,7 +18,7 @@ from tests.models import SITES
 from trimtab import get_peft_model
 from trimtab.core import families
 from trimtab.core.method import Method
-from trimtab.core.model_method import ModelMethod, PromptMethod
+from trimtab.core.model_method import Mixture, ModelMethod, PromptMethod
 from trimtab.methods import METHODS, load
 
 ROOT = Path(trimtab.__file__).parent
@@ -238,7 +238,7 @@ def kinds() -> set[str]:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_hooks_are_overridden_at_most_once(cls: type) -> None:
-    root = next(r for r in (PromptMethod, ModelMethod, Method) if issubclass(cls, r))
+    root = next(r for r in (PromptMethod, Mixture, ModelMethod, Method) if issubclass(cls, r))
     for hook in HOOKS:
         owners = [c.__name__ for c in cls.__mro__ if hook in vars(c) and c is not root and issubclass(c, root)]
         assert len(owners) <= 1, f"`{hook}` is overridden by {owners}"

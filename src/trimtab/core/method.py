@@ -140,9 +140,7 @@ class Method:
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
-    watches: ClassVar[bool] = (
-        False  # formulas read what the model is called with: {"model", "inputs"} by the fact "seen"
-    )
+    watches: ClassVar[bool] = False  # formulas see the model's calls: the fact "seen" has "model" and "inputs"
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 

@@ -1,5 +1,6 @@
-"""AdaMSS (PEFT's ADAMSS; adaptive multi-subspaces).   [W' b'] = [W b] + E V,   E's rows of cluster k = B_k A_k.
+"""AdaMSS (NeurIPS 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
 
+E_k are the rows of E of cluster k.
 V (r, in + 1) has the first right singular vectors of the layer's weight with its bias as a last column. The rows of the
 left ones are put into clusters by k-means, and each cluster of outputs has an update of its own small rank.
 """

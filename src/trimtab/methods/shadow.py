@@ -1,8 +1,8 @@
-"""Shadow (PEFT's SHADOW, ShadowPEFT).   Blocks get h' = h + α U D (h - s);   then s' = g ∘ T(o) + (1 - g) ∘ s, g = σ(G(o)).
+"""Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
 A small trained model of the base's kind reads the same tokens: what it says is the first shadow state s. It goes along
-the blocks: each gets its input h drawn towards it or away, and turns it by its own output o. T and G are two linear
-layers with a GELU between them.
+the blocks: each gets its input h drawn towards it or away, and turns it by its own output o, with g = σ(G(o)). T and G
+are two linear layers with a GELU between them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class ShadowConfig(LayerConfig):
     update_hidden_size: int | None = help_field("The width inside T and G; None: r.", None)
     auxiliary_loss_weight: float = help_field("The weight of the loss of the first shadow state by itself.", 0.05)
 
-    pending = {"shadow_model": "only 'mirror' is"}  # noqa: RUF012
+    pending = {"shadow_model": "only 'mirror' is"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SHADOW
-        require_rank(self.r)
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        for name in ("r", "update_hidden_size", *(f"shadow_{size}" for size in sizes)):
+            if getattr(self, name) is not None:
+                require_rank(getattr(self, name), name)
         if self.task_type not in (None, "CAUSAL_LM"):
             raise ConfigError(f"Shadow is for causal language models here, not for {self.task_type}.")
 
@@ -59,7 +62,7 @@ class Shadow(Method):
 
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
     kinds = frozenset({"block"})
-    targets = {"*": ()}  # noqa: RUF012
+    targets = {"*": ()}
 
     @classmethod
     def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> None:
@@ -96,7 +99,6 @@ class Shadow(Method):
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         dim, hidden = site.fan_in, config.update_hidden_size or config.r
-        require_rank(hidden, "update_hidden_size")
         leaves = {
             "shadow_down.weight": Leaf((config.r, dim)),  # (r, in)
             "shadow_up.weight": Leaf((dim, config.r)),  # (in, r)
@@ -160,15 +162,10 @@ class Shadow(Method):
             given["input_ids"] = inputs["input_ids"]
         cache = room(cache, h, self.site.layer, self.small)
         own = dict(self.commons[BACKBONE][self.adapter].named_parameters())
-        tensors = {n: p.to(h.dtype) for n, p in own.items()} | {
-            n: b.to(h.device) for n, b in self.small.named_buffers()
-        }
-        out = torch.func.functional_call(
-            self.small.train(self.training),
-            tensors,
-            (),
-            {**given, "past_key_values": cache, "use_cache": cache is not None},
-        )
+        tensors = {n: p.to(h.dtype) for n, p in own.items()}
+        tensors |= {n: b.to(h.device) for n, b in self.small.named_buffers()}
+        given |= {"past_key_values": cache, "use_cache": cache is not None}
+        out = torch.func.functional_call(self.small.train(self.training), tensors, (), given)
         s: Tensor = out.last_hidden_state
         if "shadow_projection" in self.commons and self.adapter in self.commons["shadow_projection"]:
             s = F.linear(s, self.shared(PROJECTION).to(s.dtype))

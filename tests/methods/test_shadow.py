@@ -97,6 +97,10 @@ def test_blocks_above_the_first() -> None:
     with pytest.raises(RouteError, match="use_cache=False"):
         model.generate(IDS, max_new_tokens=3)
     assert model.generate(IDS, max_new_tokens=3, use_cache=False).shape == (2, 9)
+    some = shadowed(layers_to_transform=[1, 2])
+    assert [n for n, _ in some.named_parameters() if "shadow_down" in n] == [
+        f"base_model.model.model.layers.{i}.shadow_down.default.weight" for i in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -676,3 +676,15 @@ def test_adamss_freezes_the_clusters_that_peft_freezes() -> None:
         left.append({n for n, p in model.named_parameters() if p.requires_grad and "adamss_A" in n})
     assert len(left[0]) == int(4 + 8 * (5 / 7) ** 3) == len(left[1]) + 1
     assert left[1] < left[0]
+
+
+@pytest.mark.parametrize("name", ["Pvera", "TinyLora", "Hira"])
+def test_how_the_weight_lies_is_found_out(name: str) -> None:
+    """PEFT warns where `fan_in_fan_out` does not fit the layers; HiRA's stays wrong in its file, too."""
+    noted = {}
+    for library, base, given in ((lib, base, base == "llama") for lib in BOTH for base in ("gpt2", "llama")):
+        fields = {"target_modules": ["c_attn", "q_proj"], "fan_in_fan_out": given}
+        model = quiet(library.get_peft_model, build(base), getattr(library, f"{name}Config")(**fields))
+        noted[library.__name__, base] = model.peft_config["default"].fan_in_fan_out
+    assert (noted["trimtab", "gpt2"], noted["trimtab", "llama"]) == (True, False)
+    assert (noted["peft", "gpt2"], noted["peft", "llama"]) == ((True, False) if name != "Hira" else (False, True))

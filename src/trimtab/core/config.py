@@ -49,7 +49,6 @@ class PeftType(str, enum.Enum):
     HRA = "HRA"
     VBLORA = "VBLORA"
     CPT = "CPT"
-    BONE = "BONE"
     MISS = "MISS"
     RANDLORA = "RANDLORA"
     ROAD = "ROAD"

@@ -67,6 +67,9 @@ METHODS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# Types of older files: PEFT 0.21 does not read them, either.
+FORMER = {"BONE": "MISS"}
+
 # Fields by which the config of one method asks for another beside it: {module: value}, or a value for the input
 # embedding. field: (peft_type, the argument of its config that takes the value, what stands before its leaves)
 COMPANIONS: dict[str, tuple[str, str, str]] = {
@@ -183,6 +186,11 @@ def load(file: str, name: str) -> Any:
 
 
 def _row(peft_type: str) -> tuple[str, str, str]:
+    if peft_type in FORMER:
+        raise ConfigError(
+            f"'{peft_type}' is what the method {FORMER[peft_type]} was called in older releases of PEFT; 0.21 does not "
+            "read its files, either. Convert the adapter with a release that knows both names, or train it anew."
+        )
     if peft_type not in METHODS:
         raise ConfigError(f"The method '{peft_type}' is not known here. Known: {', '.join(known())}.")
     return METHODS[peft_type]

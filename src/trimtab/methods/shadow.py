@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
+from trimtab.core.targets import matches
 from trimtab.errors import ConfigError, RouteError
 
 BACKBONE, PROJECTION = "shadow_backbone", "shadow_projection.weight"
@@ -65,11 +66,16 @@ class Shadow(Method):
     targets = {"*": ()}
 
     @classmethod
-    def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> None:
-        if config.target_modules == set():  # every block
-            parts = {path: path.split(".") for path in kinds}
-            stacked = {p: x for p, x in parts.items() if x[-1].isdigit() and x[-2:-1] and x[-2] in STACKS}
-            config.target_modules = {p for p, x in stacked.items() if sum(part.isdigit() for part in x) == 1}
+    def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
+        if config.target_modules != set():
+            return None
+        parts = {path: path.split(".") for path in kinds}  # every block
+        stacked = {p: x for p, x in parts.items() if x[-1].isdigit() and x[-2:-1] and x[-2] in STACKS}
+        found = [p for p, x in stacked.items() if sum(part.isdigit() for part in x) == 1]
+        config.target_modules = set(found)
+        only = config.layers_to_transform
+        indices = {only} if isinstance(only, int) else set(only or range(len(found)))
+        return [p for p in found if int(parts[p][-1]) in indices and matches(config.exclude_modules, p) is None]
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:

@@ -127,11 +127,16 @@ class Method:
     Subclasses override hooks at most once and never call super().
     """
 
+    when: ClassVar[str] = ""  # what it is for, in a few words
+    example: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # fields that it needs, or that choose it, as the table of methods has them
     config: ClassVar[type[PeftConfig]] = PeftConfig
     prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: bool = True  # of the class; one of its methods may say no, by its config
+    reads: bool = False  # its forward reads the frozen weight, beside the layer's own product (of the class, as above)
     weighed: bool = False  # its update can be weighed for each token, by `Call.strength`
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules

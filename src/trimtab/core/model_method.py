@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ class ModelMethod(nn.Module):
     The tensors are the module's own parameters.
     """
 
+    when: ClassVar[str] = ""
+    example: ClassVar[Mapping[str, Any]] = {}
+    reads: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
     config: ClassVar[type[PeftConfig]] = PeftConfig
     prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"model"})

@@ -154,6 +154,8 @@ class Capability:
         kinds: the kinds of layers it adapts.
         fused: one base product serves all rows of a mixed batch; else one for each distinct adapter.
         mergeable: it folds into the base's weights.
+        reads: its forward reads the frozen weight, beside the layer's own product.
+        when: what it is for.
     """
 
     method: str
@@ -162,6 +164,8 @@ class Capability:
     kinds: tuple[str, ...]
     fused: bool
     mergeable: bool
+    reads: bool
+    when: str
 
 
 def capabilities() -> list[Capability]:
@@ -176,7 +180,8 @@ def capabilities() -> list[Capability]:
             first = str(import_module(f"{__name__}.{where}").__doc__).partition("\n")[0]  # of every file: both of them
             paper, _, formula = first.partition(".   ")
             kinds = tuple(sorted(method.kinds))
-            rows.append(Capability(label, paper, formula, kinds, method.fused, method.mergeable))
+            facts = method.fused, method.mergeable, method.reads, method.when
+            rows.append(Capability(label, paper, formula, kinds, *facts))
     return rows
 
 

@@ -79,6 +79,7 @@ class AdamssConfig(LayerConfig):
 class Adamss(Method):
     """Updates of clusters of outputs within the span of the weight's first singular vectors."""
 
+    when = "very few parameters, in clusters of outputs"
     config, prefix, targets = AdamssConfig, "adamss_", {**ATTENTION, "vit": ["query", "value"]}
     kinds = fused = frozenset({"linear", "conv"})
 

@@ -58,6 +58,8 @@ def diagonal(M: Tensor, n: int) -> Tensor:
 class BdLora(LowRank):
     """A pair one of whose factors is kept as the blocks of its diagonal."""
 
+    when = "serving on several GPUs without communication"
+    example = {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj", "v_proj"]}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
 

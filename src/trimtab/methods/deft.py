@@ -43,6 +43,8 @@ class DeftConfig(LayerConfig):
 class Deft(Method):
     """Two products of rank r with the left factor in common: dW = G (s R - Kᵀ W)."""
 
+    when = "personal concepts in image models; knowledge is to make room"
+    reads = True
     config, prefix, targets = DeftConfig, "deft_", ATTENTION
     kinds = fused = frozenset({"linear", "conv", "embedding"})
 

@@ -60,6 +60,7 @@ class FrodConfig(LayerConfig):
 class Frod(Method):
     """l (in,) and S's entries (n,) of one layer, between its own U and its category's V."""
 
+    when = "full-rank updates from few parameters; slow to set up"
     config, prefix, targets = FrodConfig, "frod_", {**ATTENTION, "phi": ("q_proj", "v_proj"), "vit": ("query", "value")}
     kinds = fused = frozenset({"linear"})
 

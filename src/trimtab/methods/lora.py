@@ -145,6 +145,7 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
+    when = "the first choice: understood, fast, served everywhere"
     config, prefix, targets = LoraConfig, "lora_", ATTENTION
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})

@@ -61,6 +61,7 @@ class ShadowConfig(LayerConfig):
 class Shadow(Method):
     """D (r, dim), U (dim, r), T and G (dim, hidden) (hidden, dim) of a block; the small model is the adapter's."""
 
+    when = "a small network beside the model that can be kept apart"
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
     kinds = frozenset({"block"})
     targets = {"*": ()}

@@ -36,6 +36,8 @@ class TrainableTokensConfig(PeftConfig):
 class TrainableTokens(Method):
     """Rows (tokens, dim) that stand in for the embedding's own, and for the tied head's."""
 
+    when = "new or special tokens: their embeddings alone"
+    example = {"token_indices": [0]}
     config, prefix = TrainableTokensConfig, "trainable_tokens_"
     kinds = fused = frozenset({"embedding", "linear"})
     tied, targets = True, {"*": INPUT_EMBEDDING}

@@ -59,6 +59,8 @@ class XLoraConfig(PeftConfig):
 class XLora(Mixture):
     """The network; its log of weights is what the model's `get_scalings_log` and its like answer from."""
 
+    when = "several trained LoRA adapters, each token its own mixture"
+    example = {"adapters": {"0": "", "1": ""}}
     config, place, field = XLoraConfig, "internal_xlora_classifier", "adapters"
     views = (
         "enable_scalings_logging", "disable_scalings_logging", "clear_scalings_log", "get_scalings_log",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab import LoraConfig, ShadowConfig, get_peft_model
+from trimtab import LoraConfig, ShadowConfig, fuse_loss, get_peft_model
 from trimtab.errors import ConfigError, ReadOnlyWeight, RouteError
 
 IDS = torch.tensor([[4, 9, 11, 7, 30, 2], [8, 3, 21, 10, 6, 5]])
@@ -136,6 +136,24 @@ def test_the_loss_of_the_first_state_is_of_training() -> None:
     model, without = shadowed(shadow_dropout=0.0), shadowed(shadow_dropout=0.0, auxiliary_loss_weight=0.0)
     assert torch.equal(model(IDS, labels=IDS).loss, without(IDS, labels=IDS).loss)
     assert model.train()(IDS, labels=IDS).loss > without.train()(IDS, labels=IDS).loss
+
+
+def test_in_our_loop_head_and_loss_are_one_step() -> None:
+    labels = IDS.clone()
+    labels[:, :3] = -100
+    losses, grads = [], []
+    for fused in (False, True):
+        model = shadowed(shadow_dropout=0.0).train()
+        taken = fuse_loss(model) if fused else None
+        assert (taken is not None) == fused
+        kept = {"logits_to_keep": torch.arange(2, 6)} if fused else {}
+        loss = model(IDS, labels=labels[:, 2:] if fused else labels, **kept).loss
+        loss.backward()
+        losses.append(loss)
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
 
 
 def test_what_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab import AutoPeftModelForCausalLM, LoraConfig, PeftModel, XLoraConfig, get_peft_model
+from trimtab import AutoPeftModelForCausalLM, LoraConfig, PeftModel, XLoraConfig, fuse_loss, get_peft_model
 from trimtab.errors import AdapterFileError, AdapterNameError, ConfigError, ReadOnlyWeight
 
 IDS = torch.tensor([[4, 9, 11, 7, 30, 2], [8, 3, 21, 10, 6, 5]])
@@ -190,3 +190,15 @@ def test_what_is_refused(experts: dict[str, str], tmp_path: Path) -> None:
     get_peft_model(base(), config).save_pretrained(tmp_path / "dora")
     with pytest.raises(ConfigError, match="plain LoRA"):
         get_peft_model(base(), XLoraConfig(adapters={"a": str(tmp_path / "dora")}))
+
+
+def test_in_our_loop_head_and_loss_are_one_step(experts: dict[str, str]) -> None:
+    found = []
+    for fused in (False, True):
+        model = routed(experts).train()
+        assert not fused or fuse_loss(model) is not None
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        found.append((loss, model.internal_xlora_classifier.layers[0].weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

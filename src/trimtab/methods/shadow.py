@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.config import LayerConfig, PeftType, help_field
+from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.core.targets import matches
@@ -176,17 +177,25 @@ class Shadow(Method):
         s: Tensor = out.last_hidden_state
         if "shadow_projection" in self.commons and self.adapter in self.commons["shadow_projection"]:
             s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
-        labels, head = inputs.get("labels"), model.get_output_embeddings()
         self.term = None
-        if self.training and self.options.auxiliary_loss_weight and labels is not None and head is not None:
-            loss = F.cross_entropy(head(s[:, :-1]).flatten(0, 1).float(), labels[:, 1:].flatten())
-            self.term = self.options.auxiliary_loss_weight * loss
+        if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
+            self.term = self.options.auxiliary_loss_weight * own_loss(s, inputs, model.get_output_embeddings())
         return s
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
         return term  # type: ignore[no-any-return]
+
+
+def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
+    """The cross-entropy of what the model's head makes of s, at the places that the call has labels for."""
+    kept = inputs.get("logits_to_keep", 0)
+    s = s[:, kept] if isinstance(kept, Tensor) else s[:, -kept:] if kept else s
+    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(s, head.weight, labels, bias=head.bias)
+    return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
 
 
 def facts_of(sites: Sequence[Site]) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "data" / "addresses"
-QUICK = {"steps": 10, "rows": 2, "held_out": 24, "rates": [1e-3, 1e-2], "seeds": [0, 1]}
+QUICK = {"steps": 8, "rows": 2, "held_out": 16, "rates": [1e-3, 1e-2], "seeds": [0, 1]}
 FULL = {"steps": 120, "rows": 4, "held_out": 100, "rates": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "seeds": [0, 1, 2]}
 FIRST = "LORA"  # what the others are relative to
 ALONE = "is trained among other adapters, or on what this base does not have"

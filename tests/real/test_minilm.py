@@ -1,4 +1,4 @@
-"""A trained encoder (all-MiniLM-L6-v2, from a package): adapted for a task of similarity, merged, mixed, saved, loaded."""
+"""A trained encoder (all-MiniLM-L6-v2, from a package): adapted to similarity, merged, mixed, saved, loaded."""
 
 from __future__ import annotations
 

@@ -142,6 +142,7 @@ class Method:
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    listed: ClassVar[str] = ""  # what PEFT lists below a layer that has nothing but this method
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model

@@ -38,7 +38,7 @@ class TrainableTokens(Method):
 
     when = "new or special tokens: their embeddings alone"
     example = {"token_indices": [0]}
-    config, prefix = TrainableTokensConfig, "trainable_tokens_"
+    config, prefix, listed = TrainableTokensConfig, "trainable_tokens_", "token_adapter"
     kinds = fused = frozenset({"embedding", "linear"})
     tied, targets = True, {"*": INPUT_EMBEDDING}
     views = ("token_indices", "trainable_tokens_original")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def test_what_is_refused(experts: dict[str, str], tmp_path: Path) -> None:
     model = routed(experts)
     with pytest.raises(ReadOnlyWeight, match="cannot be merged"):
         model.merge_and_unload()
+    with pytest.raises(ValueError, match="act on the model as a whole"):
+        model(IDS, adapter_names=["default", "law"])
     with pytest.raises(ConfigError, match="one X-LoRA"):
         model.add_adapter("second", XLoraConfig(adapters=experts))
     for fields, message in (
@@ -190,6 +193,37 @@ def test_what_is_refused(experts: dict[str, str], tmp_path: Path) -> None:
     get_peft_model(base(), config).save_pretrained(tmp_path / "dora")
     with pytest.raises(ConfigError, match="plain LoRA"):
         get_peft_model(base(), XLoraConfig(adapters={"a": str(tmp_path / "dora")}))
+
+
+def test_threads_each_have_their_router(experts: dict[str, str]) -> None:
+    """One thread's call ends while the other's still goes on."""
+    model = routed(experts)
+    wanted, plain = model(IDS).logits, base()(IDS).logits
+    inside, done = threading.Event(), threading.Event()
+    found: dict[str, Tensor] = {}
+
+    def wait(module: Any, args: Any, kwargs: Any) -> None:
+        if threading.current_thread().name == "slow" and not inside.is_set():
+            inside.set()
+            done.wait(20)
+
+    model.get_base_model().model.layers[0].register_forward_pre_hook(wait, with_kwargs=True)
+
+    def slow() -> None:
+        found["first"] = model(IDS).logits
+
+    thread = threading.Thread(target=slow, name="slow")
+    thread.start()
+    assert inside.wait(20)
+    found["second"] = model(IDS).logits
+    with model.disable_adapter():
+        found["off"] = model(IDS).logits
+    done.set()
+    thread.join()
+    assert torch.equal(found["first"], wanted)
+    assert torch.equal(found["second"], wanted)
+    assert torch.equal(found["off"], plain)
+    assert "forward" not in model.get_base_model().__dict__
 
 
 def test_in_our_loop_head_and_loss_are_one_step(experts: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,61 +72,89 @@ def watching(model: nn.Module, extras: Mapping[str, Any]) -> Iterator[None]:
         hook.remove()
 
 
-@contextlib.contextmanager
-def surrounding(graft: Graft, call: Call) -> Iterator[None]:
-    """Inside the block the model's forward is what the active router makes of it, if one is active.
-
-    The block is around the model's own `forward`, so that every step of generation goes through the router.
-    """
+def active_router(graft: Graft) -> Any:
+    """The adapter that is a router and active in this thread, or None."""
     route = graft.board.route_here(quiet=True)
     active = [graft.adapters[n] for n in route.active if n in graft.adapters] if route.enabled else []
     found = [a for a in active if isinstance(a.prompt, Mixture)]
-    if not found:
-        yield
-        return
-    if len(active) > 1:
+    if found and len(active) > 1:
         raise ValueError(f"A router among adapters is active alone, not beside others: {list(route.active)}.")
-    model: Any = graft.model
-    plain, own = model.forward, "forward" in model.__dict__
-    model.forward = _surrounded(graft, found[0], plain, call)
-    settings = getattr(model, "generation_config", None)
-    cached = getattr(settings, "use_cache", None)
-    try:
-        if settings is not None:
-            settings.use_cache = False
-        yield
-    finally:
-        if settings is not None:
-            settings.use_cache = cached
-        if own:
-            model.forward = plain
+    return found[0] if found else None
+
+
+class Around:
+    """What stands around a model's own `forward`, and so around every step of generation, while any thread is inside.
+
+    What it does follows the calling thread's route.
+    """
+
+    def __init__(self, graft: Graft) -> None:
+        model: Any = graft.model
+        self.graft, self.inside, self.own = graft, 0, "forward" in model.__dict__
+        self.plain: Callable[..., Any] = model.forward
+        self.names = list(inspect.signature(self.plain).parameters)
+        self.settings = getattr(model, "generation_config", None)
+        self.cached = getattr(self.settings, "use_cache", None)
+
+        @functools.wraps(self.plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
+
+        model.forward = forward
+        if self.settings is not None:
+            self.settings.use_cache = False
+
+    def take_off(self) -> None:
+        """The model's own forward is its forward again."""
+        if self.settings is not None:
+            self.settings.use_cache = self.cached
+        if self.own:
+            self.graft.model.forward = self.plain
         else:
-            del model.forward
+            del self.graft.model.forward
 
-
-def _surrounded(graft: Graft, adapter: Any, plain: Callable[..., Any], call: Call) -> Callable[..., Any]:
-    """A model's forward with the router `adapter` around it."""
-    names = list(inspect.signature(plain).parameters)
-    among = tuple(adapter.method.among(adapter.config))
-
-    def routed(strengths: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
-        extras = {**call.extras, **{f"{name}.strength": strengths[name] for name in among}}
-        with graft.board.using(active=among, call=Call(extras=extras)):
-            return plain(**inputs)
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if adapter.name not in graft.board.route_here(quiet=True).active:  # another thread's
-            return plain(*args, **kwargs)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output as the router makes it."""
+        graft, adapter = self.graft, active_router(self.graft)
+        if adapter is None:  # another thread's call
+            return self.plain(*args, **kwargs)
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if (cache := inputs.get("past_key_values")) is not None and cache.get_seq_length():
             raise ValueError("A router reads whole sequences: generate with use_cache=False.")
+        among, call = tuple(adapter.method.among(adapter.config)), graft.board.route_here(quiet=True).call
         for name in among:
             graft.require(name)
         graft.residents.bring(among)
+
+        def routed(strengths: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
+            extras = {**call.extras, **{f"{name}.strength": strengths[name] for name in among}}
+            with graft.board.using(active=among, call=Call(extras=extras)):
+                return self.plain(**inputs)
+
         return adapter.prompt.around(routed, inputs, call)
 
-    return forward
+
+LOCK = threading.Lock()
+KEY = "_trimtab_around"
+
+
+@contextlib.contextmanager
+def surrounding(graft: Graft) -> Iterator[None]:
+    """Inside the block the model's forward is what the active router makes of it, if one is active."""
+    if active_router(graft) is None:
+        yield
+        return
+    held = graft.model.__dict__
+    with LOCK:
+        around: Around = held.get(KEY) or held.setdefault(KEY, Around(graft))
+        around.inside += 1
+    try:
+        yield
+    finally:
+        with LOCK:
+            around.inside -= 1
+            if not around.inside:
+                held.pop(KEY).take_off()
 
 
 def show(graft: Graft, name: str) -> Any:

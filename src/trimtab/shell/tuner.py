@@ -261,7 +261,7 @@ class Tuner(nn.Module):
             call = Call(extras=extras)
             with (
                 mixtures.watching(self.model, extras),
-                mixtures.surrounding(self.graft, call),
+                mixtures.surrounding(self.graft),
                 self.graft.board.using(call=call) if extras else contextlib.nullcontext(),
             ):
                 yield
@@ -269,6 +269,8 @@ class Tuner(nn.Module):
         graft = self.graft
         plan = Plan(adapter_names, lengths, extras=extras)
         require_known(plan.adapters, graft.adapters)
+        if whole := [n for n in plan.adapters if n in graft.adapters and graft.adapters[n].prompt is not None]:
+            raise ValueError(f"{whole} act on the model as a whole: no row of `adapter_names` can have one for itself.")
         if graft.biased():
             raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
         if graft.merged:

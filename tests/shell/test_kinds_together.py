@@ -136,3 +136,5 @@ def test_a_prompt_among_them(tmp_path: Path) -> None:
         for m in (model, loaded):
             m.set_adapter(name)
         torch.testing.assert_close(loaded.eval()(IDS).logits, model.eval()(IDS).logits)
+    with pytest.raises(ValueError, match="no row of `adapter_names` can have one"):
+        loaded(IDS[:2], adapter_names=["b", "p"])

@@ -68,11 +68,13 @@ _PUBLIC = {
     "trimtab.files.store": ["load_peft_weights"],
     "trimtab.rank.convert": ["convert_to_lora", "save_as_lora"],
     "trimtab.rank.intruders": ["mend_adapter", "reduce_intruder_dimension"],
+    "trimtab.rank.kappa": ["KappaTuneSelector", "find_kappa_target_modules"],
     "trimtab.rank.plot": ["plot_survey"],
     "trimtab.rank.resize": ["resize_adapter"],
     "trimtab.rank.spectrum": ["delta_spectrum", "effective_ranks"],
     "trimtab.rank.suggest": ["estimate_ranks", "suggest_rank"],
     "trimtab.rank.survey": ["inspect_ranks"],
+    "trimtab.train.many": ["Job", "train_many"],
     "trimtab.train.optimizers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, SD3Transformer2DModel, StableDiffusionPipel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -126,6 +126,28 @@ def test_a_saved_adapter_loads_again(make, tmp_path):
     again.load_lora_adapter(tmp_path, prefix=None, adapter_name="second", use_safetensors=True)
     again.set_adapters(["default_0", "second"], [0.0, 1.0])
     assert close(out(again), adapted)
+
+
+@pytest.mark.parametrize("make", [unet, transformer])
+def test_the_last_adapter_goes_and_another_comes_without_a_name(make, tmp_path):
+    model = with_adapter(make(), "one", 1)
+    plain = out(make())
+    one = out(model)
+    model.save_lora_adapter(tmp_path, adapter_name="one")
+    model.delete_adapters("one")
+    assert close(out(model), plain)
+    model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)  # diffusers numbers it by how many a layer has
+    assert list(model.peft_config) == ["default_0"]
+    assert close(out(model), one)
+
+
+def test_a_file_of_other_shapes_is_refused_by_the_names_in_the_model():
+    model = with_adapter(unet(), "one", 1)
+    state = get_peft_model_state_dict(model, adapter_name="one")
+    key = next(k for k in state if k.endswith("lora_A.weight"))
+    name = key.replace("lora_A.weight", "lora_A.one.weight")
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        set_peft_model_state_dict(model, {**state, key: state[key][:, :-1]}, "one")
 
 
 def test_a_unet_trains(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,14 @@ def test_copies_are_deep() -> None:
     other.target_modules.add("b")
     other.rank_pattern["b"] = 3
     assert config == LoraConfig(target_modules=["a"], rank_pattern={"a": 2})
+
+
+@pytest.mark.parametrize("field", LoraConfig.nested)
+@pytest.mark.parametrize("value", ["x", 3, [1], True])
+def test_settings_of_a_class_of_their_own_are_that_or_a_dict(field: str, value: Any) -> None:
+    """Found among damaged folders: a string in the place of Arrow's settings failed at the first forward."""
+    said = rf"LoraConfig: `{field}` should be a \w+Config or a dict, not {re.escape(repr(value))}"
+    with pytest.raises(ConfigError, match=said):
+        LoraConfig(target_modules=["a"], **{field: value})
+    with pytest.raises(ConfigError, match=f"`{field}`: .*no_such"):
+        LoraConfig(target_modules=["a"], **{field: {"no_such": 1}})

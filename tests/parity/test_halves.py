@@ -141,3 +141,19 @@ def test_unmerge_is_exact(dtype: torch.dtype) -> None:
         after = model.unload().state_dict()
         changed.append(sum((after[k] != v).sum().item() for k, v in before.items()))
     assert changed[0] == 0 < changed[1]
+
+
+@halves
+@pytest.mark.parametrize("low", [False, True], ids=["whole", "meta"])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}])
+def test_adapters_put_in_by_themselves_have_their_layers_dtype(
+    dtype: torch.dtype, low: bool, fields: dict[str, Any]
+) -> None:
+    """`get_peft_model` keeps them in fp32; `inject_adapter_in_model`, which diffusers and transformers call, does not."""
+    found: list[tuple[dict[str, torch.dtype], ...]] = []
+    for library in BOTH:
+        config = library.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], **fields)
+        injected = quiet(library.inject_adapter_in_model, config, build("llama", dtype), low_cpu_mem_usage=low)
+        wrapped = quiet(library.get_peft_model, build("llama", dtype), config, low_cpu_mem_usage=low)
+        found.append(tuple({n: p.dtype for n, p in parameters(m).items()} for m in (injected, wrapped)))
+    assert found[0] == found[1]

@@ -167,3 +167,40 @@ def test_examples_stay_near_where_they_were():
     (theirs, d), (ours, e) = models
     assert d.norm(dim=1)[:3].gt(0.012).all()  # at the surface: 0.1 * sqrt(32 / 2048)
     assert torch.allclose(theirs.logits, ours.logits, atol=1e-5) and torch.allclose(d, e, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "encoded", "multitask", "cpt"])
+def test_names_in_memory(method: str) -> None:
+    """The base's parameters have PEFT's names: a prompt stands beside the model, with no tuner between."""
+    name, fields = METHODS[method]
+    found = []
+    for library in (peft, trimtab):
+        config = getattr(library, name)(task_type="CAUSAL_LM", **{"num_virtual_tokens": 4, **fields})
+        model = library.get_peft_model(BASES["llama"][0](), config)
+        found.append({n: p.requires_grad for n, p in model.named_parameters() if n.startswith("base_model.")})
+    assert found[0] == found[1]
+    assert "base_model.model.norm.weight" in found[0]
+
+
+def test_a_prompts_model_that_gets_a_lora_gets_a_tuner() -> None:
+    torch.manual_seed(0)
+    prompt = trimtab.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    base = BASES["llama"][0]()
+    model = trimtab.get_peft_model(base, prompt).eval()
+    ids = torch.arange(3, 9)[None]
+    prompted = model(input_ids=ids).logits
+    model.add_adapter("lora", trimtab.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert any(n.startswith("base_model.model.model.layers.0.self_attn.q_proj.lora_A.lora") for n in model.state_dict())
+    torch.testing.assert_close(model(input_ids=ids).logits, prompted)
+    with model.disable_adapter():
+        plain = model(input_ids=ids).logits
+    model.set_adapter("lora")
+    assert model(input_ids=ids).logits.shape == plain.shape
+    assert not torch.allclose(model(input_ids=ids).logits, plain)
+    twin = copy.deepcopy(model)
+    twin.delete_adapter("lora")
+    twin.set_adapter("default")
+    torch.testing.assert_close(twin(input_ids=ids).logits, prompted)
+    assert trimtab.get_peft_model(BASES["llama"][0](), prompt).unload().__class__ is base.__class__
+    assert model.unload() is base
+    torch.testing.assert_close(base(input_ids=ids).logits, plain)

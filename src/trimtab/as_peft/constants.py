@@ -22,6 +22,7 @@ INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}  # every model takes the usual cache
 VARIANT_KWARG_KEYS = ["alora_offsets"]
 TYPE_CHECKING = False
 

@@ -20,6 +20,7 @@ MODULES = {
     " torchao tp_layer variants velora",
     "peft.optimizers": "lorafa loraplus riemannian",
     "peft.tuners.adalora": "bnb gptq",
+    "peft.tuners.shira": "mask_functions",
     **{f"peft.tuners.{method}": "bnb" for method in ("hira", "ia3", "pvera", "randlora", "road")},
     "peft.tuners": "_buffer_dict lycoris_utils mixed tuners_utils",
     "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
@@ -49,6 +50,8 @@ ALIASES = {
     "BasePromptEncoder": "trimtab.core.model_method:PromptMethod",
     "AdaptedAttention": "trimtab.as_peft.classes:AdaptedAttention",
     "AdaptedAttentionGPT": "trimtab.as_peft.classes:AdaptedAttention",
+    "get_default_import_allowlist": "trimtab.shell.auto:get_default_import_allowlist",
+    "check_import_allowlist": "trimtab.shell.auto:check_import_allowlist",
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
@@ -58,6 +61,7 @@ SOURCES = (
     "trimtab.as_peft.functions",
     "trimtab.as_peft.hotswap",
     "trimtab.as_peft.inside",
+    "trimtab.as_peft.parts",
     "trimtab.as_peft.merges",
     "trimtab.as_peft.quantised",
     "trimtab.as_peft.weights",

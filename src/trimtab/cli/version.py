@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
-
 import typer
+
+# importlib.metadata is loaded where it is wanted: it is a good part of the time of --help
 
 
 def version() -> None:
     """Show the versions of trimtab and of the libraries it stands on."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
     for package in ("trimtab", "torch", "transformers", "safetensors", "huggingface_hub"):
         try:
             typer.echo(f"{package} {installed(package)}")
@@ -19,5 +21,7 @@ def version() -> None:
 
 def show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version as installed
+
         typer.echo(installed("trimtab"))
         raise typer.Exit

@@ -10,11 +10,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from trimtab.core.fields import check as check_fields
+from trimtab.core.fields import nested as settled
 from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
 from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
 from trimtab.core.report import warn
@@ -140,12 +140,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         for name, place in self.nested.items():
-            if isinstance(value := getattr(self, name), dict):
-                module, _, cls = place.partition(":")
-                try:
-                    setattr(self, name, getattr(import_module(f"trimtab.{module}"), cls)(**value))
-                except (TypeError, ValueError) as error:
-                    raise ConfigError(f"`{name}`: {error}") from error
+            setattr(self, name, settled(getattr(self, name), f"trimtab.{place}", f"{type(self).__name__}: `{name}`"))
         check_fields(self)
         self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION

@@ -179,7 +179,7 @@ class LowRank(Method):
             parts = tuple(t for group in updates for A, B, _ in group for t in (A, B))
             if not grouped.applies(y, x, len(cut.rows), parts):
                 return None
-            owners = None if cut.sorted and len(stacks) == len(cut.rows) else cut.rows
+            owners = None if cut.sorted and len(set(cut.sizes)) == 1 else cut.rows  # groups alike in size: one each
             stamp = grouped.stamp_of(parts, scales)
             bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, owners))
             if not torch.is_grad_enabled():

@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Collection, Mapping
+from importlib import import_module
 from typing import Any, Literal, Union
 
 from trimtab.errors import ConfigError
@@ -51,6 +52,23 @@ def check(config: Any) -> None:
                 faults.append(f"`{f.name}` should be a share from 0 to 1, not {_shown(value)}")
     if faults:
         raise ConfigError(f"{kind.__name__}: {'; '.join(faults)}.")
+
+
+def nested(value: Any, place: str, said: str) -> Any:
+    """What a field holds that is settings of a class of its own, `place` ("module:class"); a dict becomes one.
+
+    Raises:
+        ConfigError: it is neither, nor empty, or the class does not take the dict.
+    """
+    module, _, name = place.partition(":")
+    if isinstance(value, dict):
+        try:
+            return getattr(import_module(module), name)(**value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{said}: {error}") from error
+    if value is None or value is False or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return value
+    raise ConfigError(f"{said} should be a {name} or a dict, not {_shown(value)}.")
 
 
 def fitted(value: Any, hint: Any) -> Any:

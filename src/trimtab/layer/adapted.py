@@ -1,8 +1,8 @@
-"""AdaptedLayer: a frozen layer and its adapters. The only forward, merge and unmerge of the library."""
+"""AdaptedLayer: a frozen layer and its adapters. The only forward of the library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from trimtab.core.method import Method
 from trimtab.core.site import Site
-from trimtab.errors import ReadOnlyWeight, RouteError
-from trimtab.formats import offload, weights
-from trimtab.layer import groups
-from trimtab.layer.face import Face
+from trimtab.errors import RouteError
+from trimtab.formats import offload
 from trimtab.layer.leaves import Leaves
+from trimtab.layer.merging import Merging
+from trimtab.layer.mixed import Step, mixed_step
 from trimtab.layer.originals import Originals
 from trimtab.layer.plan import Board, Route
-from trimtab.layer.spelling import Edits, Stack, fold, pick, scaled, spelled, surrounded
-
-Step = Callable[..., Any]
+from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
 
 
-class AdaptedLayer(Face):
+class AdaptedLayer(Merging):
     """A frozen layer (`base_layer`) with any number of adapters of any methods.
 
     What it computes follows the current route: nothing, one or several adapters stacked (the first of `active`
@@ -37,6 +35,7 @@ class AdaptedLayer(Face):
         self.name, self.board = name, board  # `name`: the path of this module, which others around it change
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}  # of the adapters that are in the module tree
+        self.shown: frozenset[str] = frozenset()  # attributes that methods, here now or before, show by adapter
         self.containers: dict[str, Leaves] = {}  # by path below this layer
         self.merged_adapters: list[str] = []
         self.originals = Originals(self)
@@ -75,7 +74,7 @@ class AdaptedLayer(Face):
         """How to compute under a route: the choice that is kept until the route, the adapters or the base change."""
         active, enabled = route.at(self.own)
         if enabled and route.plan is not None:
-            return self._mixed(route)
+            return mixed_step(self, route, self._base)
         instead = self.originals.others(active, enabled)
         step = self._plain(self.stack(active) if enabled else [], route)
         return partial(self._with, step, tuple(active), enabled) if instead else step
@@ -125,43 +124,6 @@ class AdaptedLayer(Face):
         """The frozen layer, as it is at rest."""
         return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
 
-    def _mixed(self, route: Route) -> Step:
-        """Rows go to adapters by the plan."""
-        plan = route.plan
-        assert plan is not None
-        if self.merged_adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        chosen = [tuple(name for name, _ in group) for group in plan.groups]
-        stacks = [[scaled(m, s) for name, s in group for m in self.stack((name,))] for group in plan.groups]
-        own = [not self.originals.others(names) for names in chosen]
-        if not any(stacks) and all(own):
-            return self._base
-        site: Any = next(iter(self.sites.values()))
-
-        def alone(group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with self.originals.instead(self.originals.others(chosen[group])):
-                return spelled(stacks[group], (), self._base, plan.calls[group], args, kwargs)
-
-        if not site.whole:
-            shared = groups.Mixed(plan, stacks, own, site, self._base, alone)
-            return lambda *args, **kwargs: shared(args, kwargs)
-        if any(scale != 1 for group in plan.groups for name, scale in group if name in self.methods):
-            raise RouteError(f"'{self.name}' computes with its adapters inside: a row cannot scale them.")
-
-        def nested(group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with self.board.using(active=chosen[group], plan=None, call=plan.calls[group], epoch=None):
-                return self(*args, **kwargs)  # here and in every layer inside
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            count, device = site.rows(args, kwargs)
-            cut = plan.cut((count,), device, self.name)
-            parts = [nested(i, *site.cut(args, kwargs, rows)) for i, rows in enumerate(cut.index)]
-            return site.join(parts, cut.order)
-
-        return step
-
     def read(self, name: str) -> Any:
         """A parameter as the model must see it where it reads the layer's without calling it."""
         route = self.board.now()
@@ -175,80 +137,6 @@ class AdaptedLayer(Face):
                 own = {**own, **site.named(W, b)}
         return own[name]
 
-    # ------------------------------------------------------------------ merging
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged into the base layer."""
-        return bool(self.merged_adapters)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, keep: bool = True) -> None:
-        """Fold adapters into the base layer's parameters; the originals are held, so `unmerge` is exact.
-
-        Args:
-            safe_merge: raise, with nothing changed, when the result is not finite.
-            adapter_names: which (the active ones by default); those that are not here or merged already are skipped.
-            keep: hold the originals; False writes into their storage (for export).
-
-        Raises:
-            ValueError: a method that has no single weight, or with `safe_merge` a result that is not finite.
-        """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        new = [n for n in names if n in self.methods and n not in self.merged_adapters]
-        if not new:
-            return
-        for method in (m for n in new for m in self.methods[n]):
-            if not method.mergeable:
-                raise ReadOnlyWeight(f"{type(method).__name__} cannot be merged: it has no single weight.")
-        wanted, originals = [*self.merged_adapters, *new], self.originals
-        with originals.instead({**originals.held, **originals.strangers(wanted)}):
-            folded = fold([m for n in wanted for m in self.methods[n]])
-        if safe_merge:
-            for W, b in folded.values():
-                if not torch.isfinite(W).all() or (b is not None and not torch.isfinite(b).all()):
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {new} seems to be broken")
-        first = not originals.held
-        originals.hold({p for site in folded for p in site.params}, wanted)
-        try:
-            for site, (W, b) in folded.items():
-                site.write(W, b)
-        except BaseException:
-            if first:
-                originals.restore()
-            raise
-        self.merged_adapters = wanted
-        if not keep:
-            self.settle()
-        self.changed()
-
-    def settle(self) -> None:
-        """Make a merge final: where the format allows it the numbers go into the storage that was there before."""
-        layer, originals = self.frozen, self.originals
-        for param, own in list(originals.held.items()):
-            new = layer._parameters.get(param)
-            if own is None or new is None or not (type(own) is type(new) is nn.Parameter):
-                continue
-            if own.shape == new.shape and own.dtype == new.dtype and own.device == new.device:
-                with torch.no_grad():
-                    own.data.copy_(new.data)
-                weights.install(layer, {param: own})
-        originals.settle()
-
-    def unmerge(self) -> None:
-        """Put the original parameter objects back."""
-        if self.merged_adapters and self.originals.final:
-            raise ReadOnlyWeight(f"Layer '{self.name}' was merged with keep=False: its original weight is gone.")
-        self.originals.restore()
-        self.merged_adapters = []
-        self.changed()
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the layer's weight, in the layer's own layout."""
-        self.bring(adapter)
-        with self.originals.instead(self.originals.others((adapter,))):
-            ((site, (W, _)),) = fold(list(self.methods[adapter])).items()
-            return site.store(W - site.matrix().to(W.dtype))
-
     # ------------------------------------------------------------------ adapters
     def attach(self, adapter: str, method: Method, tensors: dict[str, Tensor]) -> None:
         """Take a method of an adapter, and its tensors by leaf (none where another layer keeps them)."""
@@ -259,6 +147,7 @@ class AdaptedLayer(Face):
             method.register(leaf, self.containers[container].put(adapter, rest.removeprefix("."), tensor))
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
         self.sites.setdefault(method.site.param, method.site)
+        self.shown |= {*method.views}
         self.changed()
 
     def detach(self, adapter: str) -> None:

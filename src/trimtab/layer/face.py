@@ -30,6 +30,7 @@ class Face(Switched):
     base_layer: nn.Module
     sites: dict[str, Site]
     methods: dict[str, tuple[Method, ...]]
+    shown: frozenset[str]
     merged_adapters: list[str]
     originals: Originals
 
@@ -40,6 +41,10 @@ class Face(Switched):
 
     def read(self, name: str) -> Any:
         """A parameter as the model must see it where it reads the layer's without calling it."""
+        raise NotImplementedError
+
+    def stack(self, names: Sequence[str]) -> list[Method]:
+        """The methods of some adapters here, innermost first; merged ones are part of the base already."""
         raise NotImplementedError
 
     def detach(self, adapter: str) -> None:
@@ -106,9 +111,8 @@ class Face(Switched):
             return self.read(name)
         if name in SIZES:
             return self._size(name)
-        for methods in self.__dict__.get("methods", {}).values():
-            if any(name in m.views for m in methods):
-                return View(self, name)
+        if name in self.__dict__.get("shown", ()):
+            return View(self, name)
         return getattr(self.base_layer, name)
 
     def _size(self, name: str) -> int:

@@ -7,6 +7,7 @@ product with them: on supervised rows, a chunk at a time (`linear_cross_entropy`
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +16,27 @@ from torch import Tensor, nn
 from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.kernels.usual import recorded
 
+PARTS = "_trimtab_loss_parts"  # where a model says that its loss is wanted in parts
+
 
 class FusedLoss:
     """What `fuse_loss` put into a model."""
 
     def __init__(self, base: nn.Module) -> None:
+        self.base = base
         self.hooks = [
             base.register_forward_pre_hook(_begin, with_kwargs=True),
             base.register_forward_hook(_end, with_kwargs=True, always_call=True),
         ]
+
+    @contextlib.contextmanager
+    def apart(self, rows: Sequence[int]) -> Iterator[None]:
+        """In the block the loss is one sum for each of several parts of the batch, of so many rows each: (parts,)."""
+        self.base.__dict__[PARTS] = list(rows)
+        try:
+            yield
+        finally:
+            del self.base.__dict__[PARTS]
 
     def remove(self) -> None:
         """The model computes its loss by itself again."""
@@ -54,8 +67,9 @@ def fuse_loss(model: nn.Module) -> FusedLoss | None:
 class _Loss:
     """Stands for the head's forward and for the loss function during one forward."""
 
-    def __init__(self, head: nn.Linear, before: Any) -> None:
+    def __init__(self, head: nn.Linear, before: Any, parts: Sequence[int] | None = None) -> None:
         self.head, self.before = head, before  # `before`: a loss function that was set on the model itself
+        self.parts = parts
         self.hidden: Tensor | None = None
         self.called = self.straight = False
 
@@ -80,8 +94,12 @@ class _Loss:
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        reduction: Any = "mean" if num_items_in_batch is None else "sum"
         W, b = self.head.weight, self.head.bias
+        if self.parts is not None:
+            both = zip(logits.split(self.parts), shift_labels.split(self.parts), strict=True)
+            kind: Any = {"bias": b, "ignore_index": ignore_index, "reduction": "sum"}
+            return torch.stack([linear_cross_entropy(h, W, wanted, **kind) for h, wanted in both])
+        reduction: Any = "mean" if num_items_in_batch is None else "sum"
         loss = linear_cross_entropy(logits, W, shift_labels, bias=b, ignore_index=ignore_index, reduction=reduction)
         if num_items_in_batch is None:
             return loss
@@ -129,7 +147,7 @@ def _goes_straight(base: Any) -> bool:
 def _put(base: Any) -> _Loss:
     head = _head(base)
     assert head is not None
-    loss = _Loss(head, base.__dict__.get("_loss_function"))
+    loss = _Loss(head, base.__dict__.get("_loss_function"), base.__dict__.get(PARTS))
     head.__dict__["forward"] = loss.forward
     base.__dict__["_loss_function"] = loss
     return loss

@@ -18,6 +18,7 @@ from trimtab.shell import tasks as shells
 from trimtab.shell.arguments import require_source
 from trimtab.shell.peft_model import PeftModel
 
+LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 OURS = ("torch_device", "autocast_adapter_dtype")  # arguments for the adapter, not for the base
 
 
@@ -50,7 +51,7 @@ class AutoPeftModel:
         The base's embeddings are resized to those in the adapter's file, or else to a tokenizer saved beside it.
 
         Args:
-            import_allowlist: libraries beside transformers that the adapter's file may name the base's class in; a
+            import_allowlist: libraries beside the known ones that the adapter's file may name the base's class in; a
                 module that a file names is imported, which runs it.
             kwargs: for the base model's `from_pretrained` (dtype, device_map ...).
 
@@ -105,9 +106,9 @@ class AutoPeftModel:
         if not isinstance(library, str) or not isinstance(name, str):
             raise ConfigError(f"The `auto_mapping` of the adapter in '{source}' names no class: {mapping!r}. {by_hand}")
         said = f"The adapter in '{source}' names '{name}' of '{library}' as the class of its base model"
-        if not any(library == known or library.startswith(f"{known}.") for known in ("transformers", *allowed)):
+        if not check_import_allowlist([*get_default_import_allowlist(), *allowed], library):
             raise ConfigError(
-                f"{said}. To import what a file names runs it, so only transformers is. If you trust it, pass "
+                f"{said}. To import what a file names runs it, so only known libraries are. If you trust it, pass "
                 f"import_allowlist=['{library}']. {by_hand}"
             )
         try:
@@ -137,6 +138,16 @@ class AutoPeftModel:
         tokenizer = AutoTokenizer.from_pretrained(adapter, **{k: v for k, v in hub.items() if v is not None})
         if base.get_input_embeddings().weight.shape[0] < len(tokenizer):
             base.resize_token_embeddings(len(tokenizer))
+
+
+def get_default_import_allowlist() -> list[str]:
+    """The libraries that an adapter's file may name the class of its base model in."""
+    return list(LIBRARIES)
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """Whether a module is one of these libraries, or inside of one."""
+    return any(parent_name == known or parent_name.startswith(f"{known}.") for known in allowlist)
 
 
 def _rows(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> int | None:

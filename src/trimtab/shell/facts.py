@@ -23,30 +23,42 @@ class Facts(nn.Module):
     """The questions of `PeftModel`; nothing here changes the model.
 
     Attributes:
-        base_model: the tuner, whose `.model` is the Hugging Face model.
+        base_model: the tuner, whose `.model` is the Hugging Face model; while the model has prompts only, that itself.
+        tuner: the tuner; it stands in the module tree as `base_model`, or not at all.
     """
 
-    base_model: Tuner
+    base_model: nn.Module
+    tuner: Tuner
+
+    def _stand(self) -> None:
+        """Put the model or the tuner into the tree, whichever PEFT has there."""
+        only_prompts = all(config.is_prompt_learning for config in self.peft_config.values())
+        self.base_model = self.tuner.model if only_prompts else self.tuner
+
+    @property
+    def _runs(self) -> nn.Module:
+        """What a forward pass calls: what stands in the tree may be wrapped by now."""
+        return self.tuner if self.base_model is self.tuner.model else self.base_model
 
     @property
     def graft(self) -> Graft:
         """The model's adapters."""
-        return self.base_model.graft
+        return self.tuner.graft
 
     @property
     def peft_config(self) -> dict[str, Any]:
         """{adapter: its config}."""
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
         """The adapters in use, innermost first."""
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_adapter(self) -> str | list[str]:
         """The adapter in use, or the list of them where there are several."""
-        return self.base_model.active_adapter
+        return self.tuner.active_adapter
 
     @property
     def active_peft_config(self) -> Any:
@@ -79,7 +91,7 @@ class Facts(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The Hugging Face model inside, with the adapters in place."""
-        return self.base_model.model
+        return self.tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""

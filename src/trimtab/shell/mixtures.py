@@ -8,12 +8,12 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from trimtab.core.method import Call
 from trimtab.core.model_method import Mixture
 from trimtab.files import store
 from trimtab.files.codec import whole_model
@@ -128,7 +128,7 @@ class Around:
 
         def routed(strengths: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
             extras = {**call.extras, **{f"{name}.strength": strengths[name] for name in among}}
-            with graft.board.using(active=among, call=Call(extras=extras)):
+            with graft.board.using(active=among, call=replace(call, extras=extras)):
                 return self.plain(**inputs)
 
         return adapter.prompt.around(routed, inputs, call)

@@ -52,7 +52,7 @@ class PeftModel(Facts):
         autocast_adapter_dtype: keep the adapters of half-precision layers in fp32.
 
     Attributes:
-        base_model: the tuner, whose `.model` is the Hugging Face model.
+        base_model: the tuner, whose `.model` is the Hugging Face model; while the model has prompts only, that itself.
     """
 
     def __init__(
@@ -69,9 +69,10 @@ class PeftModel(Facts):
         require_config(peft_config, f"{type(self).__name__}(model, config)")
         self.peft_type = peft_config.peft_type
         config = self._completed(model, peft_config)
-        self.base_model = tuner_class(config.peft_type)(
+        self.__dict__["tuner"] = tuner_class(config.peft_type)(
             model, config, adapter_name, low_cpu_mem_usage, autocast=autocast_adapter_dtype, **adding
         )
+        self._stand()
         self.prompt_encoder = self.graft.prompts
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
@@ -114,13 +115,10 @@ class PeftModel(Facts):
                 "add_adapter(name, config) takes the name first, and then the config: they are swapped."
             )
         require_config(peft_config, "add_adapter(name, config)")
-        self.base_model.add(
-            adapter_name,
-            self._completed(self.get_base_model(), peft_config),
-            autocast=autocast_adapter_dtype,
-            trainable=False,
-            meta=low_cpu_mem_usage,
-        )
+        config = self._completed(self.get_base_model(), peft_config)
+        how = {"autocast": autocast_adapter_dtype, "trainable": False, "meta": low_cpu_mem_usage}
+        self.tuner.add(adapter_name, config, **how)
+        self._stand()
 
     def load_adapter(
         self,
@@ -169,7 +167,8 @@ class PeftModel(Facts):
             config.inference_mode = not is_trainable
             with source.blamed():
                 config = self._completed(base, config)
-                self.base_model.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+                self.tuner.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+            self._stand()
             source.resume(self.graft)
         if not is_trainable:
             self.eval()
@@ -177,11 +176,11 @@ class PeftModel(Facts):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use this adapter (or these, the first innermost) and train just it; with `inference_mode`, train none."""
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Forget an adapter; if it was active, the first remaining one becomes so."""
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> PeftModel:
         """Training or evaluation mode; says so where there would be nothing to train."""
@@ -195,7 +194,7 @@ class PeftModel(Facts):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or frozen, whether they are active or not."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -209,19 +208,19 @@ class PeftModel(Facts):
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
-            call = Call(extras=self.base_model.extras(kwargs))
+            call = Call(extras=self.tuner.extras(kwargs))
             inputs = prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs, call)
-            return adapter.prompt.around(self.base_model, inputs, call)
-        return self.base_model(*args, adapter_names=self._checked(adapter_names), **kwargs)
+            return adapter.prompt.around(self.tuner, inputs, call)
+        return self._runs(*args, adapter_names=self._checked(adapter_names), **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
         adapter = self._prompt(adapter_names)
-        extras = self.base_model.extras(kwargs, adapter_names, args)
+        extras = self.tuner.extras(kwargs, adapter_names, args)
         if adapter is not None:
             call = Call(extras=extras)
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs, call)
-        with self.base_model.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
+        with self.tuner.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
@@ -379,9 +378,9 @@ class PeftModel(Facts):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or name.startswith("__"):
+            if name in ("base_model", "tuner") or name.startswith("__"):
                 raise
-        return getattr(self.base_model, name)
+        return getattr(self._runs, name)
 
 
 def discard_empty(model: nn.Module) -> None:

@@ -64,14 +64,17 @@ def set_peft_model_state_dict(
     names = Names(graft.model, graft.base.modules)
     tensors = aligned(slots, peft_model_state_dict, adapter_name, prefix, names.today)
     found = fit(slots, tensors, prefix)
+    memory = {s.on_disk(prefix): s.in_memory(prefix) for s in slots}
     if found.mismatched and not ignore_mismatched_sizes:
-        shapes = [f"size mismatch for {k}: {f} in the state dict, {w} in the model" for k, f, w in found.mismatched]
+        shapes = [
+            f"size mismatch for {memory[key]}: {given} in the state dict, {wanted} in the model"
+            for key, given, wanted in found.mismatched
+        ]
         raise RuntimeError("Error(s) in loading the adapter's state dict:\n\t" + "\n\t".join(shapes))
     if found.mismatched:
         warn(f"Some weights have the wrong shape and were left out: {[k for k, _, _ in found.mismatched]}.")
     fill(slots, tensors, prefix)
     complete(adapter)
-    memory = {s.on_disk(prefix): s.in_memory(prefix) for s in slots}
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ class Tuner(nn.Module):
         peft_config: a config, or {adapter name: config}.
         adapter_name: the adapter's name, where one config is given.
         low_cpu_mem_usage: build the adapters without storage; a state dict is loaded into them later.
+        kwargs: for `add`. As in PEFT, adapters that are put in by themselves have their layers' dtypes, half precision
+            too, unless they are built without storage; `PeftModel` keeps them in fp32 (`autocast`).
 
     Attributes:
         prefix: what the names of the method's tensors start with.
@@ -53,6 +56,7 @@ class Tuner(nn.Module):
         self.model = model
         self.graft = Graft.of(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        kwargs.setdefault("autocast", low_cpu_mem_usage)
         for name, config in configs.items():
             self.add(name, config, **({"meta": True} if low_cpu_mem_usage else {}) | kwargs)
         if configs:
@@ -245,6 +249,7 @@ class Tuner(nn.Module):
         lengths: Sequence[int] | None = None,
         open: bool = False,
         shape: Sequence[int] = (),
+        calls: Mapping[str, Call] | None = None,
         **extras: Any,
     ) -> Iterator[None]:
         """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
@@ -255,19 +260,18 @@ class Tuner(nn.Module):
             lengths: the tokens of each row, where they lie one after another in one sequence.
             open: the block is the caller's own.
             shape: (rows, tokens) of the batch, as far as they are known.
+            calls: {adapter: what the formulas of its rows are handed}, for rows with random numbers of their own.
             extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
-            call = Call(extras=extras)
-            with (
-                mixtures.watching(self.model, extras),
-                mixtures.surrounding(self.graft),
-                self.graft.board.using(call=call) if extras else contextlib.nullcontext(),
-            ):
+            board = self.graft.board
+            call = replace(board.route_here(quiet=True).call, extras=extras)
+            around = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
+            with around[0], around[1], board.using(call=call) if extras else contextlib.nullcontext():
                 yield
             return
         graft = self.graft
-        plan = Plan(adapter_names, lengths, extras=extras)
+        plan = Plan(adapter_names, lengths, extras=extras, calls=calls)
         require_known(plan.adapters, graft.adapters)
         if whole := [n for n in plan.adapters if n in graft.adapters and graft.adapters[n].prompt is not None]:
             raise ValueError(f"{whole} act on the model as a whole: no row of `adapter_names` can have one for itself.")

@@ -5,8 +5,10 @@ It trains whatever parameters of the model require a gradient, and knows nothing
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.dropout import mixed
+from trimtab.core.method import Call
 from trimtab.errors import TrainError
 from trimtab.layer.head import fuse_loss
+from trimtab.shell.locate import locate_graft
 from trimtab.train.batches import Batch, Batches
 from trimtab.train.loss import batch_loss, loss_of
 from trimtab.train.processes import Alone
@@ -63,6 +68,7 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0
     stop: str = ""  # set by an event to end the run after this step: why
+    seed: int | None = None  # of the adapters' random numbers
 
     @property
     def step(self) -> int:
@@ -127,6 +133,7 @@ def train(
     result: TrainResult | None = None,
     max_grad_norm: float = 1.0,
     processes: Alone | None = None,
+    seed: int | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters, step by step, from where `result` is.
 
@@ -136,6 +143,7 @@ def train(
         events: objects with the hooks of `Event`, or functions that are called with the `Run` after every step.
         result: of an earlier part of the run; it goes on there.
         max_grad_norm: what gradients are clipped to; 0: not at all.
+        seed: the adapters' dropout is a function of it, the step and the batch; None: of torch's own generator.
 
     Raises:
         TrainError: nothing is trainable, or the loss or the gradient is not finite; the rows are named.
@@ -144,7 +152,7 @@ def train(
     if not parameters:
         raise TrainError("No parameter of the model requires a gradient: there is nothing to train.")
     known = [e if isinstance(e, Event) else _Call(e) for e in events]
-    run = Run(model, batches, optimizer, result or TrainResult(), known, processes or Alone())
+    run = Run(model, batches, optimizer, result or TrainResult(), known, processes or Alone(), seed=seed)
     run.result.stopped = ""
     was_training = model.training
     model.train()
@@ -172,10 +180,10 @@ def _step(run: Run, parameters: Sequence[nn.Parameter], max_grad_norm: float) ->
     run.learning_rate = run.optimizer.param_groups[0]["lr"]
     run.loss = _gradients(run, batches)
     if not math.isfinite(run.loss):
-        raise TrainError(_not_finite(run, batches, f"The loss is {run.loss}"))
+        raise TrainError(not_finite(run, batches, f"The loss is {run.loss}"))
     run.grad_norm = run.processes.clip(parameters, max_grad_norm)
     if not math.isfinite(run.grad_norm):
-        raise TrainError(_not_finite(run, batches, f"The loss is {run.loss:.4f}, but its gradient {run.grad_norm}"))
+        raise TrainError(not_finite(run, batches, f"The loss is {run.loss:.4f}, but its gradient {run.grad_norm}"))
     run.fire("gradients")
     run.optimizer.step()
     run.fire("updated")
@@ -193,15 +201,28 @@ def _gradients(run: Run, batches: Sequence[Batch]) -> float:
     losses: list[Tensor] = []
     for i, (batch, counts) in enumerate(mine):
         last = i == len(mine) - 1
-        with run.processes.forward_context(run.model, last):
+        with run.processes.forward_context(run.model, last), _seeded(run, batch):
             loss = batch_loss(run.model, run.batches.tensors(batch)) * (counts * batch.trained / trained)
             run.processes.backward(loss, run.model, last)
         losses.append(loss.detach())
     return run.processes.sum(torch.stack(losses).sum())
 
 
+def call_of(run: Run, batch: Batch) -> Call:
+    """What the formulas of a run's adapter are handed in the forward of a batch of the step at hand."""
+    return Call(seed=None if run.seed is None else mixed(run.seed, zlib.crc32(repr((run.step, batch.rows)).encode())))
+
+
+def _seeded(run: Run, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Around a forward: its random numbers are those of the run's seed, where it has one."""
+    model = run.processes.unwrap(run.model)
+    if run.seed is None or not getattr(model, "peft_config", None):
+        return contextlib.nullcontext()
+    return locate_graft(model)[0].board.using(call=call_of(run, batch))
+
+
 @torch.no_grad()
-def _not_finite(run: Run, batches: Sequence[Batch], what: str) -> str:
+def not_finite(run: Run, batches: Sequence[Batch], what: str) -> str:
     """A message that names the rows at fault: those whose loss is not finite alone, or else all of the step's."""
     rows = sorted(i for batch in batches for i in batch.rows)
     run.model.eval()

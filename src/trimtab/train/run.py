@@ -176,7 +176,7 @@ class _Job:
         if restore is not None:
             restore(prepared, optimizer, group)
         result = train(prepared, batches, optimizer, [*own, *events], result=result,
-                       max_grad_norm=config.max_grad_norm, processes=group)  # fmt: skip
+                       max_grad_norm=config.max_grad_norm, processes=group, seed=config.seed)  # fmt: skip
         if result.stopped == Interrupt.REASON:
             again = f"trimtab train --resume --output {config.folder}"
             text = f"\nStopped at step {result.step} of {len(batches)}. Go on: {again}"

@@ -1,0 +1,136 @@
+"""Parts of peft's inside that programs call by themselves, on trimtab's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.graft.base import Base
+from trimtab.graft.stack import replicate
+from trimtab.init import eva
+from trimtab.init.loftq import low_rank, quantised
+
+__all__ = ["IncrementalPCA", "MontecloraTrainerMixin", "loftq_init", "random_mask", "replicate_layers"]
+
+
+class IncrementalPCA:
+    """Principal components of rows that come in batches, with scikit-learn's names.
+
+    The decompositions are exact: `svd_driver` and `lowrank...` are taken, and make no difference.
+
+    Args:
+        n_components: how many; None: as many as the first batch allows.
+        batch_size: rows of a batch of `fit`; None: five times the features.
+    """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        copy: bool | None = True,
+        batch_size: int | None = None,
+        svd_driver: str | None = None,
+        lowrank: bool = False,
+        lowrank_q: int | None = None,
+        lowrank_niter: int = 4,
+        lowrank_seed: int | None = None,
+    ) -> None:
+        self.n_components, self.copy, self.batch_size = n_components, copy, batch_size
+        self.svd_driver, self.lowrank, self.lowrank_q = svd_driver, lowrank, lowrank_q
+        self.lowrank_niter, self.lowrank_seed = lowrank_niter, lowrank_seed
+        if lowrank and lowrank_q is None:
+            if n_components is None:
+                raise ValueError("n_components must be specified when using lowrank mode with lowrank_q=None.")
+            self.lowrank_q = 2 * n_components
+        if lowrank and n_components is not None and self.lowrank_q is not None and self.lowrank_q < n_components:
+            raise ValueError("lowrank_q must be greater than or equal to n_components.")
+        self.pca: eva.IncrementalPCA | None = None
+
+    def fit(self, X: Tensor, check_input: bool = True) -> IncrementalPCA:
+        """Take X (rows, features) in batches, after nothing else."""
+        X, self.pca = torch.as_tensor(X), None
+        size = self.batch_size or 5 * X.shape[1]
+        least = self.n_components or 0
+        start = 0
+        while start < len(X):
+            stop = start + size
+            stop = len(X) if len(X) - stop < least else stop  # the rest is too few to be a batch
+            self.partial_fit(X[start:stop], check_input)
+            start = stop
+        return self
+
+    def partial_fit(self, X: Tensor, check_input: bool = True) -> IncrementalPCA:
+        """Take a batch X (rows, features).
+
+        Raises:
+            ValueError: more components than rows or features, or other features than before.
+        """
+        X = torch.as_tensor(X)
+        X = X if X.is_floating_point() else X.float()
+        rows, features = X.shape
+        n = self.n_components
+        if n is not None and not 1 <= n <= features:
+            raise ValueError(
+                f"n_components={n} invalid for n_features={features}, need more rows than columns for IncrementalPCA "
+                "processing."
+            )
+        if n is not None and n > rows:
+            raise ValueError(f"n_components={n} must be less or equal to the batch number of samples {rows}")
+        if self.pca is None:
+            self.n_features_ = features
+            self.pca = eva.IncrementalPCA(n or min(rows, features))
+        elif features != self.n_features_:
+            raise ValueError(
+                "Number of features of the new batch does not match the number of features of the first batch."
+            )
+        self.pca.update(X)
+        self._show()
+        return self
+
+    def _show(self) -> None:
+        pca = self.pca
+        assert pca is not None
+        self.n_samples_seen_ = torch.tensor([pca.count])
+        self.mean_, self.var_ = pca.mean, pca.spread / pca.count
+        self.components_, self.singular_values_ = pca.components, pca.values
+        self.explained_variance_ = pca.values.square() / (pca.count - 1)
+        self.explained_variance_ratio_ = pca.share
+
+    def transform(self, X: Tensor) -> Tensor:
+        """X (rows, features) in the components: (rows, n)."""
+        return (X - self.mean_) @ self.components_.to(X.dtype).T  # type: ignore[union-attr]
+
+
+class MontecloraTrainerMixin:
+    """Nothing to do: in training, a model adds its adapters' own terms to `outputs.loss` by itself."""
+
+
+@torch.no_grad()
+def loftq_init(
+    weight: Tensor | nn.Parameter, num_bits: int, reduced_rank: int, num_iter: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LoftQ of a weight (out, in): what it is once quantised, A (r, in) and B (out, r) for what that loses."""
+    if num_bits not in (4, 8):
+        raise ValueError("Only nf4 and int8 quantization is supported")
+    W = weight.detach().float()
+    Q, A, B = W, W.new_zeros(reduced_rank, W.shape[1]), W.new_zeros(W.shape[0], reduced_rank)
+    for _ in range(num_iter):
+        Q = quantised(W - B @ A, num_bits)
+        A, B = low_rank(W - Q, reduced_rank)
+    return Q.to(weight.dtype), A, B
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """True at r (in + out) entries of a layer's weight, drawn at random: a `mask_fn` of SHiRA."""
+    weight: Any = base_layer.weight
+    generator = None if random_seed is None else torch.Generator().manual_seed(random_seed)
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[torch.randperm(weight.numel(), generator=generator)[: r * sum(weight.shape)]] = True
+    return mask.view(weight.shape).to(weight.device)
+
+
+def replicate_layers(model: nn.Module, layer_map: list[tuple[int, int]]) -> None:
+    """Rebuild a model's stack of layers from ranges (start, end) of it; repeated layers share their weights."""
+    replicate(Base(model), SimpleNamespace(layer_replication=layer_map))

@@ -1,8 +1,12 @@
 """Time and memory of one training step of each method on SmolLM2-135M, relative to LoRA's, ours and PEFT's.
 
-    python bench/method_step.py [--tokens 256] [--rounds 5] [--write]
+    python bench/method_step.py [--all-linear] [--tokens 256] [--rounds 5] [--only NAME ...] [--write]
 
-Time: all arms in one process on one copy of the base's weights, interleaved forwards and backwards (ABBA), medians.
+--all-linear: the methods that form a delta or a rotation anew in each step, on every linear layer, which on the whole
+model takes PEFT minutes a step: so on its first four blocks, with random weights. Without it: all kinds, on q and v.
+
+Time: all arms in one process on one copy of the base's weights, interleaved forwards and backwards (ABBA), medians of
+processor seconds.
 Memory: the growth of the peak resident size over two steps, each arm in a fresh process.
 Without the `peft` package the columns of PEFT stay empty.
 """
@@ -22,7 +26,8 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-LINEAR = ["q_proj", "v_proj"]  # of each block; on every linear layer the methods that form a full dW take minutes
+LINEAR = ["q_proj", "v_proj"]  # of each block
+BLOCKS = 4  # with --all-linear
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r16": ("LoraConfig", {"r": 16, "target_modules": LINEAR}),
@@ -39,6 +44,46 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning 16": ("PromptTuningConfig", {"num_virtual_tokens": 16}),
     "prefix tuning 16": ("PrefixTuningConfig", {"num_virtual_tokens": 16}),
 }
+EVERYWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA r16": ("LoraConfig", {"r": 16}),
+    "LoHa r8": ("LoHaConfig", {"r": 8}),
+    "LoKr r8": ("LoKrConfig", {"r": 8}),
+    "HiRA r8": ("HiraConfig", {"r": 8}),
+    "FourierFT 1000": ("FourierFTConfig", {"n_frequency": 1000}),
+    "WaveFT 1000": ("WaveFTConfig", {"n_frequency": 1000}),
+    "C3A block 64": ("C3AConfig", {"block_size": 64}),
+    "SHiRA r8": ("ShiraConfig", {"r": 8}),
+    "RandLoRA r32": ("RandLoraConfig", {"r": 32}),
+    "VeRA r256": ("VeraConfig", {"r": 256}),
+    "OFT block 32": ("OFTConfig", {"oft_block_size": 32}),
+    "BOFT block 4": ("BOFTConfig", {"boft_block_size": 4}),
+    "HRA r8": ("HRAConfig", {"r": 8}),
+    "RoAd": ("RoadConfig", {}),
+    "PSOFT r32": ("PsoftConfig", {"r": 32}),
+    "DeLoRA r8": ("DeloraConfig", {"r": 8}),
+    "GraLoRA r32": ("GraloraConfig", {"r": 32}),
+    "MiSS r64": ("MissConfig", {"r": 64}),
+}
+
+
+def methods(everywhere: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The methods of a run."""
+    if not everywhere:
+        return METHODS
+    return {name: (cls, {**fields, "target_modules": "all-linear"}) for name, (cls, fields) in EVERYWHERE.items()}
+
+
+def small_model() -> Any:
+    """The model's first blocks, with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trimtab.files.sources import resolve_base
+
+    config = AutoConfig.from_pretrained(resolve_base("smollm2-135m-instruct"))
+    config.num_hidden_layers = BLOCKS
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def base_model() -> Any:
@@ -49,9 +94,9 @@ def base_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_base("smollm2-135m-instruct"))
 
 
-def adapted(library: str, method: str, base: Any) -> Any:
+def adapted(library: str, method: str, base: Any, everywhere: bool) -> Any:
     """A model with the method's adapter, on the base's own weight tensors."""
-    name, fields = METHODS[method]
+    name, fields = methods(everywhere)[method]
     module = __import__(library)
     shared = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     return module.get_peft_model(shared, getattr(module, name)(task_type="CAUSAL_LM", **fields)).train()
@@ -69,9 +114,10 @@ def batch(tokens: int) -> Any:
     return torch.randint(0, 49000, (2, tokens // 2))
 
 
-def memory(library: str, method: str, tokens: int) -> float:
+def memory(library: str, method: str, tokens: int, everywhere: bool) -> float:
     """Peak resident growth over two steps, in MB, in this process."""
-    model, ids = adapted(library, method, base_model()), batch(tokens)
+    base = small_model() if everywhere else base_model()
+    model, ids = adapted(library, method, base, everywhere), batch(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     fields = lambda: dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
     before = int(fields()["VmRSS"].split()[0])
@@ -84,32 +130,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--all-linear", action="store_true", help="recomputed deltas and rotations on every linear layer"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(memory(*options.memory_of, options.tokens))
+        print(memory(*options.memory_of, options.tokens, options.all_linear))
         return
+    everywhere = options.all_linear
+    first, *others = methods(everywhere)
+    chosen = [first, *(m for m in others if not options.only or m in options.only)]
     libraries = ["trimtab"] + (["peft"] if importlib.util.find_spec("peft") else [])
-    base, ids = base_model(), batch(options.tokens)
-    arms = {(library, m): adapted(library, m, base) for m in METHODS for library in libraries}
+    base, ids = small_model() if everywhere else base_model(), batch(options.tokens)
+    arms = {(library, m): adapted(library, m, base, everywhere) for m in chosen for library in libraries}
     times: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
     for round_ in range(options.rounds + 1):
         order = list(arms) if round_ % 2 else list(reversed(arms))
         for arm in order:
-            start = time.perf_counter()
+            start = time.process_time()  # processor seconds: what other processes take does not count
             step(arms[arm], ids)
             if round_:  # the first round warms up
-                times[arm].append(time.perf_counter() - start)
+                times[arm].append(time.process_time() - start)
         print(f"round {round_} of {options.rounds}", file=sys.stderr)
     del arms
     peaks = {}
     for arm in times:
         command = [sys.executable, __file__, "--tokens", str(options.tokens), "--memory-of", *arm]
+        command += ["--all-linear"] if everywhere else []
         peaks[arm] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     lora = statistics.median(times["trimtab", "LoRA r16"])
     rows = []
-    for method in METHODS:
+    for method in chosen:
         mine = statistics.median(times["trimtab", method])
         row = [method, f"{mine * 1000:.0f} ms", f"{mine / lora:.2f}", f"{peaks['trimtab', method]:.0f} MB"]
         if "peft" in libraries:
@@ -121,9 +175,10 @@ def main() -> None:
     import report
 
     text = report.table(head, rows)
-    title = f"One training step of each method on q and v of SmolLM2-135M, fp32, 2 x {options.tokens // 2} tokens"
+    where = f"every linear layer of {BLOCKS} blocks" if everywhere else "q and v"
+    title = f"One training step of each method on {where} of SmolLM2-135M, fp32, 2 x {options.tokens // 2} tokens"
     if options.write:
-        report.write("method_step", title, text)
+        report.write("method_step-all" if everywhere else "method_step", title, text)
     else:
         print(text)
 

@@ -18,7 +18,7 @@ from tests.models import SITES
 from trimtab import get_peft_model
 from trimtab.core import families
 from trimtab.core.method import Method
-from trimtab.core.model_method import PromptMethod
+from trimtab.core.model_method import Mixture, ModelMethod, PromptMethod
 from trimtab.methods import METHODS, load
 
 ROOT = Path(trimtab.__file__).parent
@@ -201,6 +201,52 @@ def test_nothing_else_imports_a_methods_file(path: Path) -> None:
         assert parts[:2] != ["trimtab", "methods"] or len(parts) == 2, f"{path}:{line} imports {module}"
 
 
+# Where a method's name is a string outside methods/, init/ and the alias, with the reason. It may only shrink.
+SAID_BY = {
+    Path("core/config.py"): "PEFT's enumeration of types",
+    Path("core/extras.py"): "an extra of the package is called after the method that needs it",
+    Path("export/rules.py"): "most programs read LoRA and nothing else",
+    Path("rank/adapter_file.py"): "ranks are of LoRA's files",
+    Path("rank/convert.py"): "what is converted becomes a LoRA",
+    Path("rank/suggest.py"): "ranks are of LoRA",
+    Path("rank/survey.py"): "ranks are of LoRA's files",
+    Path("train/config.py"): "the method that is trained unless told otherwise",
+    Path("train/null.py"): "random adapters are LoRA's",
+    Path("train/optimizers.py"): "LoRA+, LoRA-FA and the like are of LoRA",
+    Path("train/tools/llama_factory.py"): "what another program's files call it",
+    Path("train/tools/trl.py"): "what another program's files call it",
+}
+
+
+def names_said(path: Path) -> list[tuple[int, str]]:
+    """(line, name) of every method's name in a file: as a string, a variable, an attribute; docstrings do not count."""
+    names = {*METHODS, *(t.lower() for t in METHODS), *(m for _, m, _ in METHODS.values())}
+    said = []
+    for node in ast.walk(tree(path)):
+        word = getattr(node, {ast.Constant: "value", ast.Name: "id", ast.Attribute: "attr"}.get(type(node), ""), None)
+        if isinstance(word, str) and word in names:
+            said.append((node.lineno, word))  # type: ignore[attr-defined]
+    return said
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) not in ("methods", "init", "as_peft")], ids=str)
+def test_no_method_is_named_outside_its_file(path: Path) -> None:
+    said = names_said(path)
+    assert bool(said) == (path in SAID_BY), said
+    plain = {"LORA", "lora"} if FLOORS[package_of(path) if str(path) not in EXEMPT else "cli"] >= FLOORS["rank"] else ()
+    assert path not in SAID_BY or not plain or {word for _, word in said} <= set(plain), said
+
+
+LONGEST_MEDIAN = 110  # of the lines of methods' files
+
+
+def test_a_method_is_a_short_file() -> None:
+    files = [p for p in FILES if package_of(p) == "methods" and p.name != "__init__.py"]
+    lines = sorted(len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in files)
+    assert len(lines) > len(METHOD_FILES)  # those of variants, too
+    assert lines[len(lines) // 2] <= LONGEST_MEDIAN, lines
+
+
 # ---------------------------------------------------------------------- methods: abstract or final
 HOOKS = tuple(
     "share start_shared leaves setup reset weight bias before after through rows extras".split()
@@ -238,7 +284,7 @@ def kinds() -> set[str]:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_hooks_are_overridden_at_most_once(cls: type) -> None:
-    root = PromptMethod if issubclass(cls, PromptMethod) else Method
+    root = next(r for r in (PromptMethod, Mixture, ModelMethod, Method) if issubclass(cls, r))
     for hook in HOOKS:
         owners = [c.__name__ for c in cls.__mro__ if hook in vars(c) and c is not root and issubclass(c, root)]
         assert len(owners) <= 1, f"`{hook}` is overridden by {owners}"
@@ -259,7 +305,7 @@ def test_families_give_helpers_and_no_hooks() -> None:
         assert not [hook for hook in HOOKS if hook in vars(family)], family.__name__
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, PromptMethod)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [c for c in CLASSES if not issubclass(c, ModelMethod)], ids=lambda c: c.__name__)
 def test_a_method_defines_what_it_promises(cls: Any) -> None:
     overrides = {hook for hook in HOOKS if getattr(cls, hook, None) is not getattr(Method, hook, None)}
     definition = "weight" if cls.around is None else "around"  # a block that is surrounded has no weight

@@ -30,7 +30,7 @@ from tests.contract.cases import (
     pairs,
     tensors,
 )
-from tests.models import assert_untouched, snapshot, toy
+from tests.models import SITES, assert_untouched, snapshot, toy
 from trimtab import PeftModel, get_peft_model
 from trimtab.errors import ReadOnlyWeight
 from trimtab.layer.spelling import weighed
@@ -469,3 +469,19 @@ def test_compiles_for_training_with_inductor() -> None:
     close(results[1][0], results[0][0], torch.float32)
     for name, gradient in results[0][1].items():
         close(results[1][1][name], gradient, torch.float32)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if any(SITES[n] == "linear" for n in c.names)], ids=lambda c: c.name)
+def test_a_forward_reads_the_frozen_weight_only_where_the_class_says_so(case: Case) -> None:
+    """Which tells whether a quantised base is dequantised in every step for the sake of the adapter."""
+    name = next(n for n in case.names if SITES[n] == "linear")
+    model = adapted(case, name).train()
+    model(ids())
+    asked = []
+    methods = [m for layer in model.modules() for m in getattr(layer, "methods", {}).get("default", ())]
+    for site in {id(m.site): m.site for m in methods if m.site.kind == "linear"}.values():
+        matrix = site.matrix
+        site.matrix = lambda site=site, matrix=matrix: (asked.append(site.name), matrix())[1]
+    model(ids())
+    fused = all("linear" in m.fused for m in methods if m.site.kind == "linear")
+    assert bool(asked) == (any(m.reads for m in methods) or not fused)

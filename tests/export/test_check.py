@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.folders import adapter_folder, base_folder
-from trimtab import IA3Config, LoraConfig, PeftConfig
+from trimtab import BitFitConfig, IA3Config, LoraConfig, PeftConfig
 from trimtab.errors import AdapterFileError, ConfigError
 from trimtab.export.check import check_adapter, check_config
 from trimtab.export.rules import ENGINES
@@ -37,6 +37,9 @@ CASES = {
     "lora_bias": (lora(lora_bias=True), "refused", "refused", "refused", "refused", ""),
     "bias": (lora(bias="all"), "refused", "refused", "refused", "refused", ""),
     "PiSSA": (lora(init_lora_weights="pissa_niter_4"), "refused", "wrong", "wrong", "wrong", ""),
+    "KaSA": (lora(kasa_config={}), "wrong", "wrong", "wrong", "wrong", ""),
+    "Arrow": (lora(arrow_config={}), "wrong", "wrong", "wrong", "wrong", ""),
+    "a method that PEFT lacks": (BitFitConfig(), "refused", "refused", "refused", "refused", "refused"),
     "OLoRA": (lora(init_lora_weights="olora"), "refused", "wrong", "wrong", "wrong", ""),
     "gaussian start": (lora(init_lora_weights="gaussian"), "", "", "", "", ""),
     "classifier": (lora(modules_to_save=["score"]), "", "refused", "refused", "refused", ""),

@@ -9,7 +9,7 @@ import torch
 
 from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, numbers, same
 from tests.methods.test_oft import times
-from trimtab import AdamssConfig, get_peft_model
+from trimtab import AdamssConfig, PeftModel, get_peft_model
 from trimtab.methods.adamss import rank_of
 
 
@@ -64,5 +64,67 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             get_peft_model(Net(), AdamssConfig(target_modules=["linear"], **options))
-    with pytest.raises(NotImplementedError, match="use_asa"):
-        get_peft_model(Net(), AdamssConfig(target_modules=["linear"], use_asa=True))
+
+
+ASA = {"use_asa": True, "asa_target_subspaces": 2, "init_warmup": 2, "final_warmup": 8, "mask_interval": 3}
+
+
+def asa() -> Any:
+    torch.manual_seed(3)
+    config = AdamssConfig(target_modules=["linear", "point"], r=4, num_subspaces=3, subspace_rank=2, **ASA)
+    return get_peft_model(Net().double(), config)
+
+
+def left(model: Any) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad and "adamss_A" in n]
+
+
+def test_clusters_of_least_importance_are_frozen() -> None:
+    model = asa()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    held = dict(model.named_parameters())
+    alive = set(left(model))
+    assert len(alive) == 6
+    I, U = ({n: torch.zeros_like(p) for n, p in held.items() if ".adamss_" in n} for _ in range(2))
+    for t in range(1, 11):
+        optimizer.zero_grad()
+        model(image().double()).square().mean().backward()
+        before = {n: p.detach().clone() for n, p in held.items()}
+        grads = {n: p.grad.clone() for n, p in held.items() if p.grad is not None}
+        optimizer.step()
+        for name in held:
+            moved = name in alive or name.replace("adamss_B", "adamss_A") in alive
+            assert moved or torch.equal(held[name], before[name])
+        if not 2 < t <= 8:
+            continue
+        scores = {}
+        for name in alive:
+            scores[name] = 0.0
+            for key in (name, name.replace("adamss_A", "adamss_B")):
+                now = (held[key].detach() * grads[key]).abs()
+                U[key] = 0.85 * U[key] + 0.15 * (now - I[key]).abs()
+                I[key] = 0.85 * I[key] + 0.15 * now
+                scores[name] += float((I[key] * U[key]).mean())
+        if t in (3, 6, 8):
+            count = int(2 + 4 * ((8 - t) / 6) ** 3)
+            alive = set(sorted(scores, key=scores.get)[-count:])  # type: ignore[arg-type]
+            assert set(left(model)) == alive
+            I, U = ({n: torch.zeros_like(p) for n, p in held.items() if ".adamss_" in n} for _ in range(2))
+    assert len(left(model)) == 2
+    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_training_goes_on_with_the_clusters_that_are_left(tmp_path: Any) -> None:
+    model = asa()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(image().double()).square().mean().backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net().double(), tmp_path, is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.05)
+    loaded(image().double()).square().mean().backward()
+    optimizer.step()
+    assert left(loaded) == left(model)
+    assert len(left(model)) == 4

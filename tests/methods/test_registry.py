@@ -53,3 +53,8 @@ def test_names_that_are_taken_and_half_methods_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs a `config` class and a `prefix`"):
         register_method("HALF", Nameless)
     assert "HALF" not in known()
+
+
+def test_types_of_older_files_are_named() -> None:
+    with pytest.raises(ConfigError, match="'BONE' is what the method MISS was called"):
+        PeftConfig.from_dict({"peft_type": "BONE", "r": 8})

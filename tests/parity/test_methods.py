@@ -649,3 +649,42 @@ def test_wavelets_that_fail_in_peft_when_used_are_refused_at_once() -> None:
     model = quiet(peft.get_peft_model, build("llama"), config_of(peft, "WaveFT", fields))
     with pytest.raises(ValueError, match="Unknown wavelet"):
         run(model, "llama")
+
+
+def test_adamss_freezes_the_clusters_that_peft_freezes() -> None:
+    """And one less: PEFT keeps those above the k-th best of them, so that one fewer is left than the config says."""
+    fields = {"r": 6, "num_subspaces": 3, "subspace_rank": 2, "init_weights": None, "use_asa": True}
+    fields |= {"asa_target_subspaces": 4, "init_warmup": 2, "final_warmup": 9, "mask_interval": 2}
+    models = []
+    for library in BOTH:
+        torch.manual_seed(11)
+        config = library.AdamssConfig(task_type="CAUSAL_LM", **fields)
+        models.append(quiet(library.get_peft_model, build("llama"), config))
+    ours, theirs = models
+    held = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            held[name].copy_(parameter)
+    left = []
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for t in range(1, 5):
+            optimizer.zero_grad()
+            model(**batch("llama"), labels=batch("llama")["input_ids"]).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(t)
+        left.append({n for n, p in model.named_parameters() if p.requires_grad and "adamss_A" in n})
+    assert len(left[0]) == int(4 + 8 * (5 / 7) ** 3) == len(left[1]) + 1
+    assert left[1] < left[0]
+
+
+@pytest.mark.parametrize("name", ["Pvera", "TinyLora", "Hira"])
+def test_how_the_weight_lies_is_found_out(name: str) -> None:
+    """PEFT warns where `fan_in_fan_out` does not fit the layers; HiRA's stays wrong in its file, too."""
+    noted = {}
+    for library, base, given in ((lib, base, base == "llama") for lib in BOTH for base in ("gpt2", "llama")):
+        fields = {"target_modules": ["c_attn", "q_proj"], "fan_in_fan_out": given}
+        model = quiet(library.get_peft_model, build(base), getattr(library, f"{name}Config")(**fields))
+        noted[library.__name__, base] = model.peft_config["default"].fan_in_fan_out
+    assert (noted["trimtab", "gpt2"], noted["trimtab", "llama"]) == (True, False)
+    assert (noted["peft", "gpt2"], noted["peft", "llama"]) == ((True, False) if name != "Hira" else (False, True))

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from trimtab.methods import METHODS
+
 ROOT = Path(__file__).resolve().parents[2]
 LIST = ROOT / "docs" / "differences-names.txt"
 
@@ -86,6 +88,19 @@ def test_every_public_name_is_answered_or_listed():
     names, missing = public_names(), missing_names()
     assert len(pairs(names)) > 2000
     assert sorted(pairs(missing) - pairs(listed())) == []
+
+
+def test_the_types_are_those_of_the_installed_peft():
+    """And the few methods that it does not have."""
+    import peft
+
+    import trimtab
+
+    beyond = {"BITFIT", "BOTTLENECK", "DYLORA", "LOREFT"}
+    ours, theirs = ({t.value for t in library.PeftType} for library in (trimtab, peft))
+    assert ours == theirs | beyond
+    assert ours == set(METHODS)
+    assert beyond.isdisjoint(theirs)
 
 
 def test_the_list_has_nothing_that_is_answered():

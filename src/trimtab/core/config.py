@@ -49,7 +49,6 @@ class PeftType(str, enum.Enum):
     HRA = "HRA"
     VBLORA = "VBLORA"
     CPT = "CPT"
-    BONE = "BONE"
     MISS = "MISS"
     RANDLORA = "RANDLORA"
     ROAD = "ROAD"
@@ -75,11 +74,14 @@ class PeftType(str, enum.Enum):
     FROD = "FROD"
     DEFT = "DEFT"
     SHADOW = "SHADOW"
-    # methods that PEFT does not have
+    # methods that PEFT does not have; see `BEYOND`
     BITFIT = "BITFIT"
     BOTTLENECK = "BOTTLENECK"
     DYLORA = "DYLORA"
     LOREFT = "LOREFT"
+
+
+BEYOND = frozenset({PeftType.BITFIT, PeftType.BOTTLENECK, PeftType.DYLORA, PeftType.LOREFT})
 
 
 class TaskType(str, enum.Enum):

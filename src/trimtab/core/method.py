@@ -108,6 +108,13 @@ class Call:
         """A generator of random numbers that belong to no row."""
         return torch.Generator(device).manual_seed(self.key(method, salt))
 
+    def strength(self, method: Method) -> Any:
+        """How strongly each token takes the method's update (rows, tokens, 1), or a number; None: as it is."""
+        if not self.extras:
+            return None
+        found = self.extras.get(f"{method.adapter}.strength")
+        return found[method.site.name] if isinstance(found, Mapping) else found
+
     def fact(self, method: Method, name: str) -> Any:
         """What the method's `facts` found for this forward under `name`, or None."""
         return self.extras.get(f"{method.adapter}.{name}")
@@ -124,18 +131,26 @@ class Method:
     Subclasses override hooks at most once and never call super().
     """
 
+    when: ClassVar[str] = ""  # what it is for, in a few words
+    example: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # fields that it needs, or that choose it, as the table of methods has them
     config: ClassVar[type[PeftConfig]] = PeftConfig
     prefix: ClassVar[str] = ""  # what the names of its tensors start with
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: bool = True  # of the class; one of its methods may say no, by its config
+    reads: bool = False  # its forward reads the frozen weight, beside the layer's own product (of the class, as above)
+    weighed: bool = False  # its update can be weighed for each token, by `Call.strength`
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    listed: ClassVar[str] = ""  # what PEFT lists below a layer that has nothing but this method
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    watches: ClassVar[bool] = False  # formulas see the model's calls: the fact "seen" has "model" and "inputs"
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,12 +19,17 @@ class ModelMethod(nn.Module):
     The tensors are the module's own parameters.
     """
 
+    when: ClassVar[str] = ""
+    example: ClassVar[Mapping[str, Any]] = {}
+    reads: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
     config: ClassVar[type[PeftConfig]] = PeftConfig
     prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"model"})
     fused: ClassVar[frozenset[str]] = frozenset()
     mergeable: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    watches: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
 
     def build(self, config: Any) -> None:
@@ -64,6 +69,43 @@ class ModelMethod(nn.Module):
     @classmethod
     def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         """What an adapter does after optimiser step `t`."""
+
+
+class Mixture(ModelMethod):
+    """A router among other adapters of the model, which act while it is active, each as strongly as it says.
+
+    Its tensors stand beside the model, under `place`, in memory as in the file.
+
+    Attributes:
+        field: the field of its config that names those adapters: {name: folder or Hub id}. They are loaded with it.
+        sites: the paths of the layers that those adapters have, in the model's order.
+        width: the size of the model's hidden states, where its config tells it.
+    """
+
+    place: ClassVar[str] = ""
+    field: ClassVar[str] = ""
+    views: ClassVar[tuple[str, ...]] = ()  # methods of its own that the model shows as its
+    sites: tuple[str, ...] = ()
+    width: int | None = None
+
+    @classmethod
+    def among(cls, config: Any) -> dict[str, str]:
+        """The adapters it works among: {name: folder or Hub id}."""
+        named: dict[str, str] = getattr(config, cls.field)
+        return named
+
+    @classmethod
+    def trains(cls, config: Any) -> bool:
+        """Whether those are trained along with it."""
+        return False
+
+    @classmethod
+    def mend(cls, tensors: dict[str, Tensor], read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Put what a file lacks into `tensors`, by `read`, which gives the file of an adapter saved beside it."""
+
+    def around(self, forward: Callable[..., Any], inputs: dict[str, Any], call: Call) -> Any:
+        """The forward itself, by `forward(strengths, inputs)`: adapter -> what `Call.strength` gives its methods."""
+        raise NotImplementedError
 
 
 class PromptMethod(ModelMethod):

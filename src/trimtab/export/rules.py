@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trimtab.core.config import PeftType
+from trimtab.core.config import BEYOND, PeftType
 
 REFUSED, WRONG, NEEDS = "refused", "wrong", "needs"  # the last is no fault: a flag or a step to take
 
@@ -85,6 +85,13 @@ def start_that_changed_the_base(s: Subject) -> Found:
     if s.changed_base:
         start = s.config["init_lora_weights"]
         yield WRONG, f"adds the update to the original base, but init_lora_weights={start!r} changed it", PLAIN_LORA
+
+
+def other_formulas(s: Subject) -> Found:
+    """Fields that make the pair of factors part of another formula than s·B·A."""
+    for name in ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"):
+        if s.get(name):
+            yield WRONG, f"adds s·B·A, and {name} says another formula", f"{MERGE}, or train without {name}"
 
 
 def one_alpha_over_r(s: Subject) -> Found:
@@ -300,7 +307,7 @@ def mlx_parts(s: Subject) -> Found:
 
 def peft_method(s: Subject) -> Found:
     """It knows the methods of its own enumeration."""
-    if s.method not in {t.value for t in PeftType}:
+    if s.method not in {t.value for t in set(PeftType) - BEYOND}:
         yield REFUSED, f"does not know the method {s.method}", MERGE
 
 
@@ -323,18 +330,21 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("0.32.0", (lora_only, vllm_fields, vllm_rank, vllm_modules, resized_embeddings)),
+    "vllm": Engine("0.32.0", (lora_only, other_formulas, vllm_fields, vllm_rank, vllm_modules, resized_embeddings)),
     "llama.cpp": Engine(
         "b11549",
-        (lora_only, llama_cpp_layout, start_that_changed_the_base, one_alpha_over_r, llama_cpp_parts,
+        (lora_only, other_formulas, llama_cpp_layout, start_that_changed_the_base, one_alpha_over_r, llama_cpp_parts,
          resized_embeddings, llama_cpp_tied, llama_cpp_experts),
     ),
     "ollama": Engine(
         "2026 sources",
-        (lora_only, ollama_architecture, ollama_modules, ollama_alpha, start_that_changed_the_base, one_alpha_over_r,
-         parts_beside_the_factors, resized_embeddings, llama_cpp_experts),
+        (lora_only, other_formulas, ollama_architecture, ollama_modules, ollama_alpha, start_that_changed_the_base,
+         one_alpha_over_r, parts_beside_the_factors, resized_embeddings, llama_cpp_experts),
     ),
-    "mlx": Engine("0.32.2", (lora_only, mlx_layout, mlx_one_rank, mlx_parts, start_that_changed_the_base)),
+    "mlx": Engine(
+        "0.32.2",
+        (lora_only, other_formulas, mlx_layout, mlx_one_rank, mlx_parts, start_that_changed_the_base),
+    ),
     "peft": Engine("0.21.2", (peft_method, peft_experts)),
 }  # fmt: skip
 

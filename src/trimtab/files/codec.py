@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.fields import LARGEST
+from trimtab.core.method import leaf_template
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.formats import offload
@@ -19,6 +20,9 @@ PREFIX = "base_model.model."  # of every key on disk that belongs to a module of
 
 # Leaves whose name on disk is not their name in memory without the adapter.
 ON_DISK = {"lora_magnitude_vector.{}.weight": "lora_magnitude_vector"}
+
+# Prefixes of leaves under which keys on disk have "default" where those in memory have the adapter's name.
+NAMED = ("shadow_",)
 
 # What PEFT writes beside the tensors it means: with bias="all", biases of modules it saves whole under these names too.
 IGNORED = (".original_module.", ".modules_to_save.")
@@ -159,8 +163,14 @@ def sharded(value: Tensor, like: Any) -> Tensor:
 
 def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:
     """(key in memory, key on disk) of a leaf of the layer at `path`, both without prefix."""
-    disk = ON_DISK.get(template, template.replace(".{}", ""))
+    disk = ON_DISK.get(template, template.replace(".{}", ".default" if template.startswith(NAMED) else ""))
     return f"{path}.{template.format(adapter)}", f"{path}.{disk}"
+
+
+def shared_keys(name: str, adapter: str) -> tuple[str, str]:
+    """(key in memory, key on disk) of a tensor that an adapter keeps once, both without prefix."""
+    template = leaf_template(name)
+    return template.format(adapter), template.format("default") if name.startswith(NAMED) else name
 
 
 def copy_keys(path: str, name: str, adapter: str) -> tuple[str, str]:
@@ -319,6 +329,11 @@ class Fit:
                 f"The adapter in {source} does not fit the model: " + "; ".join(faults) + ". Check that the base model "
                 "is the one it was trained on, or pass strict=False to load what fits."
             )
+
+
+def whole_model(keys: Iterable[str]) -> bool:
+    """Whether these are of a file that PEFT 0.21 writes beside a router, with parts of the base model in it."""
+    return any(key.startswith("base_model.lora_model.") for key in keys)
 
 
 def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> Fit:

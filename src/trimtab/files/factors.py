@@ -103,7 +103,7 @@ def _stacked(config: Mapping[str, Any], path: str) -> bool:
 
 def _rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
     """(rank by the config, or 0 where it does not say; s)."""
-    if "init_r" in config and config.get("peft_type") == "ADALORA":
+    if "init_r" in config:  # the file has what is left of it
         alpha, start = config.get("lora_alpha") or config["init_r"], config["init_r"]
         return 0, alpha / (start + 1e-5)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

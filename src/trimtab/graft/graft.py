@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.model_method import ModelMethod
+from trimtab.core.model_method import ModelMethod, PromptMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
 from trimtab.files.codec import Slot
@@ -138,7 +138,7 @@ class Graft:
             for parameter in free:
                 parameter.requires_grad_(False)
             if issubclass(method, ModelMethod):
-                layout, prompt = Layout(config, []), prompts.started(method, config, self.model)
+                layout, prompt = Layout(config, []), prompts.started(method, config, self.model, self.adapters)
             else:
                 layout = stage.layout(config, method, autocast, strict, self.layouts)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
@@ -203,7 +203,7 @@ class Graft:
         self.base.layers |= stage.new
         self.base.saved |= stage.saved
         name = adapter.name
-        if adapter.prompt is not None:
+        if isinstance(adapter.prompt, PromptMethod):
             self.prompts[name] = adapter.prompt
         if adapter.biases is not None:
             self.model._modules["trimtab_biases"] = adapter.biases
@@ -238,11 +238,9 @@ class Graft:
         self.residents.bring(names)
         self.board.set(active=tuple(names))
         if trainable is not None:
-            for name in (
-                [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
-            ):
-                if name in self.adapters:
-                    self.set_trainable(name, False)
+            others = [n for n, a in self.adapters.items() if a.trainable and n not in names] if trainable else before
+            for name in [n for n in others if n in self.adapters]:
+                self.set_trainable(name, False)
             for name in names:
                 self.set_trainable(name, trainable)
         self._place_biases()
@@ -278,6 +276,8 @@ class Graft:
         if adapter.prompt is not None:
             for key, parameter in adapter.prompt.named_parameters():
                 parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
+        for other in self.residents.together([name], trained=True)[1:]:
+            self.set_trainable(other, trainable)
         for key, leaf in adapter.layout.shared.items():
             tensor = common(self.commons, key, name)
             if leaf.train and isinstance(tensor, nn.Parameter):
@@ -297,10 +297,10 @@ class Graft:
     def settle(self, recent: Sequence[str] = ()) -> None:
         """Keep in the module tree the adapters in use, `recent` ones and the few last used; park the others."""
         trained = [name for name, a in self.adapters.items() if a.trainable]
-        biased = [a.name for a in self.biased()]
         takers = [t for x in self.base.layers.values() for t in x.originals.takers.values() if x.originals.takers]
         with self.board.moving:
-            needed = dict.fromkeys([*self.merged, *takers, *biased, *trained, *self.board.used(), *recent])
+            used = [*self.residents.together(self.board.used()), *recent, *(a.name for a in self.biased())]
+            needed = dict.fromkeys([*self.merged, *takers, *trained, *used])
             self.residents.settle(n for n in needed if n in self.adapters)
 
     # ------------------------------------------------------------------ merging and taking out
@@ -310,7 +310,7 @@ class Graft:
         """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
         self.look()
         chosen = list(self.board.route.active if names is None else names)
-        self.residents.bring(self.require(name).name for name in chosen)
+        self.residents.bring(a.name for a in map(self.require, chosen) if merging.changes_layers(a))
         self.untied = merging.merge(self.base, chosen, safe, keep, progress) or self.untied
 
     def unmerge(self) -> None:

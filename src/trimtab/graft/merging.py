@@ -8,11 +8,20 @@ from typing import Any
 import torch
 
 from trimtab.core.report import warn
+from trimtab.errors import ReadOnlyWeight
 from trimtab.graft import stack
+from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
 from trimtab.layer.adapted import AdaptedLayer
 
 Progress = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
+
+
+def changes_layers(adapter: Adapter) -> bool:
+    """True; raises for an adapter of the model itself, of which no layer's weight says anything."""
+    if adapter.prompt is not None:
+        raise ReadOnlyWeight(f"{adapter.method.__name__} ('{adapter.name}') cannot be merged: it has no single weight.")
+    return True
 
 
 def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, progress: Progress = iter) -> bool:

@@ -7,28 +7,57 @@ are cut off again, so that the generation loop itself needs no change.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.method import Call
-from trimtab.core.model_method import ModelMethod, PromptMethod
+from trimtab.core.model_method import Mixture, ModelMethod, PromptMethod
 from trimtab.errors import ConfigError
+from trimtab.graft.adapters import Adapter
 
 Inputs = dict[str, Any]
+WIDTHS = ("hidden_size", "n_embd", "d_model")  # what configs call the size of hidden states
 
 
-def started(method: type[ModelMethod], config: Any, model: nn.Module) -> ModelMethod:
-    """A method of the model, started as the config says."""
+def started(
+    method: type[ModelMethod], config: Any, model: nn.Module, others: Mapping[str, Adapter] = MappingProxyType({})
+) -> ModelMethod:
+    """A method of the model, started as the config says.
+
+    Args:
+        others: the model's adapters.
+    """
     if issubclass(method, PromptMethod):
         complete(config, model, method.cached)
     made = method()
+    if isinstance(made, Mixture):
+        facts = getattr(model, "config", None)
+        facts = getattr(facts, "text_config", None) or facts
+        made.width = next((v for n in WIDTHS if (v := getattr(facts, n, None)) is not None), None)
+        made.sites = weighed([others[n] for n in method.among(config)], model)  # type: ignore[attr-defined]
     made.build(config)
     with torch.no_grad():
         made.reset(config, model)
     return made.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+def weighed(adapters: Sequence[Adapter], model: nn.Module) -> tuple[str, ...]:
+    """The paths of the layers that adapters have, in the model's order.
+
+    Raises:
+        ConfigError: what they do at a layer cannot be weighed for each token.
+    """
+    methods = {p.method.site.name: p.method for a in adapters for p in a.layout.places}
+    wrong = [p.method for a in adapters for p in a.layout.places if not p.method.weighed]
+    if wrong or any(a.prompt or a.saved for a in adapters):
+        said = f": '{wrong[0].site.name}' has {type(wrong[0]).__name__}" if wrong else ""
+        raise ConfigError(f"A router among adapters takes plain LoRA of linear layers and embeddings only{said}.")
+    order = {id(module): i for i, module in enumerate(model.modules())}
+    return tuple(sorted(methods, key=lambda path: order[id(methods[path].layer)]))
 
 
 def complete(config: Any, model: Any, cached: bool) -> None:
@@ -52,7 +81,7 @@ def complete(config: Any, model: Any, cached: bool) -> None:
 
     given = config.token_dim
     config.num_layers = fact("num_layers", "num_hidden_layers", "num_layers", "n_layer")
-    config.token_dim = fact("token_dim", "hidden_size", "n_embd", "d_model")
+    config.token_dim = fact("token_dim", *WIDTHS)
     heads = config.num_attention_heads
     config.num_attention_heads = fact(
         "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from trimtab.core.model_method import Mixture
 from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter, Layout, install, tensors_of
 from trimtab.layer.adapted import AdaptedLayer
@@ -51,6 +52,14 @@ class Residents:
                 install(adapter, tensors, self.commons)
                 adapter.settings = {}
             self.used([name])
+
+    def together(self, names: Iterable[str], trained: bool = False) -> list[str]:
+        """Adapters, and those that they work among; with `trained`, only where these are trained along with them."""
+        found = list(names)
+        for adapter in [self.adapters[n] for n in found if n in self.adapters]:
+            if isinstance(adapter.prompt, Mixture) and (not trained or adapter.method.trains(adapter.config)):  # type: ignore[attr-defined]
+                found += adapter.method.among(adapter.config)  # type: ignore[attr-defined]
+        return found
 
     def settle(self, needed: Iterable[str]) -> None:
         """Park all but the adapters that are needed and the few last used."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.core.method import leaf_template
-from trimtab.core.model_method import PROMPT, PromptMethod
-from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys
+from trimtab.core.model_method import PROMPT, Mixture, PromptMethod
+from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys, shared_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
@@ -52,8 +51,8 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         holder: Any = commons[container]._modules[adapter.name] if rest else commons[container]
         key = rest or adapter.name
         store = holder._parameters if key in holder._parameters else holder._buffers
-        memory = leaf_template(name).format(adapter.name)
-        found.append(Slot(memory, name, store, key, optional=not shared.file, shared=True))
+        memory, disk = shared_keys(name, adapter.name)
+        found.append(Slot(memory, disk, store, key, optional=not shared.file, shared=True))
     for wrapper in saved:
         module = wrapper.modules_to_save[adapter.name]
         for key in module.state_dict():
@@ -66,6 +65,11 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         for path in adapter.biases.own:
             key = f"{names[path]}.base_layer.bias" if path in names else f"{path}.bias"
             found.append(Slot(key, key, adapter.biases.own, path))
+    if isinstance(adapter.prompt, Mixture):
+        for key in adapter.prompt.state_dict():
+            path, _, name = key.rpartition(".")
+            whole = f"{adapter.prompt.place}.{key}"
+            found.append(Slot(whole, whole, adapter.prompt.get_submodule(path), name, shared=True))
     if isinstance(adapter.prompt, PromptMethod):
         for key in adapter.prompt.saved():
             memory = f"prompt_encoder.{adapter.name}{'' if key == PROMPT else f'.{key}'}"

@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "P_TUNING": ("p_tuning", "PTuning", "PromptEncoderConfig"),
     "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
     "ROAD": ("road", "Road", "RoadConfig"),
+    "SHADOW": ("shadow", "Shadow", "ShadowConfig"),
     "SHIRA": ("shira", "Shira", "ShiraConfig"),
     "SUPERTUNING": ("supertuning", "Supertuning", "SupertuningConfig"),
     "TINYLORA": ("tinylora", "TinyLora", "TinyLoraConfig"),
@@ -62,8 +63,12 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": ("vera", "Vera", "VeraConfig"),
     "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),
+    "XLORA": ("xlora", "XLora", "XLoraConfig"),
 }
 
+
+# Types of older files: PEFT 0.21 does not read them, either.
+FORMER = {"BONE": "MISS"}
 
 # Fields by which the config of one method asks for another beside it: {module: value}, or a value for the input
 # embedding. field: (peft_type, the argument of its config that takes the value, what stands before its leaves)
@@ -149,6 +154,8 @@ class Capability:
         kinds: the kinds of layers it adapts.
         fused: one base product serves all rows of a mixed batch; else one for each distinct adapter.
         mergeable: it folds into the base's weights.
+        reads: its forward reads the frozen weight, beside the layer's own product.
+        when: what it is for.
     """
 
     method: str
@@ -157,6 +164,8 @@ class Capability:
     kinds: tuple[str, ...]
     fused: bool
     mergeable: bool
+    reads: bool
+    when: str
 
 
 def capabilities() -> list[Capability]:
@@ -171,7 +180,8 @@ def capabilities() -> list[Capability]:
             first = str(import_module(f"{__name__}.{where}").__doc__).partition("\n")[0]  # of every file: both of them
             paper, _, formula = first.partition(".   ")
             kinds = tuple(sorted(method.kinds))
-            rows.append(Capability(label, paper, formula, kinds, method.fused, method.mergeable))
+            facts = method.fused, method.mergeable, method.reads, method.when
+            rows.append(Capability(label, paper, formula, kinds, *facts))
     return rows
 
 
@@ -181,6 +191,11 @@ def load(file: str, name: str) -> Any:
 
 
 def _row(peft_type: str) -> tuple[str, str, str]:
+    if peft_type in FORMER:
+        raise ConfigError(
+            f"'{peft_type}' is what the method {FORMER[peft_type]} was called in older releases of PEFT; 0.21 does not "
+            "read its files, either. Convert the adapter with a release that knows both names, or train it anew."
+        )
     if peft_type not in METHODS:
         raise ConfigError(f"The method '{peft_type}' is not known here. Known: {', '.join(known())}.")
     return METHODS[peft_type]

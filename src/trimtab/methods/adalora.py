@@ -90,6 +90,8 @@ class AdaLoraConfig(LoraConfig):
 class AdaLora(Method):
     """A singular value decomposition whose values E are cut by importance."""
 
+    when = "a budget of ranks is to be dealt among layers in training"
+    example = {"total_step": 1000}
     config, prefix, targets = AdaLoraConfig, "lora_", TARGETS
     kinds = fused = frozenset({"linear", "conv"})
     views = ("lora_alpha", "scaling")

@@ -1,11 +1,14 @@
-"""AdaMSS (PEFT's ADAMSS; adaptive multi-subspaces).   [W' b'] = [W b] + E V,   E's rows of cluster k = B_k A_k.
+"""AdaMSS (NeurIPS 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
 
+E_k are the rows of E of cluster k.
 V (r, in + 1) has the first right singular vectors of the layer's weight with its bias as a last column. The rows of the
-left ones are put into clusters by k-means, and each cluster of outputs has an update of its own small rank.
+left ones are put into clusters by k-means, and each cluster of outputs has an update of its own small rank. With
+`use_asa` the clusters of least importance, over all layers, stop being trained: fewer and fewer are left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -21,6 +24,7 @@ from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
+AVERAGES = ("adamss_sensitivity", "adamss_uncertainty")
 KMEANS_SEED, POWERS = 123456789, 2  # as PEFT has them: the clusters are not in the file, they are found again on load
 
 
@@ -34,10 +38,10 @@ class AdamssConfig(LayerConfig):
     init_weights: str | None = help_field(
         "'orthogonal': A from the cluster, B = 0; None: a small random B.", "orthogonal"
     )
-    use_asa: bool = help_field("Prune clusters by importance in training.", False)
-    asa_target_subspaces: int = help_field("How many clusters of all layers are left in the end.", 50)
-    init_warmup: int = help_field("Steps before the pruning.", 50)
-    final_warmup: int = help_field("The step at which the pruning is done.", 1000)
+    use_asa: bool = help_field("In training, freeze clusters of little importance.", False)
+    asa_target_subspaces: int = help_field("How many clusters of all layers are trained in the end.", 50)
+    init_warmup: int = help_field("Steps before any is frozen.", 50)
+    final_warmup: int = help_field("The step from which on none is.", 1000)
     mask_interval: int = help_field("Steps between two cuts.", 100)
     asa_importance_beta: float = help_field("How much of the old importance its average keeps.", 0.85)
     asa_uncertainty_beta: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
@@ -75,6 +79,7 @@ class AdamssConfig(LayerConfig):
 class Adamss(Method):
     """Updates of clusters of outputs within the span of the weight's first singular vectors."""
 
+    when = "very few parameters, in clusters of outputs"
     config, prefix, targets = AdamssConfig, "adamss_", {**ATTENTION, "vit": ["query", "value"]}
     kinds = fused = frozenset({"linear", "conv"})
 
@@ -82,19 +87,23 @@ class Adamss(Method):
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         for name in ("r", "num_subspaces", "subspace_rank"):
             require_rank(getattr(config, name), name)
-        if config.use_asa and not config.inference_mode:
-            raise NotImplementedError("`use_asa=True` of AdamssConfig does not act in training yet: leave it out.")
         found = clusters(site, config)
         U, V = decomposed(site, config)
         r, ranks = len(V), [rank_of(U[rows], config) for rows in found]
-        return {
-            **{f"adamss_A.{{}}.{k}": Leaf((rank, r)) for k, rank in enumerate(ranks)},  # (rank, r)
-            **{
-                f"adamss_B.{{}}.{k}": Leaf((len(rows), rank))  # (outputs, rank)
-                for k, (rows, rank) in enumerate(zip(found, ranks, strict=True))
-            },
-            "adamss_newB": Leaf(tuple(V.shape), train=False, buffer=True),  # (r, columns): V
+        pairs = {f"adamss_A.{{}}.{k}": Leaf((rank, r)) for k, rank in enumerate(ranks)}  # (rank, r)
+        pairs |= {
+            f"adamss_B.{{}}.{k}": Leaf((len(rows), rank))  # (outputs, rank)
+            for k, (rows, rank) in enumerate(zip(found, ranks, strict=True))
         }
+        leaves = pairs | {"adamss_newB": Leaf(tuple(V.shape), train=False, buffer=True)}  # (r, columns): V
+        if config.use_asa:
+            trained = Leaf((len(found),), train=False, file=False, state=True, dtype=torch.bool)  # (clusters,)
+            leaves["adamss_trained"] = trained
+            for average in AVERAGES:
+                for name, leaf in pairs.items():
+                    kept = Leaf(leaf.shape, train=False, file=False, state=True, buffer=True)  # (...)
+                    leaves[name.replace("adamss", average)] = kept
+        return leaves
 
     def setup(self, config: Any) -> None:
         self.clusters = clusters(self.site, config)
@@ -111,6 +120,63 @@ class Adamss(Method):
             else:
                 B.zero_()
 
+        if config.use_asa:
+            self.adamss_trained.fill_(True)
+            for leaf in self.declared:
+                if leaf.startswith(AVERAGES):
+                    self.tensor(leaf).zero_()
+
+    # ------------------------------------------------------------------ fewer and fewer clusters
+    @classmethod
+    def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        for m in methods if config.use_asa else ():
+            m.freeze()
+
+    @classmethod
+    @torch.no_grad()
+    def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
+        first, last, target = config.init_warmup, config.final_warmup, config.asa_target_subspaces
+        if not config.use_asa or not first < t <= last:
+            return
+        scores = [m.observe(config.asa_importance_beta, config.asa_uncertainty_beta) for m in methods]
+        if t % config.mask_interval and t != last:
+            return
+        total = sum(len(m.clusters) for m in methods)
+        share = ((last - t) / (last - first)) ** config.asa_schedule_exponent
+        count = min(int(target + (total - target) * share), total)
+        best = torch.cat([s.cpu() for s in scores]).topk(count).indices
+        chosen = torch.zeros(total, dtype=torch.bool).index_fill_(0, best, True)
+        for m, mine in zip(methods, chosen.split([len(m.clusters) for m in methods]), strict=True):
+            m.adamss_trained.logical_and_(mine.to(m.adamss_trained.device))
+            m.freeze()
+            for leaf in m.declared:
+                if leaf.startswith(AVERAGES):
+                    m.tensor(leaf).zero_()
+
+    def freeze(self) -> None:
+        """Train only the clusters that are left."""
+        for k, trained in enumerate(self.adamss_trained.tolist()):
+            for tensor in () if trained else self.pair(k):
+                tensor.requires_grad_(False)
+                tensor.grad = None
+
+    def observe(self, beta1: float, beta2: float) -> Tensor:
+        """Take the last gradients into the averages I and U of sensitivity; the importance (clusters,)."""
+        scores = self.adamss_newB.new_full((len(self.clusters),), -torch.inf)
+        for k, trained in enumerate(self.adamss_trained.tolist()):
+            parts = []
+            for name in ("A", "B") if trained else ():
+                w = self.tensor(f"adamss_{name}.{{}}.{k}")
+                I, U = (self.tensor(f"{average}_{name}.{{}}.{k}") for average in AVERAGES)
+                now = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()
+                U.mul_(beta2).add_((now - I).abs(), alpha=1 - beta2)
+                I.mul_(beta1).add_(now, alpha=1 - beta1)
+                parts.append((I * U).mean())
+            if parts:
+                scores[k] = sum(parts)
+        return scores
+
+    # ------------------------------------------------------------------ the formula
     def pair(self, k: int) -> tuple[Tensor, Tensor]:
         """(A (rank, r), B (outputs, rank)) of a cluster."""
         return self.tensor(f"adamss_A.{{}}.{k}"), self.tensor(f"adamss_B.{{}}.{k}")

@@ -37,6 +37,8 @@ class AdaptionPromptConfig(PeftConfig):
 class AdaptionPrompt(Method):
     """P (1, tokens, dim) and g (1,) of one attention."""
 
+    when = "instruction following with a gate that starts shut; Llama-like attention"
+    example = {"adapter_len": 10, "adapter_layers": 30}
     config, prefix, mergeable = AdaptionPromptConfig, "adaption_", False
     kinds = frozenset({"block"})
     targets = {

@@ -33,6 +33,8 @@ def invoked(ids: Tensor, tokens: Tensor) -> Tensor:
 class ALora(LowRank):
     """A low-rank change of what comes after its invocation."""
 
+    when = "adapters invoked in a conversation that keep the base's cache"
+    example = {"alora_invocation_tokens": [1]}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mergeable = False

@@ -42,6 +42,8 @@ class ArrowConfig:
 class Arrow(LowRank):
     """The choice among adapters at a layer; its own pair is for its file alone, as PEFT's is."""
 
+    when = "a library of LoRA adapters, without training a router"
+    example = {"arrow_config": {}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mergeable = False

@@ -1,4 +1,4 @@
-"""BD-LoRA: block-diagonal LoRA.   W' = W + s B A,   A or B block-diagonal.
+"""BD-LoRA (Wang et al. 2025, https://arxiv.org/abs/2510.23346).   W' = W + s B A,   A or B block-diagonal.
 
 The layers that are cut by rows among GPUs have a block-diagonal B, those that are cut by columns a block-diagonal A, so
 that an adapter cut alike needs no traffic of its own.
@@ -58,6 +58,8 @@ def diagonal(M: Tensor, n: int) -> Tensor:
 class BdLora(LowRank):
     """A pair one of whose factors is kept as the blocks of its diagonal."""
 
+    when = "serving on several GPUs without communication"
+    example = {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj", "v_proj"]}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
 

@@ -41,6 +41,7 @@ class BeftConfig(LayerConfig):
 class Beft(Method):
     """A vector added to the layer's output; a layer without a bias gets one when it is merged."""
 
+    when = "almost nothing may be trained: biases of the values"
     config, prefix, targets = BeftConfig, "beft_", TARGETS
     kinds = fused = frozenset({"linear", "conv"})
 

@@ -27,6 +27,7 @@ class BitFitConfig(LayerConfig):
 class BitFit(Method):
     """What is added to a bias (out,); a linear layer or a convolution without one is given one."""
 
+    when = "almost nothing may be trained, in models with biases"
     config, prefix, targets = BitFitConfig, "bitfit_", {"*": BIASED}
     kinds, fused = frozenset({"linear", "conv", "vector"}), frozenset({"linear", "conv"})
 

@@ -55,6 +55,7 @@ class BOFTConfig(LayerConfig):
 class BOFT(Method):
     """The layer's input rotated by butterfly factors, its outputs (not its bias) scaled."""
 
+    when = "norms and angles of the weights are to stay, with more freedom than OFT"
     config, prefix, targets = BOFTConfig, "boft_", ATTENTION
     kinds = frozenset({"linear", "conv"})
     fused = frozenset({"linear"})  # patches overlap: convolutions rotate them by way of the weight

@@ -49,6 +49,7 @@ class BottleneckConfig(LayerConfig):
 class Bottleneck(Method):
     """A network of two small layers beside or behind a frozen one."""
 
+    when = "the classic: a small network after or beside a part; not merged"
     config, prefix, targets = BottleneckConfig, "bottleneck_", TARGETS
     kinds = fused = frozenset({"linear", "block"})
     mergeable = False

@@ -52,6 +52,8 @@ class C3AConfig(LayerConfig):
 class C3A(Method):
     """A matrix of circulant blocks: a product by it is a convolution, done by way of the Fourier transform."""
 
+    when = "high rank from few parameters, by FFT"
+    example = {"block_size": 64}
     config, prefix = C3AConfig, "c3a_"
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}

@@ -38,6 +38,8 @@ class CartridgeConfig(PromptLearningConfig):
 class Cartridge(PromptMethod):
     """Keys and values (virtual tokens, layers · 2 · dim), the first of them frozen."""
 
+    when = "a long text is to be held in a trained cache"
+    example = {"num_virtual_tokens": 20}
     config, cached, frozen = CartridgeConfig, True, ("frozen_embedding",)
 
     def build(self, config: Any) -> None:

@@ -56,6 +56,8 @@ class CPTConfig(PromptLearningConfig):
 class CPT(PromptMethod):
     """C and δ (tokens, dim)."""
 
+    when = "few-shot prompts that training refines"
+    example = {"cpt_token_ids": [0] * 20}
     config, extras, frozen = CPTConfig, ("input_type_mask",), ("embedding.weight",)
 
     def build(self, config: Any) -> None:

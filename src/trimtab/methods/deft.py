@@ -1,5 +1,6 @@
-"""DEFT (PEFT's own; its `para` is PaRa, https://arxiv.org/abs/2406.05641).   W' = W - Π W + s G R.
+"""DEFT (Kumar et al. 2025, https://arxiv.org/abs/2509.22793).   W' = W - Π W + s G R.
 
+`para` is PaRa (https://arxiv.org/abs/2406.05641).
 A subspace is taken out of the frozen weight (the base's own, also where adapters are stacked) and something put in its
 place: Π = P relu(P)ᵀ and G = P, or with "qr" Π = G Gᵀ with the orthogonal G of P = G T; s = alpha / r. PaRa only takes
 out.
@@ -42,6 +43,8 @@ class DeftConfig(LayerConfig):
 class Deft(Method):
     """Two products of rank r with the left factor in common: dW = G (s R - Kᵀ W)."""
 
+    when = "personal concepts in image models; knowledge is to make room"
+    reads = True
     config, prefix, targets = DeftConfig, "deft_", ATTENTION
     kinds = fused = frozenset({"linear", "conv", "embedding"})
 

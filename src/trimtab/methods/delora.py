@@ -53,6 +53,7 @@ class DeloraConfig(LayerConfig):
 class Delora(Method):
     """A pair of low rank whose directions are learned apart from the strength λ."""
 
+    when = "training that is robust to the learning rate"
     config, prefix, targets = DeloraConfig, "delora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r",)

@@ -21,6 +21,9 @@ from trimtab.init import mutates, start
 class Dora(LowRank):
     """A magnitude m (out,) and a direction of low rank."""
 
+    when = "low ranks, closer to full training; slower than LoRA"
+    example = {"use_dora": True}
+    reads = True
     prefix = "lora_"
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})

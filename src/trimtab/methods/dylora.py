@@ -57,6 +57,7 @@ class DyLoraConfig(LayerConfig):
 class DyLora(LowRank):
     """A low-rank pair whose components are sorted by training."""
 
+    when = "the rank is to be chosen after training"
     config, prefix, targets = DyLoraConfig, "lora_", ATTENTION
     kinds = fused = frozenset({"linear", "embedding", "conv"})
 

@@ -48,6 +48,7 @@ class FourierFTConfig(LayerConfig):
 class FourierFT(Delta):
     """A delta of full size with a sparse spectrum."""
 
+    when = "very small files"
     config, prefix = FourierFTConfig, "fourierft_"
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}

@@ -1,4 +1,4 @@
-"""FRoD (PEFT's FROD; full-rank updates by shared rotations).   W' = W + U (diag(l - l₀) + S) Vᵀ,   W = U diag(l₀) Vᵀ.
+"""FRoD (Wan et al. 2025, https://arxiv.org/abs/2512.23485).   W' = W + U (diag(l - l₀) + S) Vᵀ,   W = U diag(l₀) Vᵀ.
 
 V is one for all layers of a category (those of one name, such as self_attn.q_proj), found from all their weights: the
 directions of a generalised singular value decomposition. l and the few entries of S are trained.
@@ -60,6 +60,7 @@ class FrodConfig(LayerConfig):
 class Frod(Method):
     """l (in,) and S's entries (n,) of one layer, between its own U and its category's V."""
 
+    when = "full-rank updates from few parameters; slow to set up"
     config, prefix, targets = FrodConfig, "frod_", {**ATTENTION, "phi": ("q_proj", "v_proj"), "vit": ("query", "value")}
     kinds = fused = frozenset({"linear"})
 

@@ -51,6 +51,8 @@ class GloraConfig(LayerConfig):
 class Glora(Delta):
     """The weight and the bias scaled and shifted, and the bias moved by what the weight makes of a vector."""
 
+    when = "scales, shifts and biases of weights at once"
+    reads = True
     config, prefix, targets = GloraConfig, "glora_", ATTENTION
     kinds = fused = frozenset({"linear"})
 

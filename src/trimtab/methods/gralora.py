@@ -46,6 +46,7 @@ class GraloraConfig(LayerConfig):
 class Gralora(Method):
     """k x k blocks of rank r / k: together of rank r at least, with no more parameters than LoRA's."""
 
+    when = "large ranks, where LoRA stops gaining"
     config, prefix, targets = GraloraConfig, "gralora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r", "alpha", "scaling", "hybrid_r", "gralora_k")

@@ -41,6 +41,8 @@ class HiraConfig(LayerConfig):
 class Hira(Delta):
     """The base's own weight, each entry scaled by one of a matrix of low rank."""
 
+    when = "high-rank updates at LoRA's size; knowledge-heavy tasks"
+    reads = True
     config, prefix, targets = HiraConfig, "hira_", ATTENTION
     kinds = fused = frozenset({"linear", "embedding", "conv"})
     views = ("r",)

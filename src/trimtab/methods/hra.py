@@ -39,6 +39,7 @@ class HRAConfig(LayerConfig):
 class HRA(Method):
     """The layer's input reflected r times."""
 
+    when = "orthogonal updates of a chosen size"
     config, prefix, targets = HRAConfig, "hra_", ATTENTION
     kinds = frozenset({"linear", "conv"})
     fused = frozenset({"linear"})  # patches overlap: convolutions reflect them by way of the weight

@@ -71,6 +71,7 @@ def on_input_of(site: Site, config: Any) -> bool:
 class IA3(Method):
     """One scale l for each output, or for each input of a feed-forward layer."""
 
+    when = "few examples, few parameters, no cost after merging"
     config, prefix = IA3Config, "ia3_"
     kinds = fused = frozenset({"linear", "conv"})
     targets = {model: [*outputs, *inputs] for model, (outputs, inputs) in DEFAULTS.items()}

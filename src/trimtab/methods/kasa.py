@@ -31,6 +31,8 @@ class KasaConfig:
 class Kasa(LowRank):
     """A decomposition of low rank in the place of W's least singular values."""
 
+    when = "noise in the base's knowledge is to be cut away"
+    example = {"kasa_config": {}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: True)

@@ -47,6 +47,7 @@ class LilyConfig(LayerConfig):
 class Lily(Method):
     """A shared pair of low rank whose B is mixed anew for every input."""
 
+    when = "layers are to share and mix their updates; not merged"
     config, prefix, targets = LilyConfig, "lily_", ATTENTION
     kinds = fused = frozenset({"linear"})
     mergeable = False

@@ -43,6 +43,8 @@ class LNTuningConfig(LayerConfig):
 class LNTuning(Method):
     """The layer's weight and bias in its own layout; of several active copies the outermost counts."""
 
+    when = "adapting norms alone: cheap, for small shifts of domain"
+    reads = True
     config, prefix, targets = LNTuningConfig, "ln_tuning_", TARGETS
     kinds = frozenset({"vector", "linear", "embedding"})
 

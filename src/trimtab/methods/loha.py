@@ -47,6 +47,7 @@ class LoHaConfig(LayerConfig):
 class LoHa(Delta):
     """A delta of full size as the elementwise product of two of low rank."""
 
+    when = "image models; a high rank from few parameters"
     config, prefix, targets = LoHaConfig, "hada_", ATTENTION
     kinds = fused = frozenset({"linear", "conv"})
     views = ("r", "alpha", "scaling")

@@ -51,6 +51,7 @@ class LoKrConfig(LayerConfig):
 class LoKr(Method):
     """A delta of full size as a Kronecker product of two small matrices."""
 
+    when = "image models; the smallest files of its kin"
     config, prefix, targets = LoKrConfig, "lokr_", ATTENTION
     kinds = fused = frozenset({"linear", "conv"})
     views = ("r", "alpha", "scaling")

@@ -146,9 +146,11 @@ class LoraConfig(LayerConfig):
 class Lora(LowRank):
     """W' = W + s·B·A."""
 
+    when = "the first choice: understood, fast, served everywhere"
     config, prefix, targets = LoraConfig, "lora_", ATTENTION
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})
+    weighed = True
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
     combine = LowRank.combined
 
@@ -164,6 +166,7 @@ class Lora(LowRank):
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
         self.biased = config.lora_bias
+        self.weighed = not self.biased and self.site.kind in ("linear", "embedding")
 
     def reset(self, config: Any) -> Tensor | None:
         if self.biased:
@@ -193,13 +196,13 @@ class Lora(LowRank):
         return call.dropout(self, x, self.dropout) if self.dropout and self.training else None
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
-        layer = self.beside()
+        layer = self.beside() if call.strength(self) is None else None
         return None if layer is None else lora_linear(x, *layer[:5], self.dropping(x, call))
 
     @staticmethod
     def together(methods: Sequence[Any], x: Tensor, call: Call) -> Sequence[Tensor] | None:
         layers = [layer for m in methods if (layer := m.beside()) is not None]
-        if len(layers) < len(methods) or not fits(x, layers):
+        if len(layers) < len(methods) or not fits(x, layers) or any(call.strength(m) is not None for m in methods):
             return None
         drops = [m.dropping(x, call) for m in methods]
         return lora_linear_group(x, [layer._replace(drop=d) for layer, d in zip(layers, drops, strict=True)])
@@ -214,4 +217,6 @@ class Lora(LowRank):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))
+        if (strength := call.strength(self)) is not None:
+            h = h * (strength.to(h.dtype) if isinstance(strength, Tensor) else strength)
         return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)

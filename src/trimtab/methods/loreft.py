@@ -53,6 +53,7 @@ class LoReFTConfig(LayerConfig):
 class LoReFT(Method):
     """A subspace R (r, d) of the hidden states, and what they are there, W h + b."""
 
+    when = "edits of hidden states at a few positions"
     config, prefix, targets = LoReFTConfig, "loreft_", TARGETS
     kinds = fused = frozenset({"block", "linear"})
     mergeable = False

@@ -18,6 +18,8 @@ from trimtab.core.site import Site
 class Mica(LowRank):
     """A pair of which A alone is trained."""
 
+    when = "adding knowledge with least interference"
+    example = {"init_lora_weights": "mica"}
     prefix = "lora_"
     kinds = fused = frozenset({"linear", "embedding"})
 

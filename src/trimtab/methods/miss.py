@@ -40,6 +40,7 @@ class MissConfig(LayerConfig):
 class Miss(Delta):
     """A small matrix that is repeated over the whole weight."""
 
+    when = "LoRA's place with one matrix and a faster step"
     config, prefix, targets = MissConfig, "miss_", ATTENTION
     kinds = fused = frozenset({"linear"})
 
@@ -64,7 +65,7 @@ class Miss(Delta):
         return {"miss_block": Leaf((r, out))}  # (r, out)
 
     def setup(self, config: Any) -> None:
-        self.bat = config.init_weights == "bat"
+        self.bat = self.reads = config.init_weights == "bat"
 
     def reset(self, config: Any) -> None:
         if config.init_weights:

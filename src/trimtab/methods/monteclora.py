@@ -46,6 +46,8 @@ class MontecloraConfig:
 class Monteclora(LowRank):
     """A pair whose A is drawn anew in each forward of training."""
 
+    when = "uncertainty and robustness by sampled weights"
+    example = {"monteclora_config": {}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))

@@ -68,6 +68,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 class MultitaskPromptTuning(PromptMethod):
     """P (virtual tokens, dim), U (tasks, virtual tokens, ranks), V (tasks, ranks, dim)."""
 
+    when = "one prompt that many tasks start from"
+    example = {"num_virtual_tokens": 20}
     config, extras = MultitaskPromptTuningConfig, ("task_ids",)
 
     def build(self, config: Any) -> None:

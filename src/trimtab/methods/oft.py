@@ -55,6 +55,7 @@ class OFTConfig(LayerConfig):
 class OFT(Method):
     """The layer's input rotated block by block (an embedding's output, which is all it has)."""
 
+    when = "subject-driven image models; the base is to be forgotten least"
     config, prefix, targets = OFTConfig, "oft_", ATTENTION
     kinds = frozenset({"linear", "conv", "embedding"})
     fused = frozenset({"linear", "embedding"})  # patches overlap: convolutions rotate them by way of the weight

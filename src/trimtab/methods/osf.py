@@ -61,6 +61,7 @@ class OSFConfig(LayerConfig):
 class OSF(Method):
     """The smallest singular values and their vectors, trained at right angles to the rest."""
 
+    when = "continual learning: what was learnt is to stay; large files"
     config, prefix, targets = OSFConfig, "osf_", TARGETS
     kinds = fused = frozenset({"linear", "conv", "embedding"})
 

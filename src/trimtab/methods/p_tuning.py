@@ -50,6 +50,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 class PTuning(PromptMethod):
     """P (virtual tokens, dim), and the encoder it goes through in training."""
 
+    when = "prompts for understanding tasks, trained through a network"
+    example = {"num_virtual_tokens": 20}
     config = PromptEncoderConfig
 
     def build(self, config: Any) -> None:

@@ -63,6 +63,8 @@ class PeanutConfig(LayerConfig):
 class Peanut(Method):
     """An update of rank r whose right factor is a network of the frozen weight: the base's own, also in a stack."""
 
+    when = "updates that follow from the weight, not linearly"
+    reads = True
     config, prefix, targets = PeanutConfig, "peanut_", ATTENTION
     kinds = fused = frozenset({"linear", "conv", "embedding"})
 

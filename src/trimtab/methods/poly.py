@@ -47,6 +47,7 @@ class PolyConfig(LayerConfig):
 class Poly(Method):
     """A (splits, skills, in / splits, r), B (splits, skills, r, out / splits), logits (tasks, splits · skills)."""
 
+    when = "several tasks with skills in common"
     config, prefix, extras = PolyConfig, "poly_", ("task_ids",)
     kinds = fused = frozenset({"linear"})
     targets = ATTENTION

@@ -32,6 +32,8 @@ class PrefixTuningConfig(PromptLearningConfig):
 class PrefixTuning(PromptMethod):
     """Keys and values (virtual tokens, layers · 2 · dim)."""
 
+    when = "generation steered through every layer; the weights untouched"
+    example = {"num_virtual_tokens": 20}
     config, cached = PrefixTuningConfig, True
 
     def build(self, config: Any) -> None:

@@ -57,6 +57,8 @@ class PromptTuningConfig(PromptLearningConfig):
 class PromptTuning(PromptMethod):
     """P (virtual tokens, dim)."""
 
+    when = "large models, many tasks, tiny files"
+    example = {"num_virtual_tokens": 20}
     config = PromptTuningConfig
 
     def build(self, config: Any) -> None:

@@ -60,6 +60,7 @@ class PsoftConfig(LayerConfig):
 class Psoft(Method):
     """An r x r transformation of the principal subspace, which is made anew from the base on load."""
 
+    when = "orthogonal updates within the weight's main directions"
     config, prefix, targets = PsoftConfig, "psoft_", ATTENTION
     kinds = fused = frozenset({"linear", "conv", "embedding"})
 

@@ -54,6 +54,7 @@ class PveraConfig(LayerConfig):
 class Pvera(Method):
     """Two vectors a layer, d (2 r,) and b (out,), between two projections, with a random state of r in the middle."""
 
+    when = "VeRA with a measure of its own uncertainty"
     config, prefix = PveraConfig, "pvera_lambda_"
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}

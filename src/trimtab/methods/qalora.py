@@ -35,6 +35,8 @@ def group_at(site: Site, config: Any) -> int:
 class QaLora(LowRank):
     """A pair of which A acts on sums of the input, where the layer is quantised by GPTQ."""
 
+    when = "GPTQ bases: the update merges into the quantised weight"
+    example = {"use_qalora": True}
     prefix = "lora_"
     kinds = fused = frozenset({"linear", "embedding", "conv"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))

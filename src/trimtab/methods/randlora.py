@@ -52,6 +52,7 @@ class RandLoraConfig(LayerConfig):
 class RandLora(Delta):
     """Scales λ (r, n) and γ (n, d) of n random products of rank r."""
 
+    when = "full-rank updates at LoRA's size"
     config, prefix, targets = RandLoraConfig, "randlora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r", "scaling")

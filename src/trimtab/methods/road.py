@@ -50,6 +50,7 @@ class RoadConfig(LayerConfig):
 class Road(Method):
     """Pairs of outputs, bias included, turned and scaled."""
 
+    when = "many adapters in one batch, at the price of a product by elements"
     config, prefix, targets = RoadConfig, "road_", ATTENTION
     kinds = fused = frozenset({"linear", "embedding", "conv"})
 

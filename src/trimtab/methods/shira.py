@@ -48,6 +48,7 @@ class ShiraConfig(LayerConfig):
 class Shira(Delta):
     """A sparse delta of high rank."""
 
+    when = "fast switching: 1 or 2 % of the entries change"
     config, prefix = ShiraConfig, "shira_"
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "phi": ["q_proj", "v_proj"]}

@@ -52,6 +52,7 @@ class SupertuningConfig(LayerConfig):
 class Supertuning(Delta):
     """A sparse delta where the weight is largest, with or without one of low rank."""
 
+    when = "sparse updates where weights are largest"
     config, prefix, targets = SupertuningConfig, "supertuning_", ATTENTION
     kinds = fused = frozenset({"linear"})
 

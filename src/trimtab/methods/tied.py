@@ -23,6 +23,8 @@ TURNED |= {turned: leaf for leaf, turned in TURNED.items()}
 class Tied(LowRank):
     """A pair that layers tied to each other have in common; each of them has it in the file, as PEFT's do."""
 
+    when = "adapting a tied embedding and head together"
+    example = {"ensure_weight_tying": True}
     prefix = "lora_"
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})

@@ -54,6 +54,7 @@ class TinyLoraConfig(LayerConfig):
 class TinyLora(Method):
     """A few numbers that turn and scale the leading singular directions of the weight."""
 
+    when = "a few numbers in all; reinforcement learning"
     config, prefix, targets = TinyLoraConfig, "tinylora_", ATTENTION
     kinds = fused = frozenset({"linear", "embedding"})
     views = ("r", "u")

@@ -36,7 +36,9 @@ class TrainableTokensConfig(PeftConfig):
 class TrainableTokens(Method):
     """Rows (tokens, dim) that stand in for the embedding's own, and for the tied head's."""
 
-    config, prefix = TrainableTokensConfig, "trainable_tokens_"
+    when = "new or special tokens: their embeddings alone"
+    example = {"token_indices": [0]}
+    config, prefix, listed = TrainableTokensConfig, "trainable_tokens_", "token_adapter"
     kinds = fused = frozenset({"embedding", "linear"})
     tied, targets = True, {"*": INPUT_EMBEDDING}
     views = ("token_indices", "trainable_tokens_original")

@@ -48,6 +48,7 @@ class UniLoraConfig(LayerConfig):
 class UniLora(Method):
     """LoRA's pairs, all of them read out of one short vector."""
 
+    when = "one vector for all layers: the smallest file"
     config, prefix, targets = UniLoraConfig, "unilora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r",)

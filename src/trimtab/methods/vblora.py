@@ -58,6 +58,8 @@ class VBLoRAConfig(LayerConfig):
 class VBLoRA(Method):
     """Logits that choose vectors of a bank, which an adapter keeps once and trains."""
 
+    when = "many adapters kept: they share one bank of vectors"
+    example = {"vector_length": 64}
     config, prefix, targets = VBLoRAConfig, "vblora_", TARGETS
     kinds = fused = frozenset({"linear"})
     views = ("r", "topk")

@@ -72,6 +72,8 @@ class Compressed(torch.autograd.Function):
 class Velora(LowRank):
     """A pair of which A is trained on what is left of its input."""
 
+    when = "activations take too much memory"
+    example = {"velora_config": {}}
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))

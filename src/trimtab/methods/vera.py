@@ -50,6 +50,7 @@ class VeraConfig(LayerConfig):
 class Vera(Method):
     """Two vectors a layer, d (r,) and b (out,), between two projections that an adapter keeps once."""
 
+    when = "ten times fewer parameters than LoRA"
     config, prefix = VeraConfig, "vera_lambda_"
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "phi": ["q_proj", "v_proj"]}

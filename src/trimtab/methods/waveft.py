@@ -65,6 +65,7 @@ class WaveFTConfig(LayerConfig):
 class WaveFT(Delta):
     """A delta of full size that is sparse in wavelets."""
 
+    when = "the number of parameters is to be set exactly"
     config, prefix = WaveFTConfig, "waveft_"
     kinds = fused = frozenset({"linear"})
     targets = {k: v for k, v in ATTENTION.items() if k not in ("btlm", "rwkv", "rwkv7")} | {

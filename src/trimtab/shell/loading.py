@@ -20,6 +20,7 @@ from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft, find_graft
+from trimtab.shell import mixtures
 from trimtab.shell.training import Training
 
 SIZE = re.compile(r"(^|_)(r|rank|dim|size|num|tokens|layers|heads)(_|$)")  # in the names of fields
@@ -66,6 +67,8 @@ class Source:
             if config is None and overrides is not None:
                 config = PeftConfig.from_pretrained(model_id, **hub, **overrides)
             tensors = store.load_peft_weights(model_id, device, key_mapping=key_mapping, **hub)
+            if config is not None:
+                mixtures.prepare(model_id, config, tensors, overrides or {})
             kept = store.load_state(model_id, **hub) if trainable else None
         with self.blamed():
             self.tensors, self.config = experts.fuse(tensors, self.names), config
@@ -150,6 +153,8 @@ def keep(graft: Graft, adapter: Adapter, config: Any) -> None:
     config.__dict__.update(old.__dict__)
     adapter.config = config
     graft.configs[adapter.name] = config
+    if adapter.prompt is not None:
+        adapter.prompt.options = config
     for layer in adapter.layers:
         for method in layer.methods[adapter.name]:
             if method.options is old:

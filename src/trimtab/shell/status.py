@@ -111,8 +111,9 @@ def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str
     """The path and type under which PEFT lists a layer, a module trained whole, or an embedding with trained rows."""
     if isinstance(part, SavedModule):
         return part.name, "ModulesToSaveWrapper"
-    if all(type(m).__name__ == "TrainableTokens" for ms in part.methods.values() for m in ms):
-        return f"{part.name}.token_adapter", "TrainableTokensLayer"
+    classes = {type(m) for ms in part.methods.values() for m in ms}
+    if len(classes) == 1 and (own := next(iter(classes))).listed:
+        return f"{part.name}.{own.listed}", f"{own.__name__}Layer"
     kinds = dict.fromkeys(type_name(graft.adapters[a].config).lower() for a in part.methods)
     return part.name, f"{'.'.join(kinds)}.{'ParamWrapper' if part.param else type(part.frozen).__name__}"
 

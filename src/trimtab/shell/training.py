@@ -25,7 +25,10 @@ def state(graft: Graft, name: str) -> tuple[dict[str, Tensor], dict[str, str]] |
     method: Any = adapter.method
     if not adapter.t or not steps.acts(method) or adapter.prompt is not None:
         return None
-    tensors = gathered({s.on_disk(): s.get() for s in graft.slots(adapter) if s.method is not None})
+    slots = [s for s in graft.slots(adapter) if s.method is not None]
+    if not any(s.state for s in slots):
+        return None
+    tensors = gathered({s.on_disk(): s.get() for s in slots})
     return tensors, {"step": str(adapter.t), "config": json.dumps(adapter.layout.config.to_json())}
 
 

@@ -22,6 +22,8 @@ from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.plan import Board, Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class, prefix_of
+from trimtab.shell import mixtures
+from trimtab.shell.loading import Source
 
 
 class Tuner(nn.Module):
@@ -79,11 +81,22 @@ class Tuner(nn.Module):
                 f"Adapter name '{name}' should not be contained in the prefix '{prefix}' of its tensors' names; other "
                 "libraries may then take one for the other."
             )
+        self._load_among(config)
         adapter = self.graft.add(name, config, **kwargs)
         self._modules.update(self.graft.commons)
+        mixtures.place(self.graft, self)
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
             self.graft._place_biases()
         return adapter
+
+    def _load_among(self, config: PeftConfig) -> None:
+        """Load the adapters that a router works among, where they are not there."""
+        router = mixtures.router_class(config) if isinstance(config, PeftConfig) else None
+        for name, path in router.among(config).items() if router is not None else ():
+            if name not in self.graft.adapters:
+                source = Source(path, self.model, name, {}, overrides={})
+                with source.blamed():
+                    self.graft.add(name, source.config, tensors=source, trainable=False)
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -125,6 +138,7 @@ class Tuner(nn.Module):
             raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} does not exist")
         for name in names:
             self.graft.delete(name)
+        mixtures.place(self.graft, self)
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on."""
@@ -225,6 +239,7 @@ class Tuner(nn.Module):
             for adapter in curious:
                 facts = adapter.method.facts(adapter.config, whole, self.training)
                 found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
+        found |= {f"{a.name}.seen": {"model": self.model} for a in adapters if a.method.watches}
         return {name: value for name, value in found.items() if value is not None}
 
     @contextlib.contextmanager
@@ -251,12 +266,15 @@ class Tuner(nn.Module):
         if adapter_names is None:
             board = self.graft.board
             call = replace(board.route_here(quiet=True).call, extras=extras)
-            with board.using(call=call) if extras else contextlib.nullcontext():
+            around = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
+            with around[0], around[1], board.using(call=call) if extras else contextlib.nullcontext():
                 yield
             return
         graft = self.graft
         plan = Plan(adapter_names, lengths, extras=extras, calls=calls)
         require_known(plan.adapters, graft.adapters)
+        if whole := [n for n in plan.adapters if n in graft.adapters and graft.adapters[n].prompt is not None]:
+            raise ValueError(f"{whole} act on the model as a whole: no row of `adapter_names` can have one for itself.")
         if graft.biased():
             raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
         if graft.merged:
@@ -266,7 +284,7 @@ class Tuner(nn.Module):
         plan.tell(shape)
         hook = self.model.register_forward_pre_hook(partial(_tell, graft.board, plan), with_kwargs=True)
         try:
-            with graft.board.using(open=open, plan=plan):
+            with mixtures.watching(self.model, extras), graft.board.using(open=open, plan=plan):
                 with graft.board.moving:  # from now on no other thread parks them
                     graft.residents.bring(plan.adapters)
                 yield
@@ -333,7 +351,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
-        return getattr(self.model, name)
+        shown = mixtures.show(self.graft, name) if "graft" in self.__dict__ else None
+        return getattr(self.model, name) if shown is None else shown
 
 
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")

@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.core.config import TaskType
 from trimtab.errors import ConfigError
-from trimtab.methods import config_class
+from trimtab.methods import config_class, method_class
 from trimtab.train.config import AUTO, FIELDS, TrainConfig
 from trimtab.train.methods import fields_of, method_of
 
@@ -47,12 +47,13 @@ def adapter_config(config: TrainConfig, steps: int) -> Any:
         given.setdefault("total_step", steps)
     if given.get("r") == AUTO:
         raise ConfigError(f"r: {AUTO} is for `trimtab train` with its own trainer, in one process: name a rank here.")
-    if peft_type == "MULTITASK_PROMPT_TUNING" or given.get("n_tasks", 1) > 1:
+    try:
+        made = cls(task_type=TaskType.CAUSAL_LM, **given)
+    except (TypeError, ValueError) as e:
+        raise e if isinstance(e, ConfigError) else ConfigError(f"{cls.__name__}: {e}") from e
+    if "task_ids" in method_class(made).extras and getattr(made, "n_tasks", 2) > 1:
         raise ConfigError(
             f"{config.method} is trained on rows that say their task (task_ids), which those of a run do not: "
             "train it in a loop of your own."
         )
-    try:
-        return cls(task_type=TaskType.CAUSAL_LM, **given)
-    except (TypeError, ValueError) as e:
-        raise e if isinstance(e, ConfigError) else ConfigError(f"{cls.__name__}: {e}") from e
+    return made

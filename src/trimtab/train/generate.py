@@ -164,8 +164,9 @@ def mixes(model: Any, names: Sequence[str | None]) -> bool:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or names == [None]:
         return False
-    # A prompt that is loaded, even if it answers nothing here, may be the active one.
-    return not any(c.is_prompt_learning or getattr(c, "bias", "none") != "none" for c in configs.values())
+    # A prompt or a router that is loaded, even if it answers nothing here, may be the active one.
+    whole = any(a.prompt is not None for a in model.graft.adapters.values())
+    return not whole and all(getattr(c, "bias", "none") == "none" for c in configs.values())
 
 
 def active(model: Any) -> str:

@@ -1,0 +1,169 @@
+"""Shadow: the formula in plain code, off and on, generation with and without a cache, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab import LoraConfig, ShadowConfig, fuse_loss, get_peft_model
+from trimtab.errors import ConfigError, ReadOnlyWeight, RouteError
+
+IDS = torch.tensor([[4, 9, 11, 7, 30, 2], [8, 3, 21, 10, 6, 5]])
+
+
+def base(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    return model.to(dtype).eval()
+
+
+def shadowed(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    torch.manual_seed(1)
+    config = ShadowConfig(task_type="CAUSAL_LM", **{"r": 3, "shadow_alpha": 0.5, "init_weights": False, **fields})
+    return get_peft_model(base(dtype), config).eval()
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_the_formula_in_plain_code(width: int | None) -> None:
+    model, plain = shadowed(shadow_hidden_size=width), base()
+    parts = model.base_model.shadow_backbone["default"]
+    small_config = copy.deepcopy(plain.config)
+    small_config.num_hidden_layers, small_config.hidden_size = 1, width or 16
+    small = LlamaForCausalLM(small_config).model.eval()
+    small.load_state_dict(dict(parts.named_parameters()), strict=width is not None)
+    embedded = plain.get_input_embeddings()(IDS)
+    s = small(inputs_embeds=embedded if width is None else None, input_ids=IDS if width else None).last_hidden_state
+    if width:
+        s = s @ model.base_model.shadow_projection["default"].weight.T
+    h, turns = embedded, plain.model.rotary_emb(embedded, torch.arange(6)[None])
+    for layer, block in zip(plain.model.layers, model.get_base_model().model.layers, strict=True):
+        U, D = block.shadow_up["default"].weight, block.shadow_down["default"].weight
+
+        def network(name: str, x: torch.Tensor, block: Any = block) -> torch.Tensor:
+            own = dict(getattr(block, name)["default"].named_parameters())
+            return torch.nn.functional.gelu(x @ own["0.weight"].T + own["0.bias"]) @ own["2.weight"].T + own["2.bias"]
+
+        h = layer(h + 0.5 * ((h - s) @ D.T @ U.T), position_embeddings=turns)
+        g = 1 / (1 + torch.exp(-network("shadow_update_gate", h)))
+        s = g * network("shadow_update_transform", h) + (1 - g) * s
+    expected = plain.lm_head(plain.model.norm(h))
+    torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain(IDS).logits).abs().max() > 0.1
+
+
+def test_it_starts_as_the_base_and_comes_off() -> None:
+    fresh = shadowed(init_weights=True)
+    assert torch.equal(fresh(IDS).logits, base()(IDS).logits)
+    model = shadowed()
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, base()(IDS).logits)
+    out = model(IDS).logits
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, out)
+    assert torch.equal(model.unload()(IDS).logits, base()(IDS).logits)
+
+
+def test_a_cache_changes_no_answer() -> None:
+    model = shadowed(shadow_num_hidden_layers=2)
+    answers = [
+        model.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=cached, num_beams=beams)
+        for beams in (1, 3)
+        for cached in (True, False)
+    ]
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[2], answers[3])
+
+
+def test_a_padded_row_says_what_it_does_alone() -> None:
+    model = shadowed()
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), IDS[:1]], 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    out = model(padded, attention_mask=mask, position_ids=places).logits[:, 2:]
+    torch.testing.assert_close(out, model(IDS[:1]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_above_the_first() -> None:
+    model = shadowed(target_modules=["layers.1", "layers.2"])
+    assert (model(IDS).logits - base()(IDS).logits).abs().max() > 0.01
+    with pytest.raises(RouteError, match="use_cache=False"):
+        model.generate(IDS, max_new_tokens=3)
+    assert model.generate(IDS, max_new_tokens=3, use_cache=False).shape == (2, 9)
+    some = shadowed(layers_to_transform=[1, 2])
+    assert [n for n, _ in some.named_parameters() if "shadow_down" in n] == [
+        f"base_model.model.model.layers.{i}.shadow_down.default.weight" for i in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    grads = []
+    for checkpoints in (False, True):
+        model = shadowed(shadow_dropout=0.0).train()
+        if checkpoints:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert len(grads[0]) > 20
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_half_precision_and_other_adapters_beside_it() -> None:
+    model = shadowed(torch.bfloat16)
+    assert {p.dtype for p in model.base_model.shadow_backbone["default"].parameters()} == {torch.float32}
+    model(IDS, labels=IDS).loss.backward()
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    both = model.eval()
+    alone = both(IDS).logits
+    both.set_adapter("lora")
+    assert not torch.equal(both(IDS).logits, alone)
+    both.set_adapter("default")
+    assert torch.equal(both(IDS).logits, alone)
+    mixed = both(IDS, adapter_names=["default", "lora"], use_cache=False).logits
+    torch.testing.assert_close(mixed[:1], both(IDS[:1]).logits, rtol=0.1, atol=0.1)
+
+
+def test_the_loss_of_the_first_state_is_of_training() -> None:
+    model, without = shadowed(shadow_dropout=0.0), shadowed(shadow_dropout=0.0, auxiliary_loss_weight=0.0)
+    assert torch.equal(model(IDS, labels=IDS).loss, without(IDS, labels=IDS).loss)
+    assert model.train()(IDS, labels=IDS).loss > without.train()(IDS, labels=IDS).loss
+
+
+def test_in_our_loop_head_and_loss_are_one_step() -> None:
+    labels = IDS.clone()
+    labels[:, :3] = -100
+    losses, grads = [], []
+    for fused in (False, True):
+        model = shadowed(shadow_dropout=0.0).train()
+        taken = fuse_loss(model) if fused else None
+        assert (taken is not None) == fused
+        kept = {"logits_to_keep": torch.arange(2, 6)} if fused else {}
+        loss = model(IDS, labels=labels[:, 2:] if fused else labels, **kept).loss
+        loss.backward()
+        losses.append(loss)
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ReadOnlyWeight, match="cannot be merged"):
+        shadowed().merge_adapter()
+    with pytest.raises(ConfigError, match="causal language models"):
+        ShadowConfig(task_type="SEQ_CLS")
+    with pytest.raises(NotImplementedError, match="shadow_model"):
+        get_peft_model(base(), ShadowConfig(shadow_model="some/model"))
+    with pytest.raises(ConfigError, match="`shadow_num_attention_heads` should be a positive"):
+        shadowed(shadow_num_attention_heads=0)
+    with pytest.raises(RouteError, match="call the PeftModel"):
+        shadowed().get_base_model()(IDS)

@@ -1,0 +1,122 @@
+"""Shadow against PEFT: starts, outputs, gradients, generation, files both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import trimtab
+from tests.parity.models import batch, build
+from tests.parity.pairs import BOTH, config_file, near, quiet, stir, trainable, weights_file
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "small": ("llama", {"shadow_hidden_size": 8, "shadow_intermediate_size": 12, "r": 3, "update_hidden_size": 5}),
+    "own": ("llama", {"share_embeddings": False, "shadow_num_hidden_layers": 2, "shadow_alpha": 0.5}),
+    "random": ("llama_tied", {"init_weights": False, "auxiliary_loss_weight": 0.0}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-small": ("gpt2", {"shadow_hidden_size": 8, "shadow_num_attention_heads": 1, "shadow_intermediate_size": 9}),
+    "some": ("llama_deep", {"target_modules": ["layers.0", "layers.1", "layers.2"]}),
+}
+every = pytest.mark.parametrize("case", CASES)
+
+
+def adapt(library: Any, case: str) -> Any:
+    name, fields = CASES[case]
+    torch.manual_seed(11)
+    config = library.ShadowConfig(task_type="CAUSAL_LM", **fields)
+    return quiet(library.get_peft_model, build(name), config).eval()
+
+
+def pair(case: str) -> tuple[Any, Any]:
+    ours, theirs = (adapt(library, case) for library in BOTH)
+    stir(theirs, 0.1)
+    held = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                held[name].copy_(parameter)
+    return ours, theirs
+
+
+@every
+def test_names_and_starts(case: str) -> None:
+    ours, theirs = (adapt(library, case) for library in BOTH)
+    assert trainable(ours) == trainable(theirs)
+    held = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert held[name].shape == parameter.shape
+            if parameter.std() == 0:
+                assert torch.equal(held[name], parameter), name
+            elif parameter.numel() > 100:
+                assert 0.7 < held[name].std() / parameter.std() < 1.4, name
+
+
+@every
+def test_outputs_gradients_and_generation(case: str) -> None:
+    results = []
+    for model in pair(case):
+        inputs = batch(CASES[case][0])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, :2] = 0
+        logits = model(**inputs).logits
+        logits.float().square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        said = [model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=n) for n in (1, 2)]
+        results.append((logits, grads, said))
+    (ours, mine, said), (theirs, yours, answer) = results
+    near(ours, theirs)
+    assert mine.keys() == yours.keys()
+    for key, gradient in yours.items():
+        near(mine[key], gradient)
+    assert torch.equal(said[0], answer[0])
+    assert torch.equal(said[1], answer[1])
+
+
+@pytest.mark.parametrize("case", ["llama", "small", "gpt2"])
+def test_the_loss_of_the_first_state(case: str) -> None:
+    """PEFT adds it in evaluation, too, where there is no dropout: here it is taken from training without dropout."""
+    ours, theirs = pair(case)
+    inputs = batch(CASES[case][0])
+    ours.peft_config["default"].shadow_dropout = 0.0
+    wanted = theirs(**inputs, labels=inputs["input_ids"]).loss
+    found = ours.train()(**inputs, labels=inputs["input_ids"]).loss
+    near(found, wanted)
+    assert ours.eval()(**inputs, labels=inputs["input_ids"]).loss < wanted
+
+
+@every
+@pytest.mark.parametrize("writer", [0, 1], ids=["ours", "theirs"])
+def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
+    both = pair(case)
+    for model, folder in zip(both, ("0", "1"), strict=True):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    mine, yours = (weights_file(tmp_path / folder) for folder in "01")
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in yours.items()}
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    library = (trimtab, peft)[1 - writer]
+    read = quiet(library.PeftModel.from_pretrained, build(CASES[case][0]), str(tmp_path / str(writer)))
+    inputs = batch(CASES[case][0])
+    near(read.eval()(**inputs).logits, both[writer](**inputs).logits)
+
+
+def test_another_name(tmp_path: Path) -> None:
+    ours = quiet(trimtab.get_peft_model, build("llama"), trimtab.ShadowConfig(task_type="CAUSAL_LM"), "first").eval()
+    stir(ours, 0.1)
+    quiet(ours.save_pretrained, tmp_path)
+    read = quiet(peft.PeftModel.from_pretrained, build("llama"), str(tmp_path / "first"), adapter_name="other").eval()
+    near(read(**batch("llama")).logits, ours(**batch("llama")).logits)
+
+
+def test_fields() -> None:
+    ours, theirs = (quiet(library.ShadowConfig).to_dict() for library in BOTH)
+    assert {k: str(v) for k, v in ours.items()} == {k: str(v) for k, v in theirs.items()}
+    assert {f.name for f in dataclasses.fields(trimtab.ShadowConfig)} == {
+        f.name for f in dataclasses.fields(peft.ShadowConfig)
+    }

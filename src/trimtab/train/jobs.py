@@ -277,7 +277,9 @@ def _job(run: Assembled, result: TrainResult, restore: Any, optimizer: Any) -> J
     assert config.learning_rate is not None
     how = (config.learning_rate, config.lr_scheduler_type, run.warmup, config.weight_decay, config.max_grad_norm)
     job = Job(name, run.model.peft_config[name], run.batches, *how, config.seed)
-    job.result, job.restore, job.optimizer = result, restore, lambda parameters: optimizer
+    job.result, job.restore = result, restore
+    if config.optimizer != "adamw":
+        job.optimizer = lambda parameters: optimizer
     return job
 
 

@@ -143,6 +143,16 @@ def _adapters_of(model: Any) -> dict[str, Any]:
     return model.peft_config if isinstance(model, PeftModel) else {}
 
 
+def _adamw(job: Job) -> Callable[[list[nn.Parameter]], Any]:
+    """AdamW in one call for all tensors of a job: a quarter of the time of a call each, which K jobs have K times."""
+
+    def make(own: list[nn.Parameter]) -> Any:
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in own)
+        return torch.optim.AdamW(own, job.learning_rate, weight_decay=job.weight_decay, fused=fused)
+
+    return make
+
+
 @dataclass
 class JobRun(Run):
     """The run of one job."""
@@ -194,8 +204,7 @@ class _Shared:
         own = [p for n, p in model.named_parameters() if p.requires_grad and job.name in n.split(".")]
         if not own:
             raise TrainError(f"No parameter of '{job.name}' requires a gradient: there is nothing to train.")
-        make = job.optimizer or (lambda p: torch.optim.AdamW(p, job.learning_rate, weight_decay=job.weight_decay))
-        optimizer, processes = make(own), Alone()
+        optimizer, processes = (job.optimizer or _adamw(job))(own), Alone()
         if job.restore is not None:
             job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]

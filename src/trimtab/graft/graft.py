@@ -356,7 +356,7 @@ class Graft:
             layer.originals.give_back(name)
         if name in self.prompts:
             del self.prompts[name]
-        self.residents.forget(name)
+        self.residents.forget(name, self.layouts)
         self.configs.pop(name, None)
 
     def _bare(self) -> None:

@@ -79,8 +79,8 @@ class Residents:
             leaves.remove(adapter.name)
         self.order.pop(adapter.name, None)
 
-    def forget(self, name: str) -> None:
-        """Take an adapter's tensors out for good."""
+    def forget(self, name: str, known: dict[str, Layout]) -> None:
+        """Take an adapter's tensors out for good; of `known` layouts that no adapter has, only the last ones stay."""
         adapter = self.adapters.pop(name)
         for layer in adapter.layers:
             layer.detach(name)
@@ -89,6 +89,11 @@ class Residents:
         for leaves in self.commons.values():
             leaves.remove(name)
         self.order.pop(name, None)
+        if len(known) > LIMIT:
+            used = set(map(id, self.layouts()))
+            unused = [key for key, layout in known.items() if id(layout) not in used]
+            for key in unused[: max(0, len(unused) - LIMIT)]:
+                del known[key]
 
     def parked_at(self, layer: AdaptedLayer, leaves: Leaves | None = None) -> list[str]:
         """The parked adapters that have something at a layer, or in a container of it."""

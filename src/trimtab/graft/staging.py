@@ -58,6 +58,7 @@ class Stage:
             complete = found.config.copy()
             for field in config.to_dict().keys() - set(OWN_FIELDS):
                 setattr(config, field, getattr(complete, field))
+            known[key] = known.pop(key)  # the last used is the last to go
             return found
         layout = self._laid_out(config, method, choose(self.base, config, method, strict), autocast)
         layout.config = config.copy()

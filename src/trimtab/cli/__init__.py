@@ -9,6 +9,7 @@ import typer
 
 from trimtab.cli.chat import chat
 from trimtab.cli.check import check
+from trimtab.cli.combine import combine
 from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
 from trimtab.cli.diff import diff
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("eval")(quietly(evaluate))
-for verb in (generate, chat, compare, merge, inspect, diff, check):
+for verb in (generate, chat, compare, merge, combine, inspect, diff, check):
     app.command()(quietly(verb))
 app.command("fuse", hidden=True)(quietly(merge))
 for verb in (train, dpo, kto, reward, grpo):

@@ -31,4 +31,4 @@ def test_every_block_of_the_page(tmp_path, monkeypatch) -> None:
             assert result.exit_code == (1 if remark == "ends with 1" else 0), (
                 line + result.output + repr(result.exception)
             )
-    assert verbs == {"eval", "generate", "compare", "merge", "fuse", "inspect", "diff", "check"}
+    assert verbs == {"eval", "generate", "compare", "merge", "fuse", "combine", "inspect", "diff", "check"}

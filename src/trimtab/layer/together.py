@@ -6,8 +6,9 @@ would have computed: the input is the same object and nobody has written into it
 and the grad mode are the same. Where the others do not come as they did, that group is never formed again.
 
 A forward that is repeated, recorded or transformed (checkpointing, compilers, `torch.func`), or whose saved tensors are
-packed, is stepped layer by layer: a repetition must do what the first forward did. So is one without gradients: for the
-few rows of a step of generation, finding and keeping what belongs together costs more than it saves.
+packed, is stepped layer by layer: a repetition must do what the first forward did. So is one in evaluation mode, where
+the same input must give the same output to the bit, the first time as well; and one without gradients: for the few rows
+of a step of generation, finding and keeping what belongs together costs more than it saves.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Through:
 
     def _together(self, x: Tensor) -> Tensor | None:
         """The output, where the layers of this input are stepped together."""
-        if not torch.is_grad_enabled() or type(x) is not Tensor or x.is_inference() or not _usual():
+        if not (self.method.training and torch.is_grad_enabled() and type(x) is Tensor and _usual()):
+            return None
+        if x.is_inference():
             return None
         last = self.last
         if last.met(x):

@@ -59,14 +59,18 @@ class KappaTuneSelector:
         """Measure, once."""
         if self._condition_numbers is not None:
             return
-        from tqdm import tqdm
+        from rich.console import Console
+        from rich.progress import track
 
         model, suffixes, largest = self.model, self.moe_param_suffixes, self.max_dim_size_to_analyze
         linear = {n: m for n, m in model.named_modules() if n and isinstance(m, nn.Linear)}
         stacks = {n: p for n, p in model.named_parameters() if p.ndim == 3 and f".{n}".endswith(suffixes)}
         layers: dict[str, float] = {}
         experts: dict[str, float] = {}
-        for name in tqdm([*linear, *stacks], desc="Condition numbers", disable=not self.show_progress):
+        names = track(
+            [*linear, *stacks], "Condition numbers", console=Console(stderr=True), disable=not self.show_progress
+        )
+        for name in names:
             W = weights.read(linear[name], linear[name].weight) if name in linear else stacks[name]
             if max(W.shape[-2:]) <= largest:
                 (layers if name in linear else experts)[name] = _kappa(W)

@@ -6,7 +6,7 @@ from typing import Any
 
 from trimtab.core.config import TaskType
 from trimtab.errors import ConfigError
-from trimtab.methods import config_class, method_class
+from trimtab.methods import METHODS, config_class, load, method_class
 from trimtab.train.config import AUTO, FIELDS, TrainConfig
 from trimtab.train.methods import fields_of, method_of
 
@@ -27,7 +27,11 @@ def adapter_settings(config: TrainConfig) -> dict[str, Any]:
     if {"r", "lora_alpha"} <= fields and "init_r" not in fields:
         rank = given.get("r", RANK)
         defaults |= {"r": rank, "lora_alpha": ALPHA_OVER_R * rank}
-    if "r" in fields and "target_parameters" not in given:
+    if (
+        "r" in fields
+        and "target_parameters" not in given
+        and "linear" in getattr(load(*METHODS[peft_type][:2]), "kinds", ())
+    ):
         defaults["target_modules"] = "all-linear"
     return {**{k: v for k, v in defaults.items() if k in fields}, **given}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -224,3 +225,46 @@ def test_layers_can_be_scaled_and_switched_by_themselves() -> None:
     assert not torch.equal(switched, plain)
     model.set_adapter("a0")
     assert torch.equal(model.eval()(IDS), plain)
+
+
+def test_adapters_that_optimisers_hold_learn_on_however_many_there_are() -> None:
+    """Beyond the few last used they leave the module tree; their parameters come back as the same objects."""
+    names, ids = [f"task{i}" for i in range(12)], tokens()
+
+    def build() -> Any:
+        model = get_peft_model(toy(torch.float64), LoraConfig(r=2, target_modules=["up", "head"]), names[0])
+        for i, name in enumerate(names):
+            torch.manual_seed(i)
+            if i:
+                model.add_adapter(name, LoraConfig(r=2, target_modules=["up", "head"]))
+        return model
+
+    def own(model: Any, name: str) -> list[Any]:
+        model.set_adapter(name)
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def step(model: Any, name: str, optimizer: Any) -> None:
+        model.set_adapter(name)
+        model(ids).square().mean().backward()
+        if name == names[3]:
+            model.set_adapter(names[0])  # it may be switched before the step, too
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = build()
+    optimizers = {name: torch.optim.Adam(own(model, name), lr=1e-2) for name in names}
+    for _ in range(3):
+        for name in names:
+            step(model, name, optimizers[name])
+    for name in names:
+        single = build()
+        optimizer = torch.optim.Adam(own(single, name), lr=1e-2)
+        for _ in range(3):
+            step(single, name, optimizer)
+        for ours, theirs in zip(own(model, name), own(single, name), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    twin = copy.deepcopy(model)  # of which no optimiser holds anything
+    for name in names:
+        for ours, theirs in zip(own(twin, name), own(model, name), strict=True):
+            assert ours is not theirs
+            assert torch.equal(ours, theirs)

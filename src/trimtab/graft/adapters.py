@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,15 +171,24 @@ class Adapter:
 
 
 @torch.no_grad()
-def install(adapter: Adapter, tensors: Sequence[Tensor], commons: Mapping[str, Leaves]) -> None:
-    """Put an adapter's tensors and methods into the module tree."""
+def install(
+    adapter: Adapter,
+    tensors: Sequence[Tensor],
+    commons: Mapping[str, Leaves],
+    kept: Mapping[int, Callable[[], Any]] = MappingProxyType({}),
+) -> None:
+    """Put an adapter's tensors and methods into the module tree.
+
+    Args:
+        kept: by place in the layout, what gives a parameter that the adapter had and that somebody may still hold.
+    """
     layout, made = adapter.layout, []
     for place in layout.places:
         options = adapter.config if place.follows else place.method.options
         made.append(place.method.twin(adapter.name, options))
     held: list[dict[str, Tensor]] = [{} for _ in made]
-    for (i, name, leaf, _), tensor in zip(layout.spans(), tensors, strict=True):
-        value = stored(tensor, leaf)
+    for n, ((i, name, leaf, _), tensor) in enumerate(zip(layout.spans(), tensors, strict=True)):
+        value = again(own, tensor) if n in kept and (own := kept[n]()) is not None else stored(tensor, leaf)
         if i < 0:
             container, _, rest = name.partition(".")
             commons[container].put(adapter.name, rest, value)
@@ -193,6 +203,14 @@ def install(adapter: Adapter, tensors: Sequence[Tensor], commons: Mapping[str, L
             method.places = made[place.home].places
     for (i, attribute), value in adapter.settings.items():
         setattr(made[i], attribute, value)
+
+
+def again(own: nn.Parameter, tensor: Tensor) -> nn.Parameter:
+    """A parameter that was parked, with the numbers it has now: whoever holds it may have changed it since."""
+    if (own.dtype, own.device, own.shape) != (tensor.dtype, tensor.device, tensor.shape):  # the model was moved
+        own.data = tensor
+    own.requires_grad_(False)
+    return own
 
 
 def stored(tensor: Tensor, leaf: Leaf) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
 
 from trimtab.core.model_method import Mixture
 from trimtab.graft import steps
@@ -21,12 +24,17 @@ class Residents:
         adapters: by name.
         commons: name -> {adapter: tensor} of what adapters keep once for all their sites.
         order: the adapters in the module tree, those used longest ago first.
+        kept: parked adapter -> its parameters that others hold (an optimiser), by their place in its layout.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.commons: dict[str, Leaves] = {}
         self.order: dict[str, None] = {}
+        self.kept: dict[str, dict[int, weakref.ref[Any]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}  # what others hold is of this model, not of a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -49,7 +57,7 @@ class Residents:
                 continue
             if adapter.flat is not None:
                 tensors, adapter.flat = adapter.layout.cut(adapter.flat), None
-                install(adapter, tensors, self.commons)
+                install(adapter, tensors, self.commons, self.kept.pop(name, {}))
                 adapter.settings = {}
             self.used([name])
 
@@ -70,18 +78,24 @@ class Residents:
             self.park(self.adapters[name])
 
     def park(self, adapter: Adapter) -> None:
-        """Take an adapter out of the module tree; its numbers stay, as they are."""
-        adapter.flat = adapter.layout.packed(tensors_of(adapter, self.commons))
+        """Take an adapter out of the module tree; its numbers stay, as they are, and parameters that others hold."""
+        tensors = tensors_of(adapter, self.commons)
+        adapter.flat = adapter.layout.packed(tensors)
+        kept = {i: weakref.ref(t) for i, t in enumerate(tensors) if isinstance(t, nn.Parameter)}
+        del tensors
         adapter.settings = _settings(adapter)
         for layer in adapter.layers:
             layer.detach(adapter.name)
         for leaves in self.commons.values():
             leaves.remove(adapter.name)
         self.order.pop(adapter.name, None)
+        if held := {i: ref for i, ref in kept.items() if ref() is not None}:
+            self.kept[adapter.name] = held
 
     def forget(self, name: str, known: dict[str, Layout]) -> None:
         """Take an adapter's tensors out for good; of `known` layouts that no adapter has, only the last ones stay."""
         adapter = self.adapters.pop(name)
+        self.kept.pop(name, None)
         for layer in adapter.layers:
             layer.detach(name)
         for wrapper in adapter.saved:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trimtab.graft.base import Base
 from trimtab.graft.stack import replicate
 from trimtab.init import eva
-from trimtab.init.loftq import low_rank, quantised
+from trimtab.init.loftq import fitted
 
 __all__ = ["IncrementalPCA", "MontecloraTrainerMixin", "loftq_init", "random_mask", "replicate_layers"]
 
@@ -112,13 +112,7 @@ def loftq_init(
     weight: Tensor | nn.Parameter, num_bits: int, reduced_rank: int, num_iter: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LoftQ of a weight (out, in): what it is once quantised, A (r, in) and B (out, r) for what that loses."""
-    if num_bits not in (4, 8):
-        raise ValueError("Only nf4 and int8 quantization is supported")
-    W = weight.detach().float()
-    Q, A, B = W, W.new_zeros(reduced_rank, W.shape[1]), W.new_zeros(W.shape[0], reduced_rank)
-    for _ in range(num_iter):
-        Q = quantised(W - B @ A, num_bits)
-        A, B = low_rank(W - Q, reduced_rank)
+    Q, A, B = fitted(weight.detach().float(), num_bits, reduced_rank, num_iter)
     return Q.to(weight.dtype), A, B
 
 

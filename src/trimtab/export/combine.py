@@ -6,7 +6,6 @@ which hold no numbers, stand in its place; the rest is what a loaded model does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from trimtab.core.combining import TYPES
 from trimtab.core.config import PeftConfig
 from trimtab.errors import ConfigError, ExportError
 from trimtab.files.codec import PREFIX
+from trimtab.files.factors import ENDINGS
 from trimtab.files.store import load_shapes
 from trimtab.shell.peft_model import PeftModel
 
 __all__ = ["Combined", "combine_adapters"]
 
-FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<which>[AB])(\.weight)?$")
 BESIDE = (".lora_magnitude_vector", ".lora_B.bias")  # tensors of a layer that has factors, too
 
 
@@ -123,11 +122,10 @@ def skeleton(adapters: Sequence[str]) -> nn.Module:
     odd: list[str] = []
     for source in adapters:
         for key, shape in load_shapes(source).items():
-            found = FACTOR.match(key.removeprefix(PREFIX))
-            if found is not None:
-                part = f"{found['kind'] or ''}{found['which']}"
-                known = shapes.setdefault(found["path"], {})
-                known[part] = shape
+            end = next((end for pair in ENDINGS for end in pair if key.endswith(end)), None)
+            if end is not None:
+                part = end.removeprefix(".lora_").removesuffix(".weight")  # A, B, embedding_A, embedding_B
+                shapes.setdefault(key.removeprefix(PREFIX).removesuffix(end), {})[part] = shape
             elif not any(beside in key for beside in BESIDE):
                 odd.append(key)
     if odd or not shapes:

@@ -52,19 +52,23 @@ def low_rank(R: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
+def fitted(W: Tensor, bits: int, r: int, rounds: int, s: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q, A (r, in), B (out, r)) with W ≈ Q + s·B·A after so many rounds; Q is W, and the pair zero, after none."""
+    if bits not in (4, 8):
+        raise ConfigError("Only nf4 and int8 quantization is supported")
+    Q, A, B = W, W.new_zeros(r, W.shape[1]), W.new_zeros(W.shape[0], r)
+    for _ in range(rounds):
+        Q = quantised(W - s * (B @ A), bits)
+        A, B = low_rank((W - Q) / s, r)
+    return Q, A, B
+
+
 def loftq(method: Any) -> Tensor:
     """A and B for what quantising W loses; the base holds the quantised weight's numbers."""
     settings = method.options.loftq_config
     bits, rounds = settings["loftq_bits"], settings["loftq_iter"]
-    if bits not in (4, 8):
-        raise ConfigError("Only nf4 and int8 quantization is supported")
     if rounds < 1:
         raise ConfigError(f"`loftq_iter` should be at least 1, not {rounds}.")
-    W, s, Q, part = wide(method.site.matrix()), method.scaling, None, 0.0
-    for _ in range(rounds):
-        Q = quantised(W - part, bits)
-        A, B = low_rank((W - Q) / s, method.r)
-        part = s * (B @ A)
+    Q, A, B = fitted(wide(method.site.matrix()), bits, method.r, rounds, method.scaling)
     method.put(A, B)
-    assert Q is not None
     return Q

@@ -305,6 +305,12 @@ class Board:
         """A block in which the model is the plain base."""
         return self.using(open=True, enabled=False, plan=None, epoch=None)
 
+    def handing(self, extras: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """A block in which formulas are handed what they must know of a forward; none where that is nothing."""
+        if not extras:
+            return contextlib.nullcontext()
+        return self.using(call=replace(self.route_here(quiet=True).call, extras=extras))
+
     # ------------------------------------------------------------------ questions
     def route_here(self, quiet: bool = False) -> Route:
         """This thread's route.

@@ -43,16 +43,15 @@ class Through:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
             return self.otherwise(*args, **kwargs)
-        y = self._together(args[0]) if self.groups and not torch.compiler.is_compiling() else None
+        grouped = self.groups and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        y = self._together(args[0]) if grouped else None
         if y is None:
             y = self.through(args[0], self.call)
         return self.otherwise(*args) if y is None else y
 
     def _together(self, x: Tensor) -> Tensor | None:
         """The output, where the layers of this input are stepped together."""
-        if not (self.method.training and torch.is_grad_enabled() and type(x) is Tensor and _usual()):
-            return None
-        if x.is_inference():
+        if not self.method.training or type(x) is not Tensor or x.is_inference() or not _usual():
             return None
         last = self.last
         if last.met(x):

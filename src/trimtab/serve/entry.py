@@ -10,10 +10,9 @@ from typing import Any
 
 from trimtab.core.config import CONFIG_NAME
 from trimtab.errors import AdapterFileError
-from trimtab.files.store import PICKLED, WEIGHTS
+from trimtab.files.store import PICKLED, WEIGHTS, load_shapes
 
 Stamp = tuple[tuple[int, int, int], ...]  # (time of change in ns, size, inode) of the config and of the weights
-HEAD = 100_000_000  # bytes of a safetensors head, which is as much as the format allows
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,17 @@ class Entry:
 
 def stamp_of(folder: Path) -> Stamp | None:
     """The stamp of an adapter's folder now; None where there is none (any more)."""
-    found = []
-    for names in ((CONFIG_NAME,), (WEIGHTS, PICKLED)):
-        for name in names:
-            try:
-                status = (folder / name).stat()
-            except OSError:
-                continue
-            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            break
-    return tuple(found) if len(found) == 2 else None
+    try:
+        found = [path.stat() for path in _files(folder)]
+    except OSError:
+        return None
+    return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    """An adapter's config and weights."""
+    whole = folder / WEIGHTS
+    return folder / CONFIG_NAME, whole if whole.is_file() else folder / PICKLED
 
 
 def read_entry(name: str, folder: Path) -> Entry:
@@ -61,7 +61,7 @@ def read_entry(name: str, folder: Path) -> Entry:
         raise AdapterFileError(f"{folder} holds no {CONFIG_NAME}, or no weights beside it.")
     config = _config(folder)
     if (folder / WEIGHTS).is_file():
-        _check_head(folder / WEIGHTS)
+        load_shapes(folder)  # the head, which is held against the file's length
     if stamp_of(folder) != before:
         raise AdapterFileError(f"{folder} is being written.")
     base = config.get("base_model_name_or_path")
@@ -79,22 +79,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_head(path: Path) -> None:
-    """Raise unless the file is as long as its head says."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEAD, size - 8):
-                raise ValueError(f"its head would have {length} bytes")
-            head = json.loads(file.read(length))
-        ends = [part["data_offsets"][1] for key, part in head.items() if key != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise AdapterFileError(f"{path} is no safetensors file, or truncated: {error}") from error
-    if 8 + length + max(ends, default=0) != size:
-        raise AdapterFileError(f"{path} has {size} bytes instead of {8 + length + max(ends, default=0)}.")
-
-
 def content_of(entry: Entry) -> str:
     """A hash of the adapter's content: config and weights.
 
@@ -103,12 +87,7 @@ def content_of(entry: Entry) -> str:
     """
     found = hashlib.sha256()
     try:
-        for name in (CONFIG_NAME, WEIGHTS, PICKLED):
-            path = entry.folder / name
-            if name == PICKLED and (entry.folder / WEIGHTS).is_file():
-                continue
-            if not path.is_file():
-                continue
+        for path in _files(entry.folder):
             with path.open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:

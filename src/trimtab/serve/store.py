@@ -114,6 +114,8 @@ class AdapterStore:
             for name in before.keys() - places.keys():
                 self.entries.pop(name, None)
             now = self.entries
+            current = {(entry.folder, entry.stamp) for entry in now.values()}
+            self._contents = {key: content for key, content in self._contents.items() if key in current}
             return Changes(
                 new=tuple(n for n in now if n not in before),
                 changed=tuple(n for n in now if n in before and now[n].stamp != before[n].stamp),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -264,10 +263,8 @@ class Tuner(nn.Module):
             extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
-            board = self.graft.board
-            call = replace(board.route_here(quiet=True).call, extras=extras)
-            around = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
-            with around[0], around[1], board.using(call=call) if extras else contextlib.nullcontext():
+            watched, mixed = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
+            with watched, mixed, self.graft.board.handing(extras):
                 yield
             return
         graft = self.graft

@@ -68,9 +68,7 @@ class StepOne(Event):
         if self.done:
             return
         self.done = True
-        trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-        if run.adapter is not None:  # others train beside it
-            trained = {n: p for n, p in trained.items() if run.adapter in n.split(".")}
+        trained = run.trained()
         without = [n for n, p in trained.items() if p.grad is None]
         if len(without) == len(trained) or run.grad_norm == 0:
             raise TrainError("No trainable tensor got a gradient in the first step: nothing would be learned.")

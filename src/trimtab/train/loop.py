@@ -82,6 +82,11 @@ class Run:
         """Whether the last step is done."""
         return self.step >= len(self.batches)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of what it trains: of its adapter alone, where others train beside it."""
+        every, own = self.model.named_parameters(), self.adapter
+        return {n: p for n, p in every if p.requires_grad and (own is None or own in n.split("."))}
+
     def fire(self, name: str) -> None:
         """Call a hook of every event, in their order."""
         for event in self.events:

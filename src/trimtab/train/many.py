@@ -200,17 +200,17 @@ class _Shared:
             model.train(training)
 
     def _run(self, job: Job) -> JobRun:
-        model = self.model
-        own = [p for n, p in model.named_parameters() if p.requires_grad and job.name in n.split(".")]
-        if not own:
-            raise TrainError(f"No parameter of '{job.name}' requires a gradient: there is nothing to train.")
-        optimizer, processes = (job.optimizer or _adamw(job))(own), Alone()
-        if job.restore is not None:
-            job.restore(model, optimizer, processes)
         known = [Schedule(job.schedule, job.warmup_steps), *job.events]
+        more: dict[str, Any] = {"seed": job.seed, "adapter": job.name, "job": job}
+        run = JobRun(self.model, job.batches, None, job.result, known, Alone(), **more)
+        run.parameters = list(run.trained().values())
+        if not run.parameters:
+            raise TrainError(f"No parameter of '{job.name}' requires a gradient: there is nothing to train.")
+        run.optimizer = (job.optimizer or _adamw(job))(run.parameters)
+        if job.restore is not None:
+            job.restore(self.model, run.optimizer, run.processes)
         job.result.stopped, job.result.failed = "", False
-        more: dict[str, Any] = {"seed": job.seed, "adapter": job.name, "job": job, "parameters": own}
-        return JobRun(model, job.batches, optimizer, job.result, known, processes, **more)
+        return run
 
     @contextlib.contextmanager
     def _as(self, run: JobRun) -> Iterator[None]:
@@ -262,7 +262,7 @@ class _Shared:
 
     def _pass(self, work: Sequence[tuple[JobRun, Any, int]]) -> None:
         """Forward and backward of the nth batch of the step of each run."""
-        every = [Part.of(run, run.job.name, batches[n], sum(b.trained for b in batches)) for run, batches, n in work]
+        every = [Part.of(run, batches[n], sum(b.trained for b in batches)) for run, batches, n in work]
         for parts in passes(every, self.tokens):
             found = losses(self.model, parts, self.fused)
             shares = found.new_tensor([part.share for part in parts])

@@ -24,26 +24,29 @@ class Part:
     """A batch of one run, as it goes into a pass.
 
     Attributes:
-        adapter: the run's.
         tensors: `input_ids` and `labels` (rows, tokens), and `position_ids` where several rows share a sequence.
         share: what the mean loss of its trained tokens counts in the run's step.
         call: what the adapter's formulas are handed: the random numbers that the batch alone would have.
     """
 
     run: Run
-    adapter: str
     batch: Batch
     tensors: dict[str, Tensor]
     share: float
     call: Call
 
     @classmethod
-    def of(cls, run: Run, adapter: str, batch: Batch, trained: int) -> Part:
+    def of(cls, run: Run, batch: Batch, trained: int) -> Part:
         """A batch of a step that trains `trained` tokens."""
         tensors = run.batches.tensors(batch)
         tensors.pop("attention_mask", None)  # rows are padded at their end, and no row looks ahead
-        call = call_of(run, batch)
-        return cls(run, adapter, batch, tensors, batch.trained / trained, call)
+        return cls(run, batch, tensors, batch.trained / trained, call_of(run, batch))
+
+    @property
+    def adapter(self) -> str:
+        """The run's."""
+        assert self.run.adapter is not None
+        return self.run.adapter
 
     @property
     def shape(self) -> tuple[int, int]:

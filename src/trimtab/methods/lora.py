@@ -183,13 +183,13 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def beside(self) -> Layer | None:
-        """The layer and its update as a fused step takes them, without dropout; None where it has no plain weight."""
+    def beside(self) -> tuple[Any, ...] | None:
+        """W, b, A, B and s as a fused step takes them; None where the layer has no plain weight."""
         plain = self.site.plain()
         if plain is None or self.biased or (self.dropout and self.training and torch.compiler.is_compiling()):
             return None
         (pa, ka), (pb, kb) = self.places.values()
-        return Layer(*plain, pa[ka], pb[kb], self.scaling)
+        return (*plain, pa[ka], pb[kb], self.scaling)
 
     def dropping(self, x: Tensor, call: Call) -> Dropout | None:
         """What drops entries of its input in this forward."""
@@ -197,11 +197,11 @@ class Lora(LowRank):
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
         layer = self.beside() if call.strength(self) is None else None
-        return None if layer is None else lora_linear(x, *layer[:5], self.dropping(x, call))
+        return None if layer is None else lora_linear(x, *layer, self.dropping(x, call))
 
     @staticmethod
     def together(methods: Sequence[Any], x: Tensor, call: Call) -> Sequence[Tensor] | None:
-        layers = [layer for m in methods if (layer := m.beside()) is not None]
+        layers = [Layer(*layer) for m in methods if (layer := m.beside()) is not None]
         if len(layers) < len(methods) or not fits(x, layers) or any(call.strength(m) is not None for m in methods):
             return None
         drops = [m.dropping(x, call) for m in methods]

@@ -49,11 +49,12 @@ def lora_linear(
     """
     if drop is None and not torch.is_grad_enabled() and x.ndim > 1:
         if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
-            flat = x.flatten(0, -2)
+            flat = x if x.ndim == 2 else x.flatten(0, -2)
             y, u = F.linear(flat, W, b), F.linear(flat, A)
             plainly = recorded() or autocasts(x) or type(y) is not Tensor
             add = torch.addmm if plainly else Tensor.addmm_  # y is nobody else's
-            return add(y, u, B.t(), alpha=scale).view(*x.shape[:-1], y.shape[-1])
+            y = add(y, u, B.t(), alpha=scale)
+            return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
         if _fits(x, x.dtype, W, A, B) and not autocasts(x):
             return _unrecorded(x, W, b, A, B, scale)
     return lora_linear_group(x, [Layer(W, b, A, B, scale, drop)])[0]

@@ -296,14 +296,20 @@ def test_plot(model, rows, tmp_path) -> None:
 
 
 def test_trackers_get_settings_steps_and_scores(model, rows, tmp_path) -> None:
+    from accelerate import PartialState
+    from accelerate.logging import get_logger
     from accelerate.tracking import GeneralTracker
 
     class Mine(GeneralTracker):
         name, requires_logging_directory, tracker = "mine", False, None
+        main_process_only = False  # as wandb's and trackio's: accelerate does not look for the processes by itself
 
         def __init__(self) -> None:
             super().__init__()
             self.seen: list = []
+
+        def start(self) -> None:
+            get_logger("mine").debug("accelerate's trackers write such lines")
 
         def store_init_configuration(self, values: dict) -> None:
             self.seen.append(values)
@@ -315,6 +321,7 @@ def test_trackers_get_settings_steps_and_scores(model, rows, tmp_path) -> None:
             self.seen.append("finished")
 
     mine = Mine()
+    PartialState._reset_state()  # as in a new process
     events = [Trackers([mine], tmp_path, "run", {"r": 4, "x": [1]}), Evaluate(lambda model: {"loss": 2.0}, every=-1)]
     train(model, Batches(rows, max_steps=2), adamw(model), events)
     assert mine.seen[0] == {"r": 4, "x": "[1]"}

@@ -249,6 +249,9 @@ class Trackers(Event):
     def begin(self, run: Run) -> None:
         if not run.processes.main:
             return
+        from accelerate import PartialState
+
+        PartialState()  # its trackers write log lines, for which it must know the processes
         for cls in self.classes:
             place = {"logging_dir": self.folder} if getattr(cls, "requires_logging_directory", False) else {}
             tracker = cls(self.project, **place) if isinstance(cls, type) else cls

@@ -39,13 +39,16 @@ def locate(folder_or_id: str | os.PathLike[str], name: str, **hub: Any) -> Path 
         raise AdapterFileError(f"Can't find '{name}' at '{folder_or_id}': that is a file. Name the folder it lies in.")
     if folder.is_absolute() or str(folder_or_id).count("/") > 1 or str(folder_or_id).startswith("."):
         raise AdapterFileError(f"Can't find '{name}' at '{folder_or_id}': there is no such folder.")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     arguments = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and k != "proxies" and v is not None}
     try:
         return Path(hf_hub_download(str(folder_or_id), name, subfolder=subfolder or None, **arguments))
-    except LocalEntryNotFoundError as error:  # offline, and not in the cache
+    except LocalEntryNotFoundError as error:
+        offline = constants.HF_HUB_OFFLINE or arguments.get("local_files_only")
+        if offline and name != CONFIG_NAME and locate(folder_or_id, CONFIG_NAME, subfolder=subfolder, **hub):
+            return None  # the adapter is in the cache, and was without this file when it came there
         raise AdapterFileError(
             f"Can't find '{name}' at '{folder_or_id}': it is no folder here, and the Hub cannot be reached."
         ) from error

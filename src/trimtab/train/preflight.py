@@ -51,7 +51,9 @@ class Preflight:
     def render(self, console: Console, examples: int = SHOWN) -> None:
         """Print it. What is trained is green; where there are no colours it stands in brackets."""
         left, right = _brackets(console)
-        console.print(Text("\n".join(_facts(self.prepared, bool(self.tokenizer.chat_template)))))
+        for line in _facts(self.prepared, bool(self.tokenizer.chat_template)):
+            text = line.lstrip()  # what is too long for the console goes on below itself
+            console.print(Padding(Text(text), (0, 0, 0, len(line) - len(text)), expand=False))
         console.print(Text(f"Trained is what stands in {f'{left}brackets{right}' if left else 'green'}:"))
         for example, place in list(zip(self.prepared.examples, self.prepared.places))[:examples]:
             console.print(Text(f"{place}: {len(example.ids)} tokens, {example.trained} of them trained", style="bold"))

@@ -21,6 +21,18 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = ROOT / "docs" / "differences-names.txt"
 
 # Run with the alias, in a process of its own: which of these names are not answered?
+STAR = """
+import trimtab.as_peft, json, sys
+lacking = {}
+for path, names in json.load(sys.stdin).items():
+    found = {}
+    try:
+        exec(f"from {path} import *", found)
+    except ModuleNotFoundError:  # a module that is on the list
+        pass
+    lacking[path] = sorted({*names} - found.keys())
+print(json.dumps(lacking))
+"""
 ASK = """
 import trimtab.as_peft, importlib, json, sys
 missing = {}
@@ -67,8 +79,12 @@ def belongs(value: object) -> bool:
 
 def missing_names() -> dict[str, list[str]]:
     """{module: names that are not answered}."""
+    return asked(ASK, public_names())
+
+
+def asked(code: str, names: dict[str, list[str]]) -> dict[str, list[str]]:
     done = subprocess.run(
-        [sys.executable, "-c", ASK], input=json.dumps(public_names()), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], input=json.dumps(names), capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -88,6 +104,18 @@ def test_every_public_name_is_answered_or_listed():
     names, missing = public_names(), missing_names()
     assert len(pairs(names)) > 2000
     assert sorted(pairs(missing) - pairs(listed())) == []
+
+
+def test_a_star_brings_what_it_brings_from_peft():
+    modules = {path: importlib.import_module(path) for path in public_names()}
+    stars = {
+        path: [name for name in module.__all__ if not name.startswith("_")]
+        for path, module in modules.items()
+        if hasattr(module, "__all__")
+    }
+    assert len(stars) > 20
+    lacking = asked(STAR, stars)
+    assert sorted(pairs(lacking) - pairs(listed())) == []
 
 
 def test_the_types_are_those_of_the_installed_peft():

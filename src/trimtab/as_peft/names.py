@@ -97,6 +97,16 @@ def is_module(path: str) -> bool:
     return path in paths()
 
 
+# What `from peft import *` brings beside what `from trimtab import *` does.
+TOP = (
+    "CPTEmbedding", "CartridgeEncoder", "MultitaskPromptTuningInit", "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel", "PrefixEncoder",
+    "PromptEmbedding", "PromptEncoder", "PromptEncoderReparameterizationType", "PromptTuningInit",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "cast_mixed_precision_params", "get_peft_config",
+    "shift_tokens_right",
+)  # fmt: skip
+
+
 def is_package(path: str) -> bool:
     """Whether it has modules below it."""
     return paths()[path]
@@ -146,7 +156,13 @@ def names_of(path: str) -> list[str]:
     own = [name for name in trimtab.__all__ if not name.startswith("_")]
     own += [row[2] for row in METHODS.values()] + models()
     if path == "peft":
-        return sorted({*own, "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel"})
+        return sorted({*own, *TOP})
+    own += [f"{prefix}Layer" for prefix in prefixes().values()]
+    method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
+    if method in METHODS:
+        own += [*LAYERS, *(f"{start}{kind}" for start in ("", prefixes()[method], "SVD") for kind in classes.BASES)]
+    elif path.startswith("peft.utils"):
+        own += [MAPPING.format(peft_type.replace("_", "")) for peft_type in METHODS]
     children = [p.rpartition(".")[2] for p in paths() if p.rpartition(".")[0] == path]
     return sorted({*own, *ALIASES, *children, *(n for s in SOURCES for n in import_module(s).__all__)})
 
@@ -155,4 +171,5 @@ def _targets(peft_type: str) -> dict[str, Any]:
     from trimtab.methods import load
 
     file, method, _ = METHODS[peft_type]
-    return {model: t if isinstance(t, str) else list(t) for model, t in load(file, method).targets.items()}
+    found = getattr(load(file, method), "targets", {})  # prompts have none
+    return {model: t if isinstance(t, str) else list(t) for model, t in found.items()}

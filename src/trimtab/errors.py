@@ -7,6 +7,7 @@ PeftError(Exception)
 ├── AdapterNameError(KeyError, ValueError)  a name that is taken, unknown, or cannot name a folder and a module
 ├── AdapterFileError(RuntimeError, ValueError)  files that are missing, damaged, or do not fit the model
 ├── ReadOnlyWeight(ValueError)              a number format that can be read but not written
+│   └── NotMergeable(NotImplementedError)   an adapter that no weight of a layer can stand for
 ├── RouteError(RuntimeError)                a forward that cannot know which adapter its rows belong to
 ├── BaseModelError(OSError)                 a base model that cannot be fetched, checked or converted
 ├── MissingPackageError(ImportError)        a package that only some uses need; the message says how to install it
@@ -50,6 +51,10 @@ class AdapterFileError(PeftError, RuntimeError, ValueError):
 
 class ReadOnlyWeight(PeftError, ValueError):
     """The weight's number format can be read but not written; the message says what to do instead."""
+
+
+class NotMergeable(ReadOnlyWeight, NotImplementedError):
+    """An adapter that no weight of a layer can stand for."""
 
 
 class RouteError(PeftError, RuntimeError):

@@ -187,7 +187,7 @@ def test_no_or_unknown_method(content: dict[str, Any], message: str, tmp_path: P
 
 
 def test_unknown_task_type() -> None:
-    with pytest.raises(ConfigError, match=r"Invalid task type: 'CAUSAL'\. Must be one of .*'CAUSAL_LM'"):
+    with pytest.raises(ConfigError, match=r"Invalid task type: 'CAUSAL'\. Must be one of .* CAUSAL_LM"):
         LoraConfig(task_type="CAUSAL")
     assert LoraConfig(task_type=TaskType.CAUSAL_LM).task_type == "CAUSAL_LM"
 

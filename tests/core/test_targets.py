@@ -157,8 +157,10 @@ def test_nothing_fits_because_of_the_layers() -> None:
 
 
 def test_all_excluded_says_so() -> None:
-    with pytest.raises(NoMatchingPeftModuleError, match="All modules were excluded"):
+    with pytest.raises(NoMatchingPeftModuleError, match=r"No modules were targeted .*q_proj'\] fit, but are excluded"):
         select(KINDS, LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+    with pytest.raises(NoMatchingPeftModuleError, match="All modules were excluded"):
+        select(KINDS, LoraConfig(target_modules=["q_proj"], exclude_modules=".*"))
 
 
 def test_some_entries_fit_nothing() -> None:

@@ -185,7 +185,7 @@ def test_errors(fields: dict[str, Any], message: str) -> None:
 
 
 def test_fields_that_are_not_read_are_named() -> None:
-    with pytest.warns(UserWarning, match="'r', 'alpha_pattern'.* are not used"):
+    with pytest.warns(UserWarning, match="`r`, `alpha_pattern`.* is not used"):
         AdaLoraConfig(total_step=10, r=4, alpha_pattern={"q_proj": 3})
 
 

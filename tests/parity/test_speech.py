@@ -24,6 +24,14 @@ def then(act: Callable[[Any, Any], Any], **fields: Any) -> Act:
     return lambda library: quiet(act, library, adapt(library, "llama", fields))
 
 
+def wrap_and(act: Callable[[Any], Any], **fields: Any) -> Act:
+    return then(lambda library, model: act(model), **fields)
+
+
+def combined(model: Any, **how: Any) -> None:
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "new", **how)
+
+
 FAULTS: dict[str, tuple[Act, str]] = {
     "no target": (
         wrap(target_modules=["nothing"]),
@@ -31,7 +39,14 @@ FAULTS: dict[str, tuple[Act, str]] = {
     ),
     "no target, regex": (wrap(target_modules="q_proj"), "not found in the base model"),
     "no target in layer": (wrap(target_modules=["q_proj"], layers_to_transform=[9]), "layers_to_transform"),
-    "all excluded": (wrap(target_modules=["q_proj"], exclude_modules=["q_proj"]), "All modules were excluded"),
+    "targets excluded": (
+        wrap(target_modules=["q_proj"], exclude_modules=["q_proj"]),
+        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules",
+    ),
+    "all excluded": (
+        wrap(target_modules=["q_proj"], exclude_modules=".*"),
+        "All modules were excluded. This is likely",
+    ),
     "no default": (wrap("toy"), "Please specify `target_modules` or `target_parameters`in `peft_config`"),
     "unsupported layer": (wrap(target_modules=["input_layernorm"]), "is not supported"),
     "r zero": (wrap(r=0), "`r` should be a positive integer value but the value passed is 0"),
@@ -80,7 +95,55 @@ FAULTS: dict[str, tuple[Act, str]] = {
         then(lambda lib, m: (broken(m), m.merge_and_unload(safe_merge=True))),
         "NaNs detected in the merged weights",
     ),
-    "tokens of nothing": (wrap(trainable_token_indices={"nothing": [1]}), "nothing"),
+    "tokens of nothing": (
+        wrap(trainable_token_indices={"nothing": [1]}),
+        "Target modules {'nothing'} not found in the base model",
+    ),
+    "one name for several": (
+        then(lambda lib, m: m.merge_adapter("default")),
+        "adapter_names should be a list of strings, got 'default'",
+    ),
+    "one name for several, at the end": (
+        then(lambda lib, m: m.merge_and_unload(adapter_names="default")),
+        "adapter_names should be a list of strings, got 'default'",
+    ),
+    "combination of nothing": (
+        then(lambda lib, m: m.add_weighted_adapter(["x"], [1.0], "new")),
+        "Adapter x does not exist",
+    ),
+    "combination of unlike ranks": (
+        then(lambda lib, m: (m.add_adapter("b", lib.LoraConfig(r=3)), combined(m, combination_type="linear"))),
+        "All adapters must have the same r value when using combination_type linear, ties, dare_ties or dare_linear",
+    ),
+    "combination of whole modules": (
+        then(
+            lambda lib, m: (m.add_adapter("b", lib.LoraConfig(modules_to_save=["lm_head"])), combined(m)),
+            modules_to_save=["lm_head"],
+        ),
+        "Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such instance",
+    ),
+    "mixed with nothing": (
+        then(lambda lib, m: m.eval()(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["x", "x"])),
+        r"Trying to infer with non-existing adapter\(s\): x",
+    ),
+    "aLoRA merged": (
+        wrap_and(lambda m: m.merge_and_unload(), alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+        "merg",
+    ),
+    "state of prompts": (
+        lambda lib: lib.get_peft_model(
+            build("llama"), lib.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        ).get_layer_status(),
+        "got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported",
+    ),
+    "rank 0 of a conversion": (
+        then(lambda lib, m: lib.convert_to_lora(m, rank=0)),
+        "Passing a rank of 0 doesn't make sense",
+    ),
+    "energy of a conversion": (
+        then(lambda lib, m: lib.convert_to_lora(m, rank=1.5)),
+        "If rank is a float, it is interpreted as a threshold",
+    ),
 }
 
 

@@ -165,7 +165,7 @@ def test_a_rank_above_what_a_layer_can_have() -> None:
         (
             llama,
             trimtab.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-            "changes the weight of no layer",
+            "changes the weight of none",
         ),
         (llama, trimtab.LNTuningConfig(target_modules=["input_layernorm"]), "LNTuning at"),
     ],

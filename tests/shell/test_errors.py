@@ -44,7 +44,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
         ConfigError,
         "value passed is 0",
     ),
-    "a layer of no kind": (LoraConfig(target_modules=["norm"]), ConfigError, "is not supported by Lora \\('norm'\\)"),
+    "a layer of no kind": (LoraConfig(target_modules=["norm"]), ConfigError, "is not supported.*Lora at 'norm'"),
     "a bias for an embedding": (
         LoraConfig(target_modules=["up", "embed"], lora_bias=True),
         ConfigError,
@@ -155,7 +155,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         lambda: model.merge_adapter(["nobody"]),
         lambda: model(IDS, adapter_names=["default", "nobody", "__base__", "default"]),
     ):
-        with pytest.raises(AdapterNameError, match=r"nobody not found\. Known: \['default'\]"):
+        with pytest.raises(AdapterNameError, match=r"nobody.*\. Known: \['default'\]"):
             act()
     with pytest.raises(ValueError, match="Adapter nobody does not exist"):
         model.delete_adapter("nobody")
@@ -235,7 +235,7 @@ def test_a_second_start_that_changes_the_base() -> None:
 
 def test_only_one_adapter_trains_the_bases_biases() -> None:
     model = get_peft_model(toy(), LoraConfig(target_modules=["up"], bias="all")).eval()
-    with pytest.raises(ConfigError, match="Only 1 adapter with bias is supported"):
+    with pytest.raises(ConfigError, match="LoraModel supports only 1 adapter with bias"):
         model.add_adapter("second", LoraConfig(target_modules=["up"], bias="lora_only"))
 
 

@@ -145,7 +145,10 @@ class PeftConfig:
         self._check_expressions()
         self.peft_version = self.peft_version or FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
-            raise ConfigError(f"Invalid task type: '{self.task_type}'. Must be one of {[t.value for t in TaskType]}.")
+            known = ", ".join(t.value for t in TaskType)
+            raise ConfigError(
+                f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {known}."
+            )
 
     def _check_expressions(self) -> None:
         """Raise for regular expressions that are none, as they stand where they are used."""

@@ -26,7 +26,10 @@ def no_input(site: Site) -> None:
     """Speak up about dropout where a method sees no input to drop: PEFT refuses it for parameters, else ignores it."""
     message = f"`lora_dropout` cannot act on '{site.name}', whose input only its own module sees"
     if site.kind == "parameter":
-        raise ConfigError(f"{message}: set it to 0 to train this adapter (for inference it loads as it is).")
+        raise ConfigError(
+            f"{message} (lora.ParamWrapper does not work with lora_dropout != 0): set it to 0 to train this adapter "
+            "(for inference it loads as it is)."
+        )
     warnings.warn(f"{message}: it is trained without.", PeftWarning, stacklevel=2)
 
 

@@ -144,9 +144,16 @@ def _report(
     others = getattr(config, "target_parameters", None)  # something else that the config adapts
     if wanted and not found and not others:
         if excluded:
+            every = all(matches(config.exclude_modules, name) for name in kinds if name)
+            reason = (
+                "All modules were excluded. This is likely unintended. Check"
+                if every
+                else "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
+                "target modules and excluded modules. Please check"
+            )
             raise NoMatchingPeftModuleError(
-                "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
-                f"and `modules_to_save` configuration: {sorted(excluded)[:5]} fit, but are excluded."
+                f"{reason} your `target_modules`, `exclude_modules` and `modules_to_save` configuration: "
+                f"{sorted(excluded)[:5]} fit, but are excluded."
             )
         message = (
             f"Target modules {_show(wanted)} not found in the base model. "

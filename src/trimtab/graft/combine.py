@@ -30,6 +30,8 @@ def combine(graft: Graft, names: Sequence[str], weights: Sequence[float], new: s
         raise AdapterNameError(f"Adapter with name '{new}' already exists: delete it, or choose another name.")
     if not names or len(names) != len(weights):
         raise ValueError(f"Every adapter needs one weight, but there are {len(names)} and {len(weights)}.")
+    if unknown := [name for name in names if name not in graft.adapters]:
+        raise AdapterNameError(f"Adapter {unknown[0]} does not exist. Known: {list(graft.adapters)}.")
     adapters = {name: graft.require(name) for name in names}
     graft.residents.bring(names)
     _check(adapters)
@@ -73,7 +75,10 @@ def _check(adapters: Mapping[str, Adapter]) -> None:
             faults.append(f"'{name}' changed the base's weights: save it with path_initial_model_for_weight_conversion")
     saved = [wrapper.name for adapter in adapters.values() for wrapper in adapter.saved]
     if shared := sorted({path for path in saved if saved.count(path) > 1}):
-        faults.append(f"several target the same module with modules_to_save: {shared}")
+        faults.append(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s): {shared}"
+        )
     wanted = [getattr(a.config, "target_modules", None) for a in adapters.values()]
     if len({isinstance(w, str) for w in wanted if w}) > 1:
         faults.append("all should follow the same target modules type, but some are a string and some a list")
@@ -91,8 +96,8 @@ def _ranks(parts: Mapping[str, list[tuple[Any, float]]], recipe: Recipe) -> dict
     unequal = [f"{path} {rs}" for path, rs in given.items() if len(set(rs)) > 1]
     if unequal and recipe.form == "factors":
         raise ValueError(
-            f"All adapters must have the same r value when using combination_type '{recipe.type}': they differ at "
-            f"{', '.join(unequal[:5])}. Use 'cat' or a type that ends in 'svd'."
+            "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
+            f"dare_linear. They differ at {', '.join(unequal[:5])}: use 'cat' or a type that ends in 'svd'."
         )
     return {path: sum(rs) if recipe.form == "stack" else rs[0] for path, rs in given.items()}
 

@@ -23,7 +23,7 @@ from trimtab.graft.residents import Residents
 from trimtab.graft.staging import Stage, start
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
-from trimtab.layer.plan import BASE, Board
+from trimtab.layer.plan import BASE, Board, listed
 from trimtab.methods import method_class
 
 Fill = Callable[[list[Slot]], Mapping[str, Tensor]]
@@ -309,7 +309,7 @@ class Graft:
     ) -> None:
         """Fold adapters into the base (the active ones by default): all layers or, on an error, none."""
         self.look()
-        chosen = list(self.board.route.active if names is None else names)
+        chosen = listed(self.board.route.active if names is None else names)
         self.residents.bring(a.name for a in map(self.require, chosen) if merging.changes_layers(a))
         self.untied = merging.merge(self.base, chosen, safe, keep, progress) or self.untied
 

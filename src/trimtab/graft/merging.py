@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trimtab.core.report import warn
-from trimtab.errors import ReadOnlyWeight
+from trimtab.errors import NotMergeable
 from trimtab.graft import stack
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
@@ -20,7 +20,7 @@ Progress = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 def changes_layers(adapter: Adapter) -> bool:
     """True; raises for an adapter of the model itself, of which no layer's weight says anything."""
     if adapter.prompt is not None:
-        raise ReadOnlyWeight(f"{adapter.method.__name__} ('{adapter.name}') cannot be merged: it has no single weight.")
+        raise NotMergeable(f"{adapter.method.__name__} ('{adapter.name}') cannot be merged: it has no single weight.")
     return True
 
 

@@ -25,6 +25,12 @@ from trimtab.files.experts import fused, rewrite
 from trimtab.graft.base import Base
 from trimtab.methods import COMPANIONS, config_class, default_targets, method_class
 
+TIED = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not "
+    "set to True. This can lead to complications, for example when merging the adapter: {} will then have a weight of "
+    "its own."
+)
+
 
 def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[Target]:
     """The modules the config adapts; completes its `target_modules` as it will be saved."""
@@ -54,8 +60,8 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
         if target.kind not in method.kinds:
             module = base.modules[target.module]
             raise ConfigError(
-                f"Target module {module} is not supported by {method.__name__} ('{target.name}'). Currently, only "
-                f"layers of these kinds are: {', '.join(sorted(method.kinds))}."
+                f"Target module {module} is not supported. Currently, only the following modules are supported: those "
+                f"of the kinds {', '.join(sorted(method.kinds))} ({method.__name__} at '{target.name}')."
             )
     note(base, config, targets)
     return targets
@@ -103,6 +109,12 @@ def note(base: Base, config: Any, targets: list[Target]) -> None:
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = flipped[-1]  # how PEFT notes it
     names = [t.name for t in targets]
+    if (ensured := getattr(config, "ensure_weight_tying", None)) is not None:
+        tied = [name for name in names if base.tied(name)]
+        if ensured and not tied:
+            warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model's targets.")
+        elif tied and not ensured:
+            warn(TIED.format(tied))
     for field_name in config.patterns:
         if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
             warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, base.modules)}")
@@ -126,7 +138,8 @@ def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, st
             paths = [n for n in base.modules if matches({key}, n)]
             if not paths:
                 raise NoMatchingPeftModuleError(
-                    f"`{field_name}` names '{key}', which is no module.{nearest([key], base.modules)}"
+                    f"Target modules {{'{key}'}} not found in the base model, which `{field_name}` names. Please check "
+                    f"the target modules and try again.{nearest([key], base.modules)}"
                 )
             own = config_class(peft_type)(**{argument: list(value)})  # type: ignore[arg-type]
             for path in paths:

@@ -16,7 +16,7 @@ from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
-from trimtab.graft.selection import choose, companions
+from trimtab.graft.selection import TIED, choose, companions
 from trimtab.graft.stack import replicate
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
@@ -172,6 +172,8 @@ class Stage:
                     f"`ensure_weight_tying` ties what `target_modules` names; '{path}', trained whole "
                     f"(`modules_to_save`), would part from {self.base.tied(path)}."
                 )
+            if self.base.tied(path):
+                warn(TIED.format([path]))
             wrapper = self.base.saved.get(path)
             if wrapper is None:
                 wrapper = self.saved[path] = SavedModule(module, path, self.board)
@@ -191,7 +193,7 @@ class Stage:
             return
         if any(a.biases for a in others.values()):
             raise ConfigError(
-                "Only 1 adapter with bias is supported. "
+                f"{adapter.method.__name__}Model supports only 1 adapter with bias. "
                 "When using multiple adapters, set bias to 'none' for all adapters."
             )
         whole = {*self.base.saved, *self.saved}

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ReadOnlyWeight
+from trimtab.errors import NotMergeable, ReadOnlyWeight
 from trimtab.formats import weights
 from trimtab.layer.face import Face
+from trimtab.layer.plan import listed
 from trimtab.layer.spelling import fold
 
 
@@ -33,20 +34,22 @@ class Merging(Face):
         Raises:
             ValueError: a method that has no single weight, or with `safe_merge` a result that is not finite.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
+        names = listed(self.active_adapters if adapter_names is None else adapter_names)
         new = [n for n in names if n in self.methods and n not in self.merged_adapters]
         if not new:
             return
         for method in (m for n in new for m in self.methods[n]):
             if not method.mergeable:
-                raise ReadOnlyWeight(f"{type(method).__name__} cannot be merged: it has no single weight.")
+                raise NotMergeable(f"{type(method).__name__} cannot be merged: it has no single weight.")
         wanted, originals = [*self.merged_adapters, *new], self.originals
         with originals.instead({**originals.held, **originals.strangers(wanted)}):
             folded = fold([m for n in wanted for m in self.methods[n]])
         if safe_merge:
             for W, b in folded.values():
                 if not torch.isfinite(W).all() or (b is not None and not torch.isfinite(b).all()):
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {new} seems to be broken")
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken"
+                    )
         first = not originals.held
         originals.hold({p for site in folded for p in site.params}, wanted)
         try:

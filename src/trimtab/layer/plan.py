@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.method import Call
-from trimtab.errors import AdapterNameError, RouteError
+from trimtab.errors import AdapterNameError, ArgumentError, RouteError
 from trimtab.layer import checkpointing
 from trimtab.layer.together import Last
 
@@ -359,8 +359,17 @@ class Board:
             )
 
 
+def listed(names: Sequence[str]) -> list[str]:
+    """Names of adapters as a list; raises for one name, whose letters would be taken for names."""
+    if isinstance(names, str):
+        raise ArgumentError(f"adapter_names should be a list of strings, got {names!r}.")
+    return list(names)
+
+
 def require_known(names: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:
-    """Raise `AdapterNameError` for names that no adapter has."""
+    """Raise `AdapterNameError` for names, in a mixed batch, that no adapter has."""
     unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
     if unknown:
-        raise AdapterNameError(f"Adapter {', '.join(map(str, unknown))} not found. Known: {list(known)}.")
+        raise AdapterNameError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}. Known: {list(known)}."
+        )

@@ -79,7 +79,8 @@ class AdaLoraConfig(LoraConfig):
             )
         fields = self.__dataclass_fields__
         if unread := [name for name in IGNORED if getattr(self, name) != default_of(fields[name])]:
-            message = f"Note that {unread} are not used in AdaLora and will be ignored; the initial rank is `init_r`."
+            names = ", ".join(f"`{name}`" for name in unread)
+            message = f"Note that {names} is not used in AdaLora and will be ignored; the initial rank is `init_r`."
             warn(message, UserWarning)
 
     def resolve(self, name: str) -> AdaLoraConfig:

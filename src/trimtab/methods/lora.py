@@ -183,7 +183,7 @@ class Lora(LowRank):
         extra = self.scaling * self.lora_B_bias
         return extra if b is None else b + extra
 
-    def beside(self) -> tuple[Any, ...] | None:
+    def beside(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
         """W, b, A, B and s as a fused step takes them; None where the layer has no plain weight."""
         plain = self.site.plain()
         if plain is None or self.biased or (self.dropout and self.training and torch.compiler.is_compiling()):

@@ -48,7 +48,7 @@ class OFTConfig(LayerConfig):
             )
         if r < 0 or b < 0 or not r + b:
             raise ConfigError(
-                f"Either `r` or `oft_block_size` must be positive. Currently, r = {r} and oft_block_size = {b}."
+                f"Either `r` or `oft_block_size` must be non-zero. Currently, r = {r} and oft_block_size = {b}."
             )
 
 

@@ -100,7 +100,12 @@ def check_rank(rank: int | float) -> None:
     """Raise `ConfigError` unless it is a whole rank, or a share of the energy."""
     if isinstance(rank, float):
         if not 0 < rank <= 1:
-            raise ConfigError(f"A rank that is a float is a share of the energy, above 0 and at most 1, not {rank}.")
+            raise ConfigError(
+                "If rank is a float, it is interpreted as a threshold of the energy. It must be between 0 and 1 but "
+                f"got {rank}."
+            )
+    elif rank == 0:
+        raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
     else:
         require_rank(None if isinstance(rank, bool) else rank, "rank")
 
@@ -108,7 +113,8 @@ def check_rank(rank: int | float) -> None:
 def _check(adapter: Any, found: list[Change]) -> None:
     if not found:
         raise TypeError(
-            f"Adapter '{adapter.name}' changes the weight of no layer: there is nothing to convert to LoRA."
+            "Could not detect any layer that supports LoRA conversion: adapter "
+            f"'{adapter.name}' changes the weight of none."
         )
     other = sorted({f"{type(m).__name__} at '{c.path}'" for c in found if c.site.kind not in KINDS for m in c.methods})
     if other:

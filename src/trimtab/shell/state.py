@@ -72,7 +72,11 @@ def set_peft_model_state_dict(
         ]
         raise RuntimeError("Error(s) in loading the adapter's state dict:\n\t" + "\n\t".join(shapes))
     if found.mismatched:
-        warn(f"Some weights have the wrong shape and were left out: {[k for k, _, _ in found.mismatched]}.")
+        shapes = [f"{key}: {given} in the state dict, {wanted} in the model" for key, given, wanted in found.mismatched]
+        warn(
+            "Some weights of the adapter were not initialized from the model checkpoint and are being ignored because "
+            f"you passed `ignore_mismatched_sizes=True`: {'; '.join(shapes)}."
+        )
     fill(slots, tensors, prefix)
     complete(adapter)
     return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from trimtab.core.config import type_name
+from trimtab.errors import ArgumentError
 from trimtab.formats.plain import made_by
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
@@ -54,7 +55,8 @@ def _graft(model: nn.Module) -> Graft:
         return locate_graft(model)[0]
     except TypeError:
         raise ValueError(
-            f"No adapter layers found in {type(model).__name__}: is it a PeftModel or a model that has adapters?"
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
+            f"injected in the model: this is a {type(model).__name__} without any."
         ) from None
 
 
@@ -63,6 +65,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
     Raises:
         ValueError: the model has no adapters.
+        ArgumentError: its adapters (prompts) are of the model as a whole.
     """
     model, graft = unwrap(model), _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
@@ -86,8 +89,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             )
         )
     if not rows:
-        raise ValueError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or contains injected adapters."
+        raise ArgumentError(
+            "get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not "
+            "supported: no layer of the model is adapted."
         )
     return rows
 

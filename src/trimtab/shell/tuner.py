@@ -202,7 +202,7 @@ class Tuner(nn.Module):
     ) -> nn.Module:
         """The base model with adapters (the active ones by default) folded into its weights, and nothing else left."""
         graft = self.graft
-        chosen = list(graft.board.route.active if adapter_names is None else adapter_names)
+        chosen = graft.board.route.active if adapter_names is None else adapter_names
         merged = graft.merged
         if set(chosen) - set(merged) or not merged:
             graft.merge(chosen, safe_merge, keep=False, progress=_progress(progressbar))

@@ -95,7 +95,11 @@ class ConvSite(Site):
     def down(self, r: int) -> tuple[int, ...]:
         """(r, channels, *k)."""
         if r % self.groups:
-            raise ConfigError(f"'{self.name}' is a convolution in {self.groups} groups: {r} must be a multiple of it.")
+            raise ConfigError(
+                f"Targeting a {type(self.layer).__name__} with groups={self.groups} and rank {r}. Currently, support "
+                "is limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
+                f"not target this specific layer, '{self.name}'."
+            )
         return (r, self.fan_in // math.prod(self.kernel), *self.kernel)
 
     def up(self, r: int) -> tuple[int, ...]:

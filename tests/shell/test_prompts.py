@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.models import classifier
 from trimtab import (
     CartridgeConfig,
     LoraConfig,
@@ -16,6 +18,8 @@ from trimtab import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 
 KINDS = [CartridgeConfig, PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig]
@@ -142,3 +146,18 @@ def test_what_came_out_of_a_network_is_loaded_for_use_not_for_training(kind, fie
     assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
     with pytest.raises(RuntimeError, match="is_trainable"):
         PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig, LoraConfig])
+def test_the_state_of_a_classifier_has_the_keys_of_its_file(kind, tmp_path) -> None:
+    fields = {} if kind is LoraConfig else {"num_virtual_tokens": 2}
+    model = get_peft_model(classifier(), kind(task_type="SEQ_CLS", **fields))
+    state = get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert state.keys() == file.keys()
+    assert "base_model.model.score.weight" in state or "base_model.score.weight" in state
+    if kind is PromptEncoderConfig:  # its file holds the finished prompt
+        return
+    outcome = set_peft_model_state_dict(get_peft_model(classifier(1), kind(task_type="SEQ_CLS", **fields)), file)
+    assert (list(outcome.missing_keys), list(outcome.unexpected_keys)) == ([], [])

@@ -73,7 +73,9 @@ class Slot:
         return self._prefix(prefix) + self.memory
 
     def _prefix(self, prefix: str) -> str:
-        return "" if self.bare else prefix.removesuffix("model.") if self.shared else prefix
+        if self.bare:
+            return ""
+        return prefix.removesuffix("model.") if self.shared and prefix.split(".")[-2:-1] == ["model"] else prefix
 
     def get(self) -> Tensor:
         """The tensor as it stands."""

@@ -98,6 +98,7 @@ class LowRank(Method):
     """dW = s·B·A with A (r, in), B (out, r), under LoRA's names (an embedding's pair has names of its own)."""
 
     views = ("r", "lora_alpha", "scaling", "dropout")
+    elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     @staticmethod
     def pair(site: Site, r: int) -> Leaves:

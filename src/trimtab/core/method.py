@@ -143,6 +143,7 @@ class Method:
     reads: bool = False  # its forward reads the frozen weight, beside the layer's own product (of the class, as above)
     weighed: bool = False  # its update can be weighed for each token, by `Call.strength`
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
+    elsewhere: ClassVar[tuple[str, ...]] = ()  # what holds the tensors it has at layers of other kinds: empty here
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

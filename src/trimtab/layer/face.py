@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.core.method import Method
 from trimtab.core.site import Site
+from trimtab.formats import weights
 from trimtab.layer.originals import Originals
 from trimtab.layer.switch import Switched
-from trimtab.layer.views import View
+from trimtab.layer.views import Setting, View, is_setting
 
 SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
+CONVERTED = ("linear", "embedding", "conv", "attention", "parameter")  # kinds of layers that a LoRA can change
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
@@ -113,6 +115,13 @@ class Face(Switched):
             return self._size(name)
         if name in self.__dict__.get("shown", ()):
             return View(self, name)
+        methods = [m for ms in self.__dict__.get("methods", {}).values() for m in ms]
+        if name == "fan_in_fan_out":
+            return any(site.flipped and site.kind == "linear" for site in self.sites.values())
+        if any(is_setting(m, name) for m in methods):
+            return Setting(self, name)
+        if any(name in m.elsewhere for m in methods):
+            return nn.ModuleDict()  # another kind of layer has tensors there
         return getattr(self.base_layer, name)
 
     def _size(self, name: str) -> int:
@@ -128,6 +137,20 @@ class Face(Switched):
         """The names under which the adapters' trained tensors are here."""
         methods = [m for ms in self.methods.values() for m in ms]
         return tuple(dict.fromkeys(m.templates[leaf].partition(".{}")[0] for m in methods for leaf in m.trained))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The names under which the adapters' settings are shown here."""
+        return tuple(sorted(self.shown))
+
+    def get_base_weight(self) -> Tensor:
+        """The frozen layer's weight as it is now, in its own layout; a quantised one dequantised."""
+        return weights.read(self.frozen, self.frozen._parameters[next(iter(self.sites)) or "weight"])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for an adapter's change of this layer."""
+        methods = self.methods.get(adapter_name, ())
+        return bool(methods) and all(m.mergeable and m.site.kind in CONVERTED for m in methods)
 
     def extra_repr(self) -> str:
         """The adapters and their methods."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
+from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
+from trimtab.core.config import LayerConfig
 from trimtab.core.method import Method
+
+RATES = ("rank_dropout", "module_dropout")  # shown as numbers; other dropouts as the modules that PEFT's layers have
+OF_MODEL = {"bias", *(f.name for f in fields(LayerConfig))}  # fields that say nothing of one layer
 
 
 class View(MutableMapping[str, Any]):
@@ -18,9 +25,12 @@ class View(MutableMapping[str, Any]):
         if adapter not in self.layer.methods and adapter in self.layer.adapters:
             self.layer.bring(adapter)
         for method in self.layer.methods.get(adapter, ()):
-            if self.attribute in method.views:
+            if self._has(method):
                 return method
         raise KeyError(adapter)
+
+    def _has(self, method: Method) -> bool:
+        return self.attribute in method.views
 
     def __getitem__(self, adapter: str) -> Any:
         return getattr(self._method(adapter), self.attribute)
@@ -33,10 +43,62 @@ class View(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         here = self.layer.methods
-        return (a for a in self.layer.adapters if a not in here or any(self.attribute in m.views for m in here[a]))
+        return (a for a in self.layer.adapters if a not in here or any(map(self._has, here[a])))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+class Setting(View):
+    """A field of the adapters' configs as it holds at a layer: `layer.use_dora["default"]`, `layer.lora_dropout`."""
+
+    def _has(self, method: Method) -> bool:
+        return is_setting(method, self.attribute)
+
+    def __getitem__(self, adapter: str) -> Any:
+        method = self._method(adapter)
+        if self.attribute.endswith("_dropout") and self.attribute not in RATES:
+            return Drop(method, self.attribute) if _rate(method, self.attribute) else nn.Identity()
+        return getattr(method.options, self.attribute)
+
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            value = getattr(value, "p", 0.0)
+        _set(self._method(adapter), self.attribute, value)
+
+
+class Drop(nn.Dropout):
+    """The dropout of an adapter at a layer; writing its `p` writes through."""
+
+    def __init__(self, method: Method, attribute: str) -> None:
+        nn.Module.__init__(self)
+        self.inplace = False
+        self.__dict__.update(method=method, attribute=attribute)
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        """The probability that an entry is dropped."""
+        return _rate(self.__dict__["method"], self.__dict__["attribute"])
+
+    @p.setter
+    def p(self, value: float) -> None:
+        _set(self.__dict__["method"], self.__dict__["attribute"], value)
+
+
+def is_setting(method: Method, name: str) -> bool:
+    """Whether `name` is a field of a method's config that says something of one layer."""
+    return name not in OF_MODEL and name in getattr(type(method.options), "__dataclass_fields__", ())
+
+
+def _rate(method: Any, name: str) -> float:
+    return float(method.dropout if "dropout" in method.views else getattr(method.options, name))
+
+
+def _set(method: Any, name: str, value: Any) -> None:
+    if name.endswith("_dropout") and "dropout" in method.views:
+        method.dropout = value
+    method.options = method.options.shallow()  # other layers have it, too
+    setattr(method.options, name, value)

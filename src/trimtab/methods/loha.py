@@ -51,6 +51,7 @@ class LoHa(Delta):
     config, prefix, targets = LoHaConfig, "hada_", ATTENTION
     kinds = fused = frozenset({"linear", "conv"})
     views = ("r", "alpha", "scaling")
+    elsewhere = ("hada_t1", "hada_t2")
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:

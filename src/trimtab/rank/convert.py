@@ -15,13 +15,13 @@ from trimtab.core.targets import inside, matches
 from trimtab.errors import ConfigError
 from trimtab.files import store
 from trimtab.files.codec import ADDED, PREFIX
+from trimtab.layer.face import CONVERTED
 from trimtab.methods import config_class
 from trimtab.rank.adapter_file import AdapterFile, Pair
 from trimtab.rank.changes import Change, changes
 from trimtab.rank.spectrum import ROUNDING, energy_rank
 from trimtab.shell.state import get_peft_model_state_dict, locate_graft
 
-KINDS = ("linear", "embedding", "conv", "attention", "parameter")  # of layers that a LoRA can change
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 ALONG = ("modules_to_save", "bias", "base_model_name_or_path", "revision", "auto_mapping", "fan_in_fan_out")
 
@@ -116,7 +116,9 @@ def _check(adapter: Any, found: list[Change]) -> None:
             "Could not detect any layer that supports LoRA conversion: adapter "
             f"'{adapter.name}' changes the weight of none."
         )
-    other = sorted({f"{type(m).__name__} at '{c.path}'" for c in found if c.site.kind not in KINDS for m in c.methods})
+    other = sorted(
+        {f"{type(m).__name__} at '{c.path}'" for c in found if c.site.kind not in CONVERTED for m in c.methods}
+    )
     if other:
         raise TypeError(f"These changes are none that a LoRA can make: {', '.join(other[:5])}.")
     if adapter.method.mutates(adapter.config):

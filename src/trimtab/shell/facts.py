@@ -84,6 +84,31 @@ class Facts(nn.Module):
         return getattr(self.get_base_model(), "dtype", None)
 
     @property
+    def special_peft_forward_args(self) -> set[str]:
+        """Arguments of a forward pass that are for the adapters and not for the base model."""
+        return {"adapter_names", "alora_offsets"}
+
+    @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """{adapter: the numbers of its virtual tokens}, of adapters that are prompts."""
+        prompts = {name: c for name, c in self.peft_config.items() if c.is_prompt_learning}
+        return {
+            name: torch.arange(c.num_virtual_tokens * (c.num_transformer_submodules or 1))
+            for name, c in prompts.items()
+        }
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The base model's input embedding."""
+        embedding: nn.Module = self.get_base_model().get_input_embeddings()  # type: ignore[operator]
+        return embedding
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for all that an adapter changes."""
+        layers = [layer for layer in self.graft.layers.values() if adapter_name in layer.adapters]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward pass uses any adapter."""
         route = self.graft.board.route_here(quiet=True)

@@ -55,7 +55,8 @@ def _shape(curve: Curve) -> str:
         return f" The curve still falls at r={ranks[-1]}, the largest that was tried: try larger ones."
     below = [p for p in curve.points if p.parameters < curve.chosen.parameters]
     worse = max(below, key=lambda p: p.parameters)
-    return f" Below it quality is lost: {named(curve, worse)} is worse by {worse.loss - curve.best.loss:.4f}."
+    lost = worse.loss - curve.best.loss
+    return f" Below it quality is lost: {named(curve, worse)} is worse by {lost:.4f} ({lost / curve.best.loss:.1%})."
 
 
 def _prediction(curve: Curve, predicted: int) -> str:

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 
+@quietly
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="Adapters: folders or Hub ids.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new adapter.")],

@@ -10,9 +10,11 @@ import typer
 
 from trimtab.cli.common import Json, ready
 from trimtab.cli.options import CONFIGS, rest
+from trimtab.cli.quiet import quietly
 from trimtab.errors import ConfigError
 
 
+@quietly
 def sweep(
     context: typer.Context,
     model: Annotated[

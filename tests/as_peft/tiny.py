@@ -31,42 +31,24 @@ def tokenizer():
     return made
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48}  # wider than the zoo's own: these are trained
+
+
 def llama(vocab: int = 40, **changes):
     """A causal language model of 2 layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests import models
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
+    return models.llama(vocab_size=vocab, bos_token_id=2, eos_token_id=3, **SIZES, **changes)
 
 
 def bert(vocab: int = 40, cls: str = "BertForSequenceClassification", **changes):
     """An encoder of 2 layers."""
     import transformers
 
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **changes,
-    )
-    return getattr(transformers, cls)(config).eval()
+    from tests import models
+
+    sizes = {**SIZES, "num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 2}
+    return models.bert(0, getattr(transformers, cls), **{"vocab_size": vocab, **sizes, **changes})
 
 
 def batch(rows: int = 4, length: int = 8, vocab: int = 40) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from trimtab.cli import app
+from trimtab.cli.help import document
+from trimtab.cli.verbs import VERBS, function_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,9 +22,12 @@ def test_the_page_is_current_and_has_every_verb() -> None:
     text = tool().page()
     shown = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert shown == text, "run python tools/make_commands.py"
-    for info in app.registered_commands:
-        name = info.name or info.callback.__name__
-        assert info.hidden or f"\n## trimtab {name}\n" in text
-    assert "\n## trimtab rank inspect\n" in text
+    for name, verb in VERBS.items():
+        assert verb.hidden or f"\n## trimtab {name}\n" in text
     assert "| `--config`, `-c` | PATH |" in text
     assert text.count("`--learning-rate` |") == 1, "the options of train stand there only"
+
+
+def test_a_verbs_line_is_the_first_of_its_docstring() -> None:
+    for name, verb in VERBS.items():
+        assert verb.hidden or verb.line == document(function_of(name))[0], name

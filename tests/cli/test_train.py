@@ -42,19 +42,11 @@ def there(tmp_path_factory):
     return folder
 
 
-def test_help_shows_every_setting_and_imports_nothing_heavy() -> None:
+def test_help_shows_every_setting() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"])
     assert result.exit_code == 0
     for name in (*FIELDS, *SHOWN):
         assert f"--{name.replace('_', '-')} " in result.output, name
-    code = (
-        "import sys; from trimtab.cli import main; sys.argv = ['trimtab', 'train', '--help']\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'yaml', 'numpy', 'accelerate'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_words_that_are_no_field_of_a_run() -> None:

@@ -81,19 +81,6 @@ def test_help_has_an_example(verb) -> None:
     assert "--verbose" in result.output
 
 
-def test_no_help_imports_anything_heavy() -> None:
-    code = (
-        "import sys; from trimtab.cli import app\n"
-        f"for verb in {VERBS}:\n"
-        "    try: app([verb, '--help'])\n"
-        "    except SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'transformers', 'safetensors', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_wrong_usage_ends_with_2(verb, run) -> None:
     assert run(verb, "--nonsense").exit_code == 2

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
-from tests.parity.nets import AttentionNet, EncoderNet
+from tests.models import AttentionNet, EncoderNet
 from trimtab import LoraConfig, get_peft_model
 from trimtab.core.site import Site, site_class
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError, ReadOnlyWeight, RouteError

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 from tests.contract.cases import move
-from tests.models import assert_untouched, gpt2, llama, logits, snapshot, tokens, toy
+from tests.models import assert_untouched, bert, gpt2, llama, logits, snapshot, tokens, toy
 from trimtab import (
     LoraConfig,
     PeftModel,
@@ -172,16 +172,10 @@ def test_a_copy_is_switched_as_its_layers_are(duplicate: Any, switch: str) -> No
 
 
 # ---------------------------------------------------------------------- tied layers
-def bert() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    return BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)).eval()
-
-
 @pytest.mark.parametrize("targets", [["query", "decoder"], ["decoder"], ["word_embeddings", "decoder"]])
 def test_tied_biases_and_weights_merge_and_come_back(targets: list[str]) -> None:
     ids = tokens(2, 5, 40)
-    base = bert()
+    base = bert(0, BertForMaskedLM, num_hidden_layers=1)
     plain = logits(base, ids)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=targets)).eval()
     move(model, "default")

@@ -1,4 +1,4 @@
-"""Models of a few layers for the tests of single methods, in double precision."""
+"""What the tests of single methods check, in double precision, on `Net` and other models of the zoo."""
 
 from __future__ import annotations
 
@@ -7,26 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.models import Net as Net
 from trimtab import PeftConfig, PeftModel, get_peft_model
-
-
-class Net(nn.Module):
-    """A convolution with a kernel, a grouped one, one without a kernel, a norm and a Linear, all of other sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(6, 8, 3, padding=1, stride=2)
-        self.grouped = nn.Conv2d(8, 4, 3, groups=2, padding=1)
-        self.point = nn.Conv2d(4, 12, 1)
-        self.norm = nn.LayerNorm(12)
-        self.linear = nn.Linear(12, 5)
-        for p in self.norm.parameters():
-            nn.init.normal_(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.point(torch.tanh(self.grouped(torch.tanh(self.conv(x))))))
-        return self.linear(self.norm(x.mean((-1, -2))))
 
 
 def image(seed: int = 1) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.models import grown, llama
 from trimtab import LoraConfig, ShadowConfig, fuse_loss, get_peft_model
 from trimtab.errors import ConfigError, ReadOnlyWeight, RouteError
 
@@ -16,14 +17,8 @@ IDS = torch.tensor([[4, 9, 11, 7, 30, 2], [8, 3, 21, 10, 6, 5]])
 
 
 def base(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 40}
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(6)
-    return model.to(dtype).eval()
+    sizes = {"num_hidden_layers": 3, "vocab_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return grown(llama(**sizes, eos_token_id=None, pad_token_id=None), 6).to(dtype)
 
 
 def shadowed(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:

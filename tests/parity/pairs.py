@@ -134,3 +134,10 @@ def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
     worst = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
     assert worst <= tolerance * scale, f"differs by {worst:.2e} at a size of {scale:.2e}"
+
+
+def all_near(mine: dict[str, Tensor], yours: dict[str, Tensor]) -> None:
+    """The same names, and `near` by name."""
+    assert mine.keys() == yours.keys()
+    for key, tensor in yours.items():
+        near(mine[key], tensor)

@@ -13,7 +13,6 @@ from tests.parity.pairs import BOTH
 @pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
 @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
 def test_targets(name: str, share: float) -> None:
-    import tests.parity.nets  # noqa: F401  the experts
 
     found: list[Any] = [lib.find_kappa_target_modules(build(name), share, show_progress=False) for lib in BOTH]
     assert found[0] == found[1]

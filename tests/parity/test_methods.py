@@ -16,7 +16,9 @@ import trimtab
 from tests.parity.models import MODELS, batch, build
 from tests.parity.pairs import (
     BOTH,
+    all_near,
     config_file,
+    copy_state,
     gradients,
     near,
     quiet,
@@ -427,9 +429,7 @@ def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
     mine, yours = (weights_file(tmp_path / folder) for folder in "01")
     if case.startswith("rand"):  # theirs has the bases once more at every layer; test_differences.py
         yours = {k: v for k, v in yours.items() if not re.fullmatch(r"base_model\.model\..*randlora_[AB]", k)}
-    assert mine.keys() == yours.keys()
-    for key, value in yours.items():
-        near(mine[key], value)
+    all_near(mine, yours)
     a, b = (config_file(tmp_path / folder) for folder in "01")
     assert a == b
     if case == "ia3_all_linear" and writer == 0:  # theirs does not take its own file: the entries of one field are
@@ -661,10 +661,7 @@ def test_adamss_freezes_the_clusters_that_peft_freezes() -> None:
         config = library.AdamssConfig(task_type="CAUSAL_LM", **fields)
         models.append(quiet(library.get_peft_model, build("llama"), config))
     ours, theirs = models
-    held = dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            held[name].copy_(parameter)
+    copy_state(theirs, ours)
     left = []
     for model in models:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

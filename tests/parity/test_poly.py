@@ -11,7 +11,7 @@ import torch
 
 import trimtab
 from tests.parity.models import batch, build
-from tests.parity.pairs import BOTH, config_file, near, quiet, stir, trainable, weights_file
+from tests.parity.pairs import BOTH, all_near, config_file, copy_state, near, quiet, stir, trainable, weights_file
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"task_type": "CAUSAL_LM", "n_tasks": 3}),
@@ -31,11 +31,7 @@ def adapt(library: Any, case: str) -> Any:
 def pair(case: str) -> tuple[Any, Any]:
     ours, theirs = (adapt(library, case) for library in BOTH)
     stir(theirs)
-    held = dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                held[name].copy_(parameter)
+    copy_state(theirs, ours)
     return ours, theirs
 
 
@@ -68,9 +64,7 @@ def test_outputs_gradients_and_generation(case: str) -> None:
         results[-1] += (model.generate(**asked, max_new_tokens=4, do_sample=False),)
     (ours, mine, said), (theirs, yours, answer) = results
     near(ours, theirs)
-    assert mine.keys() == yours.keys()
-    for key, gradient in yours.items():
-        near(mine[key], gradient)
+    all_near(mine, yours)
     assert torch.equal(said, answer)
 
 

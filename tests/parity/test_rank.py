@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft.tuners.lora.intruders import reduce_intruder_dimension as theirs_reduce
 
-import tests.parity.nets  # noqa: F401  more models for `build`
 import trimtab
 from tests.parity.models import build
 from tests.parity.pairs import adapt, config_file, load, near, pair, quiet, run, stir, weights_file

@@ -12,7 +12,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import tests.parity.nets  # noqa: F401  (its models join the table)
 import trimtab
 from tests.parity.models import build
 from tests.parity.pairs import (

@@ -12,7 +12,7 @@ import torch
 import trimtab
 from tests.models import llama
 from tests.parity.models import build
-from tests.parity.pairs import BOTH, config_file, gradients, near, quiet, run, stir, trainable, weights_file
+from tests.parity.pairs import BOTH, all_near, config_file, gradients, near, quiet, run, stir, trainable, weights_file
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -88,9 +88,7 @@ def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
     for model, folder in zip(both, "01", strict=True):
         quiet(model.eval().save_pretrained, str(tmp_path / folder))
     mine, yours = (weights_file(tmp_path / folder) for folder in "01")
-    assert mine.keys() == yours.keys()
-    for key, value in yours.items():
-        near(mine[key], value)
+    all_near(mine, yours)
     assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
     reader = BOTH[1 - writer]
     read = quiet(reader.PeftModel.from_pretrained, build("llama"), str(tmp_path / str(writer)))

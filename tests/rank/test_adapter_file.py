@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trimtab
-from tests.models import tokens, toy
-from tests.parity.nets import ConvNet, gpt_oss, mixtral
+from tests.models import ConvNet, gpt_oss, mixtral, tokens, toy
 from tests.rank.adapters import LAYERS, dense, loaded, lora, saved
 from trimtab.errors import AdapterFileError
 from trimtab.files.codec import PREFIX
@@ -83,7 +82,7 @@ def test_of_a_model_is_of_its_files(case: Any, tmp_path: Path) -> None:
 def test_an_attention_means_the_same_on_disk(tmp_path: Path) -> None:
     """PEFT adds an output projection's product twice: its B is halved in the file."""
     torch.manual_seed(0)
-    from tests.parity.nets import AttentionNet
+    from tests.models import AttentionNet
 
     model = lora(AttentionNet(), target_modules=["self_attn"])
     file = AdapterFile.read(saved(tmp_path, model))

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import trimtab
-from tests.models import assert_untouched, gpt2, llama, logits, snapshot, tokens, toy
-from tests.parity.nets import AttentionNet, ConvNet, mixtral
+from tests.models import AttentionNet, ConvNet, assert_untouched, gpt2, llama, logits, mixtral, snapshot, tokens, toy
 from tests.rank.adapters import dense, loaded, lora, stirred
 from tests.rank.test_adapter_file import EXPERTS
 from tests.rank.test_resize import best

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import trimtab
-from tests.models import assert_untouched, snapshot, tokens, toy
-from tests.parity.nets import AttentionNet, ConvNet, mixtral
+from tests.models import AttentionNet, ConvNet, assert_untouched, mixtral, snapshot, tokens, toy
 from tests.rank.adapters import dense, loaded, lora, saved
 from tests.rank.test_adapter_file import EXPERTS
 from trimtab.errors import AdapterFileError, ConfigError

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import trimtab
-from tests.models import tokens, toy
-from tests.parity.nets import AttentionNet, ConvNet, mixtral
+from tests.models import AttentionNet, ConvNet, mixtral, tokens, toy
 from tests.rank.adapters import LAYERS, dense, loaded, lora, saved
 from tests.rank.test_adapter_file import EXPERTS, WEIGHTS, edit, edit_config
 from trimtab import resize_adapter

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.models import assert_untouched, gpt2, llama, snapshot, toy
-from tests.parity.nets import mixtral
+from tests.models import assert_untouched, gpt2, llama, mixtral, snapshot, toy
 from trimtab import LoraConfig, estimate_ranks, get_peft_model, suggest_rank
 from trimtab.errors import ConfigError
 from trimtab.rank.suggest import config_of, skeleton

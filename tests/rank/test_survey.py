@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import trimtab
-from tests.models import assert_untouched, llama, snapshot, toy
-from tests.parity.nets import mixtral
+from tests.models import assert_untouched, llama, mixtral, snapshot, toy
 from tests.rank.adapters import LAYERS, dense, lora, saved, stirred
 from tests.rank.test_adapter_file import EXPERTS, edit
 from trimtab import inspect_ranks

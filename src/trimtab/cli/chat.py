@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.train.generate import Answer
 
 
+@quietly
 def chat(
     model: common.Model = None,
     adapter: common.Adapters = None,

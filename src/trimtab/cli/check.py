@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.export.check import Finding
 
 
+@quietly
 def check(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
     engines: Annotated[

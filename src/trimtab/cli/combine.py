@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 
+@quietly
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="Adapters: folders or Hub ids.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new adapter.")],
@@ -34,13 +36,9 @@ def combine(
     Example: trimtab combine runs/a/adapter runs/b/adapter --weights 0.7,0.3 --mode ties --density 0.5 -o both
     """
     common.ready()
-    from trimtab.errors import ConfigError
     from trimtab.export.combine import combine_adapters
 
-    try:
-        chosen = None if weights is None else [float(w) for w in weights.replace(",", " ").split()]
-    except ValueError:
-        raise ConfigError(f"--weights takes numbers, one an adapter, not {weights!r}.") from None
+    chosen = None if weights is None else common.numbers("weights", weights, float)
     base = common.open_checked(model, None, "auto", None, task=None).model if model else None
     found = combine_adapters(adapters, output, chosen, mode, rank, density, sign, base, overwrite)
     if as_json:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -148,6 +150,14 @@ def size(n: int) -> str:
         if n >= 10**power:
             return f"{n / 10**power:.1f} {unit}"
     return f"{n} bytes"
+
+
+def numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
+    """ "1,4,16" or "1 4 16", as an option's value."""
+    try:
+        return tuple(kind(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ConfigError(f"--{option}: {text} is not a list of numbers, such as 1,4,16.") from None
 
 
 def fields(prompt: str | None, completion: str | None) -> dict[str, str]:

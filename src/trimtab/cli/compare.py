@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.train.compare import Comparison
 
 
+@quietly
 def compare(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
     model: common.Base = None,

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.rank.inspect import Difference
 
 
+@quietly
 def diff(
     first: Annotated[str, typer.Argument(help="An adapter: a folder or a Hub id.")],
     second: Annotated[str, typer.Argument(help="Another one.")],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.shell.opening import Opened
@@ -23,6 +24,7 @@ METRICS = {  # how they are called, and what they say
 }
 
 
+@quietly
 def evaluate(
     model_or_adapter: Annotated[str, typer.Argument(help="An adapter, or a model: folder, Hub id, GGUF, packaged.")],
     data: Annotated[Path, typer.Option(help="Rows: .jsonl, .json or .csv.")],

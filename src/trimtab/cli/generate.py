@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.train.generate import Answer
 
 
+@quietly
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; can be given several times.")

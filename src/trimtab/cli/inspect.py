@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.rank.inspect import Inspection, Layer
 
 
+@quietly
 def inspect(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
     layers: Annotated[bool, typer.Option("--layers", help="Every layer, not groups of them.")] = False,

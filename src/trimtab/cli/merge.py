@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import common
+from trimtab.cli.quiet import quietly
 
 if TYPE_CHECKING:
     from trimtab.export.merge import Receipt
 
 
+@quietly
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, PATH or NAME=PATH; several add up.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],

@@ -14,7 +14,6 @@ from trimtab.train.config import FIELDS, SHOWN, TYPES
 from trimtab.train.values import describe
 
 CONFIGS = (".yaml", ".yml", ".toml")  # what is no rows, then
-EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}  # a method's own fields, and other tools' names
 
 
 def options(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""trimtab rank: inspect, mend, resize, suggest, sweep"""
+"""trimtab rank inspect, mend, resize, suggest"""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.cli import common
-from trimtab.cli.options import EXTRA
 from trimtab.cli.quiet import quietly
-from trimtab.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trimtab.rank.suggest import RankEstimate
-
-rank = typer.Typer(name="rank", no_args_is_help=True, help="The rank r: what is used, what fits, what a task asks for.")
-rank.command(context_settings=EXTRA)(quietly(sweep))
 
 Adapter = Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model; by default the one the adapter names.")]
@@ -34,7 +29,6 @@ TopK = Annotated[int, typer.Option(min=1, help="How many of each layer's stronge
 Epsilon = Annotated[float, typer.Option(min=0, max=1, help="The cosine below which a direction is an intruder.")]
 
 
-@rank.command()
 @quietly
 def inspect(
     adapter: Adapter,
@@ -71,7 +65,6 @@ def inspect(
         typer.echo(f"Drawn into {plot}")
 
 
-@rank.command()
 @quietly
 def mend(
     adapter: Adapter,
@@ -100,7 +93,6 @@ def mend(
     show.emit(done) if as_json else show.mended(done)
 
 
-@rank.command()
 @quietly
 def resize(
     adapter: Adapter,
@@ -139,7 +131,6 @@ def resize(
     show.emit(done) if as_json else show.resized(done, layers)
 
 
-@rank.command()
 @quietly
 def suggest(
     model: Annotated[str, typer.Option("--model", "-m", help="Base model: folder, Hub id, GGUF file, packaged model.")],

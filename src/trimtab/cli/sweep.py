@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.cli.common import Json, ready
+from trimtab.cli.common import Json, numbers, ready
 from trimtab.cli.options import CONFIGS, rest
+from trimtab.cli.quiet import quietly
 from trimtab.errors import ConfigError
 
 
+@quietly
 def sweep(
     context: typer.Context,
     model: Annotated[
@@ -55,9 +57,9 @@ def sweep(
         own = {"model": model, "data": data, "eval_data": eval_data, "output": output}
         settings = {**_content(words), **more, **{k: v for k, v in own.items() if v is not None}}
         space = {
-            "ranks": _numbers("ranks", ranks, int), "rates": _numbers("rates", rates, float),
-            "alphas": _numbers("alphas", alphas, float), "targets": tuple(targets or ("all-linear",)), "seeds": seeds,
-            "data_sizes": _numbers("data-sizes", data_sizes, int),
+            "ranks": numbers("ranks", ranks, int), "rates": numbers("rates", rates, float),
+            "alphas": numbers("alphas", alphas, float), "targets": tuple(targets or ("all-linear",)), "seeds": seeds,
+            "data_sizes": numbers("data-sizes", data_sizes, int),
         }  # fmt: skip
         _sweep(settings, space, str(general) if general else None, at_once, plan, as_json)
     except ConfigError as e:
@@ -99,11 +101,3 @@ def _content(words: list[str]) -> dict[str, Any]:
     for word in words:
         found |= read_file(word) if Path(word).suffix in CONFIGS else {"data": word}
     return found
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
-    """ "1,4,16" as numbers."""
-    try:
-        return tuple(kind(part) for part in text.replace(" ", "").split(",") if part)
-    except ValueError:
-        raise ConfigError(f"--{name}: {text} is not a list of numbers, such as 1,4,16.") from None

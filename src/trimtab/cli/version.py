@@ -19,9 +19,9 @@ def version() -> None:
             typer.echo(f"{package} is not installed")
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version as installed
+def show_version() -> None:
+    """Show trimtab's own version, and end."""
+    from importlib.metadata import version as installed
 
-        typer.echo(installed("trimtab"))
-        raise typer.Exit
+    typer.echo(installed("trimtab"))
+    raise typer.Exit

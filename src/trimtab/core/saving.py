@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,7 +153,7 @@ def _move(stage: Path, root: Path, manifest: Mapping[str, list[str]]) -> None:
 
 def _discard(journal: Path) -> None:
     """Remove a journal; a kill in the middle leaves nothing that could be taken for one."""
-    away = journal.with_name(f"{STAGE}{secrets.token_hex(4)}")
+    away = journal.with_name(f"{STAGE}{os.urandom(4).hex()}")
     journal.rename(away)
     shutil.rmtree(away, ignore_errors=True)
 
@@ -173,7 +172,7 @@ def _staging(root: Path) -> Iterator[Path]:
                 with _locked(left, patience=0) as alone:
                     if alone:  # of a process that was killed
                         shutil.rmtree(left, ignore_errors=True)
-            stage = root / f"{STAGE}{secrets.token_hex(4)}"
+            stage = root / f"{STAGE}{os.urandom(4).hex()}"
             stage.mkdir()
             stack.callback(shutil.rmtree, stage, ignore_errors=True)
             stack.enter_context(_locked(stage))

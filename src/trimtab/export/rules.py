@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.core.config import BEYOND, PeftType
+from trimtab.files.factors import EMBEDDING, LAYER
 
 REFUSED, WRONG, NEEDS = "refused", "wrong", "needs"  # the last is no fault: a flag or a step to take
 
-PAIR = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 MERGE = "merge it into its base (trimtab merge)"
 # Starts that change the base: B·A is right on the changed base only.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
@@ -54,7 +54,7 @@ class Subject:
     @property
     def odd_keys(self) -> list[str]:
         """The tensors that are no pair of factors, and no base weight that is saved along with an adapted embedding."""
-        return [k for k in self.keys if not k.endswith((*PAIR, ".base_layer.weight"))]
+        return [k for k in self.keys if not k.endswith((*LAYER, *EMBEDDING, ".base_layer.weight"))]
 
     @property
     def trains_biases(self) -> bool:

@@ -12,12 +12,11 @@ from torch import Tensor
 from trimtab.core.config import match_pattern
 from trimtab.files.codec import PREFIX
 
-# How a pair's keys end: (of A, of B), linear and convolutional layers, embeddings, AdaLoRA.
-ENDINGS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_embedding_A", ".lora_embedding_B"),
-    (".lora_A", ".lora_B"),
-)
+# How a pair's keys end: (of A, of B).
+LAYER = (".lora_A.weight", ".lora_B.weight")  # linear and convolutional
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+BARE = (".lora_A", ".lora_B")  # AdaLoRA's
+ENDINGS = (LAYER, EMBEDDING, BARE)
 
 
 @dataclass(frozen=True)

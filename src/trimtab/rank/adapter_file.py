@@ -22,6 +22,7 @@ from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.files import card, store
 from trimtab.files.codec import PREFIX
+from trimtab.files.factors import EMBEDDING, LAYER
 
 EXPERTS = ("gate_up_proj", "down_proj")  # the parameters of a stack of experts, in the order of PEFT's nesting
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
@@ -99,8 +100,8 @@ class Pair:
         if self.kernel:
             A, B = A.reshape(len(A), *self.kernel), B.reshape(*B.shape, *(1 for _ in self.kernel[1:]))
         assert self.form != "one" or n == 1
-        names = ("lora_embedding_A", "lora_embedding_B") if self.embedding else ("lora_A.weight", "lora_B.weight")
-        return {f"{self.stem}.{name}": M.contiguous() for name, M in zip(names, (A, B), strict=True)}
+        endings = EMBEDDING if self.embedding else LAYER
+        return {f"{self.stem}{end}": M.contiguous() for end, M in zip(endings, (A, B), strict=True)}
 
 
 @dataclass(frozen=True, eq=False)

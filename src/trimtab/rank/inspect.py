@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.core.config import CONFIG_NAME, PeftConfig
 from trimtab.core.io import locate
 from trimtab.files.codec import PREFIX
-from trimtab.files.factors import Factors, read_factors
+from trimtab.files.factors import ENDINGS, Factors, read_factors
 from trimtab.files.finding import adapter_folder
 from trimtab.files.store import PICKLED, WEIGHTS, load_peft_weights
 
@@ -42,7 +42,7 @@ class AdapterFiles:
     @property
     def rest(self) -> dict[str, Tensor]:
         """The tensors that are no pair of factors: magnitudes, biases, heads, other methods' tensors."""
-        paired = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_A", ".lora_B")
+        paired = tuple(end for pair in ENDINGS for end in pair)
         return {k: t for k, t in self.tensors.items() if not k.endswith((*paired, ".lora_E"))}
 
 

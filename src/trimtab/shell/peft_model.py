@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.io import split_hub_arguments
-from trimtab.core.method import Call
-from trimtab.core.model_method import PROMPT
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
-from trimtab.graft import prompts
 from trimtab.graft.graft import find_graft
 from trimtab.shell import saving
 from trimtab.shell.arguments import require_config, require_model, require_source
-from trimtab.shell.facts import Facts
+from trimtab.shell.generation import Generation
 from trimtab.shell.loading import Source, keep
-from trimtab.shell.tuner import batch_shape, tuner_class
+from trimtab.shell.tuner import tuner_class
 
 # Heads that a task trains whole, whatever the config says.
 HEADS = {
@@ -42,7 +37,7 @@ def task_class(config: Any, default: type[PeftModel]) -> type[PeftModel]:
     return TASK_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), default)
 
 
-class PeftModel(Facts):
+class PeftModel(Generation):
     """A base model with adapters.
 
     Args:
@@ -195,69 +190,6 @@ class PeftModel(Facts):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or frozen, whether they are active or not."""
         self.tuner.set_requires_grad(adapter_names, requires_grad)
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the plain base model, even while adapters are merged into it."""
-        with self.graft.off():
-            yield
-
-    # ------------------------------------------------------------------ forward
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's output; in a mixed batch `adapter_names` gives each row its adapter ("__base__": none)."""
-        adapter = self._prompt(adapter_names)
-        if adapter is not None:
-            kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
-            call = Call(extras=self.tuner.extras(kwargs))
-            inputs = prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs, call)
-            return adapter.prompt.around(self.tuner, inputs, call)
-        return self._runs(*args, adapter_names=self._checked(adapter_names), **kwargs)
-
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
-        adapter = self._prompt(adapter_names)
-        extras = self.tuner.extras(kwargs, adapter_names, args)
-        if adapter is not None:
-            call = Call(extras=extras)
-            return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs, call)
-        with self.tuner.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-
-    def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
-        """The active adapter that is a prompt, or None."""
-        route = self.graft.board.route_here(quiet=adapter_names is not None)
-        found = [self.graft.adapters[n] for n in route.active if n in self.graft.prompts] if route.enabled else []
-        if len(found) > 1 or (found and adapter_names is not None):
-            raise ValueError("One prompt can be active at a time, and none in a mixed batch (`adapter_names`).")
-        return found[0] if found else None
-
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
-        """The active prompt for `batch_size` rows: embeddings (rows, tokens, dim), or a cache of keys and values."""
-        adapter = self._prompt(None)
-        if adapter is None:
-            raise ValueError("No prompt is active.")
-        prompt = adapter.prompt.prompt(Call(extras={"task_ids": task_ids}))
-        if adapter.prompt.cached:
-            return prompts.prefilled(prompt, adapter.config, self.get_base_model(), batch_size)
-        return prompt.expand(batch_size, -1, -1)
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The prompt of an adapter as it is saved: (tokens, dim), or (tokens, layers · 2 · dim)."""
-        prompt: Any = self.graft.require(adapter_name).prompt
-        saved: Tensor = prompt.saved()[PROMPT].detach().cpu()
-        return saved
-
-    def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
-        if adapter_names is not None and self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        return adapter_names
-
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Let gradients reach the adapters through checkpointed blocks whose inputs are frozen."""
-        quantised = any(getattr(model, f"is_{q}", False) for q in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
-        if not quantised and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        return model
 
     # ------------------------------------------------------------------ files
     def save_pretrained(

@@ -34,7 +34,7 @@ def _signature(*names: str) -> Any:
         parameters.append(kinds("kwargs", kinds.VAR_KEYWORD))
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         forward.__doc__ = PeftModel.forward.__doc__
-        cls.forward = forward  # type: ignore[method-assign]
+        cls.forward = forward  # type: ignore[method-assign, assignment]
         return cls
 
     return decorate

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
-from trimtab.core.method import Call, overrides
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError
 from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
-from trimtab.layer.plan import Board, Plan, Row, require_known, wanted
 from trimtab.methods import config_class, method_class, prefix_of
 from trimtab.shell import mixtures
 from trimtab.shell.loading import Source
+from trimtab.shell.running import Running
 
 
-class Tuner(nn.Module):
+class Tuner(Running):
     """A model and its adapters of any method.
 
     Args:
@@ -218,115 +214,6 @@ class Tuner(nn.Module):
         """
         return self.graft.unload(pristine=pristine)
 
-    # ------------------------------------------------------------------ forward
-    def extras(
-        self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None, args: Sequence[Any] = ()
-    ) -> dict[str, Any]:
-        """What the formulas of adapters (of the active ones by default) must know of a forward.
-
-        Args:
-            inputs: its arguments by name; those that are for formulas are taken out.
-            args: its other arguments.
-        """
-        active = self.graft.board.route_here(quiet=True).active
-        names = active if adapter_names is None else [name for row in adapter_names for name, _ in wanted(row)]
-        adapters = [self.graft.adapters[n] for n in dict.fromkeys(names) if n in self.graft.adapters]
-        found = {name: inputs.pop(name, None) for a in adapters for name in a.method.extras if name in inputs}
-        curious = [a for a in adapters if overrides(a.method, "facts")]
-        if curious:
-            whole = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **inputs}
-            for adapter in curious:
-                facts = adapter.method.facts(adapter.config, whole, self.training)
-                found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
-        found |= {f"{a.name}.seen": {"model": self.model} for a in adapters if a.method.watches}
-        return {name: value for name, value in found.items() if value is not None}
-
-    @contextlib.contextmanager
-    def routed(
-        self,
-        adapter_names: Sequence[Row] | None = None,
-        lengths: Sequence[int] | None = None,
-        open: bool = False,
-        shape: Sequence[int] = (),
-        calls: Mapping[str, Call] | None = None,
-        **extras: Any,
-    ) -> Iterator[None]:
-        """Inside the block, rows of a batch go to the adapters named, one a row ("__base__": none).
-
-        Args:
-            adapter_names: a row may also name several, innermost first, each with its scale or by name alone:
-                `[("sql", 0.7), "style"]`.
-            lengths: the tokens of each row, where they lie one after another in one sequence.
-            open: the block is the caller's own.
-            shape: (rows, tokens) of the batch, as far as they are known.
-            calls: {adapter: what the formulas of its rows are handed}, for rows with random numbers of their own.
-            extras: what formulas read of the forward, by name.
-        """
-        if adapter_names is None:
-            watched, mixed = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
-            with watched, mixed, self.graft.board.handing(extras):
-                yield
-            return
-        graft = self.graft
-        plan = Plan(adapter_names, lengths, extras=extras, calls=calls)
-        require_known(plan.adapters, graft.adapters)
-        if whole := [n for n in plan.adapters if n in graft.adapters and graft.adapters[n].prompt is not None]:
-            raise ValueError(f"{whole} act on the model as a whole: no row of `adapter_names` can have one for itself.")
-        if graft.biased():
-            raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
-        if graft.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        plan.tell(shape)
-        hook = self.model.register_forward_pre_hook(partial(_tell, graft.board, plan), with_kwargs=True)
-        try:
-            with mixtures.watching(self.model, extras), graft.board.using(open=open, plan=plan):
-                with graft.board.moving:  # from now on no other thread parks them
-                    graft.residents.bring(plan.adapters)
-                yield
-        finally:
-            hook.remove()
-            graft.settle(plan.adapters)
-
-    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
-        """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
-        extras = self.extras(kwargs, adapter_names, args)
-        if adapter_names is None:
-            with self.routed(**extras):
-                try:
-                    return self._penalised(self.model(*args, **kwargs))
-                finally:
-                    self.graft.board.forget()
-        shape = batch_shape(args, kwargs)
-        if shape and shape[0] != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {shape[0]} respectively."
-            )
-        with self.routed(adapter_names, shape=shape, **extras):
-            return self.model(*args, **kwargs)
-
-    def _penalised(self, outputs: Any) -> Any:
-        """Outputs whose loss, in training, has the active adapters' penalties added."""
-        loss = getattr(outputs, "loss", None)
-        if loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled:
-            return outputs
-        for term in self.penalties().values():
-            loss = loss + term.to(loss.device)
-        outputs.loss = loss
-        return outputs
-
-    def penalties(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """{adapter: what it adds to its loss in training}, of those that add something (the active ones by default)."""
-        found = {}
-        for name in self.active_adapters if names is None else names:
-            adapter = self.graft.adapters[name]
-            term = adapter.method.penalty(adapter.formulas, adapter.config)
-            if term is not None:
-                found[name] = term
-        return found
-
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a model as a dict; of one that has none, `{"model_type": "custom"}`."""
@@ -350,25 +237,6 @@ class Tuner(nn.Module):
                 raise
         shown = mixtures.show(self.graft, name) if "graft" in self.__dict__ else None
         return getattr(self.model, name) if shown is None else shown
-
-
-INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")
-
-
-def batch_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The leading axes (rows, tokens ...) of a call's inputs, or () where no tensor tells."""
-    candidates = [*args[:1], *(kwargs[n] for n in INPUTS if kwargs.get(n) is not None), *kwargs.values()]
-    return next((tuple(v.shape[:2]) for v in candidates if isinstance(v, Tensor) and v.ndim), ())
-
-
-def _tell(board: Board, plan: Plan, model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Note what shapes the model is really called with, by this thread: generation repeats rows for beams."""
-    if board.route_here(quiet=True).plan is not plan:
-        return
-    tensors = [*args[:1], *(kwargs.get(n) for n in (*INPUTS, "decoder_inputs_embeds", "attention_mask"))]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            plan.tell(tensor.shape)
 
 
 def _progress(show: bool) -> Callable[[Any], Any]:

@@ -139,6 +139,13 @@ class LowRank(Method):
         A, B = self.matrices
         return self.scaling * (wide(B) @ wide(A))
 
+    def plus_delta(self, W: Tensor) -> Tensor:
+        """W + s·B·A (..., out, in); one pass over W, which bounds a merge, where formats allow it."""
+        A, B = (wide(M) for M in self.matrices)
+        if W.ndim == 2 and A.dtype == B.dtype == W.dtype:
+            return torch.addmm(W, B, A, alpha=self.scaling)
+        return W + self.delta()
+
     @staticmethod
     def combined(methods: Sequence[Any], weights: Sequence[float], recipe: Recipe, rank: int) -> dict[str, Tensor]:
         """The tensors, by alias, of one pair of `rank` and scale 1 for several at a layer; biases as deltas do."""

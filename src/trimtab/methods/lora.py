@@ -175,7 +175,7 @@ class Lora(LowRank):
         return start(config.init_lora_weights, self)
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.delta()
+        return self.plus_delta(W)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         if not self.biased:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trimtab import AdaLoraConfig, Job, LoraConfig, PromptTuningConfig, get_peft_model, train_many
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, TrainError
 from trimtab.train.batches import Batches
 from trimtab.train.data import encode_rows
 from trimtab.train.evaluate import evaluate_loss
@@ -91,6 +93,38 @@ def test_in_double_precision_parameters_are_those_of_running_alone(model_factory
     results = train_many(made(), [job(name, rows) for name in KINDS], tokens=tokens)
     same(results, made, jobs, 1e-9, 1e-9)
     assert all(not result.stopped for result in results.values())
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_with_dropout_each_comes_out_as_alone(model_factory, rows, data) -> None:
+    """Whatever its rank, probability, layers and rows beside it: LoRAs without and with dropout share products."""
+    made = lambda: model_factory().double()
+    shapes = [
+        (data.draw(st.integers(1, 4)), data.draw(st.sampled_from([0.0, 0.1, 0.5])), data.draw(st.integers(1, 4)))
+        for _ in range(data.draw(st.integers(2, 4)))
+    ]
+    packed = data.draw(st.sampled_from([0, 40]))
+
+    def jobs() -> list[Job]:
+        return [
+            Job(
+                f"job{i}",
+                LoraConfig(r=r, lora_dropout=p, target_modules=[QV, "all-linear", ["v_proj", "down_proj"]][i % 3]),
+                Batches(rows, 1 if packed else size, max_steps=3, seed=i, packed=packed),
+                1e-2,
+                seed=i,
+            )
+            for i, (r, p, size) in enumerate(shapes)
+        ]
+
+    same(train_many(made(), jobs(), tokens=data.draw(st.sampled_from([60, 4096]))), made, jobs(), 1e-9, 1e-9)
+
+
+def test_several_processes_are_refused_before_anything_is_done(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="one process, and 2 were started"):
+        train_many(None, [])
 
 
 def test_in_single_precision_losses_are_those_of_running_alone(model_factory, rows) -> None:

@@ -210,10 +210,18 @@ class Lora(LowRank):
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
         methods = [m for stack in stacks for m in stack]
-        dropped = methods[0].training and any(m.dropout for m in methods)
-        if methods[0].site.kind != "linear" or cut.rows is None or dropped or any(m.biased for m in methods):
+        if methods[0].site.kind != "linear" or cut.rows is None or any(m.biased for m in methods):
             return None
-        return LowRank.added(stacks, y, x, cut)
+        if not methods[0].training or not any(m.dropout for m in methods):
+            return LowRank.added(stacks, y, x, cut)
+        if any(len(stack) > 1 for stack in stacks):  # each of them sees an input of its own
+            return None
+
+        def dropped(x: Tensor) -> Tensor:
+            parts = zip(stacks, cut.deal(x), calls, strict=True)
+            return cut.join([call.drop(*own, x, own[0].dropout) if own else x for own, x, call in parts], x.shape[:-1])  # type: ignore[no-any-return]
+
+        return LowRank.added(stacks, y, x, cut, inputs=dropped)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))

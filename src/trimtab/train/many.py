@@ -23,7 +23,7 @@ from trimtab.shell.tasks import get_peft_model
 from trimtab.train.batches import Batches
 from trimtab.train.events import Schedule
 from trimtab.train.loop import Event, Run, TrainResult, not_finite
-from trimtab.train.processes import Alone
+from trimtab.train.processes import Alone, require_one
 from trimtab.train.shared import Part, losses, passes
 
 __all__ = ["Job", "Results", "check_jobs", "train_many"]
@@ -92,7 +92,9 @@ def train_many(
 
     Raises:
         ConfigError: two jobs of one name, or adapters that cannot share a batch.
+        TrainError: a launcher has started several processes.
     """
+    require_one("Training many adapters at once")
     check_jobs(jobs)
     model = _with_adapters(model, jobs)
     shared = _Shared(model, tokens)

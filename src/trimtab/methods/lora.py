@@ -218,8 +218,12 @@ class Lora(LowRank):
             return None
 
         def dropped(x: Tensor) -> Tensor:
-            parts = zip(stacks, cut.deal(x), calls, strict=True)
-            return cut.join([call.drop(*own, x, own[0].dropout) if own else x for own, x, call in parts], x.shape[:-1])  # type: ignore[no-any-return]
+            parts = cut.deal(x)
+            for i, (stack, call) in enumerate(zip(stacks, calls, strict=True)):
+                for method in stack:
+                    parts[i] = call.drop(method, parts[i], method.dropout)
+            whole: Tensor = cut.join(parts, x.shape[:-1])
+            return whole
 
         return LowRank.added(stacks, y, x, cut, inputs=dropped)
 

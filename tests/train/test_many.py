@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from trimtab.train.data import encode_rows
 from trimtab.train.evaluate import evaluate_loss
 from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.loop import Event, Run, TrainResult, train
+from trimtab.train.shared import passes
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) + "!" * (i % 3)} for i in range(11)]
 QV = ["q_proj", "v_proj"]
@@ -119,6 +122,27 @@ def test_with_dropout_each_comes_out_as_alone(model_factory, rows, data) -> None
         ]
 
     same(train_many(made(), jobs(), tokens=data.draw(st.sampled_from([60, 4096]))), made, jobs(), 1e-9, 1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 90)), min_size=1, max_size=7),
+    st.sampled_from([50, 200, 1000]),
+    st.sampled_from([0, 20, 500]),
+)
+def test_passes_compute_least(shapes, tokens: int, fixed: int) -> None:
+    """Of all divisions of the parts by length; each part is in one pass, and a pass of several has its room."""
+    parts = [SimpleNamespace(adapter=f"a{i}", shape=shape) for i, shape in enumerate(shapes)]
+    cost = lambda group: fixed + sum(p.shape[0] for p in group) * max(p.shape[1] for p in group)
+    allowed = lambda group: len(group) == 1 or cost(group) - fixed <= tokens
+    found = passes(parts, tokens, fixed)
+    assert sorted(p.adapter for group in found for p in group) == [p.adapter for p in parts]
+    assert all(map(allowed, found))
+    ordered, least = sorted(parts, key=lambda p: -p.shape[1]), []
+    for cuts in itertools.product([False, True], repeat=len(parts) - 1):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [len(parts)]
+        groups = [ordered[a:b] for a, b in itertools.pairwise([0, *ends])]
+        least += [sum(map(cost, groups))] if all(map(allowed, groups)) else []
+    assert sum(map(cost, found)) == min(least)
 
 
 def test_several_processes_are_refused_before_anything_is_done(monkeypatch) -> None:

@@ -24,7 +24,7 @@ from trimtab.train.batches import Batches
 from trimtab.train.events import Schedule
 from trimtab.train.loop import Event, Run, TrainResult, not_finite
 from trimtab.train.processes import Alone, require_one
-from trimtab.train.shared import Part, losses, passes
+from trimtab.train.shared import Part, fixed_cost, losses, passes
 
 __all__ = ["Job", "Results", "check_jobs", "train_many"]
 
@@ -172,7 +172,7 @@ class _Shared:
     """The model that the runs share, and what they do with it together."""
 
     def __init__(self, model: PeftModel, tokens: int) -> None:
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.fixed = model, tokens, fixed_cost(model)
         self.fused: Any = None
 
     @contextlib.contextmanager
@@ -265,7 +265,7 @@ class _Shared:
     def _pass(self, work: Sequence[tuple[JobRun, Any, int]]) -> None:
         """Forward and backward of the nth batch of the step of each run."""
         every = [Part.of(run, batches[n], sum(b.trained for b in batches)) for run, batches, n in work]
-        for parts in passes(every, self.tokens):
+        for parts in passes(every, self.tokens, self.fixed):
             found = losses(self.model, parts, self.fused)
             shares = found.new_tensor([part.share for part in parts])
             (found * shares).sum().backward()

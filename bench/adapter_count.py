@@ -1,8 +1,11 @@
 """Nothing grows with the number of adapters: 196 LoRA sites, 2 adapters against 100 (law 4).
 
     python bench/adapter_count.py [--few 2] [--many 100] [--blocks 15] [--peft]
+    python bench/adapter_count.py --real [--present 32] [--blocks 15] [--peft]
 
 `--peft` adds the same figures of Hugging Face PEFT, where it can be imported (slow: it adds adapters in linear time).
+`--real` times the same operations, merging and unmerging on SmolLM2-135M with so many adapters present: r=8 on q and v,
+and r=16 on all linear layers. "among all" switches through all adapters, most of which are not in the module tree.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import interleaved, median_ms, once
 from report import table, write
+from step import TARGETS, load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -127,6 +132,58 @@ def memory(library: Any, count: int) -> tuple[float, float, float]:
     return grown - numbers, (len(gc.get_objects()) - objects) / count / sites, numbers
 
 
+class Real(Arm):
+    """SmolLM2-135M with `count` adapters."""
+
+    def __init__(self, library: Any, count: int, folder: str, rank: int, targets: str) -> None:
+        self.library, self.folder = library, folder
+        self.config = library.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS[targets])
+        self.model = library.get_peft_model(load(SimpleNamespace(dtype="float32", tokens=8))[0], self.config, "a0")
+        for i in range(1, count):
+            self.model.add_adapter(f"a{i}", self.config)
+        self.model.save_pretrained(folder, selected_adapters=["a0"])
+        self.names, self.every, self.turn = ["a0", "a1"], [f"a{i}" for i in range(count)], 0
+        self.model.set_adapter("a0")
+        self.model.eval()
+
+    def set_adapter_among_all(self) -> float:
+        self.turn += 1
+        return once(lambda: self.model.set_adapter(self.every[self.turn % len(self.every)]))
+
+    def merge_adapter(self) -> float:
+        seconds = once(self.model.merge_adapter)
+        self.model.unmerge_adapter()
+        return seconds
+
+    def unmerge_adapter(self) -> float:
+        self.model.merge_adapter()
+        return once(self.model.unmerge_adapter)
+
+
+def real(libraries: list[str], present: int, blocks: int) -> str:
+    """The table of the operations on SmolLM2-135M, all libraries interleaved in this process."""
+    acts = [*ACTS[:5], "set_adapter_among_all", "merge_adapter", "unmerge_adapter"]
+    said = []
+    for rank, targets in ((8, "qv"), (16, "all")):
+        arms, folders = {}, []
+        for name in libraries:
+            folders.append(tempfile.TemporaryDirectory())
+            arms[name] = Real(importlib.import_module(name), present, folders[-1].name, rank, targets)
+        rows = []
+        for act in acts:
+            runs: dict[str, Callable[[], float]] = {name: getattr(arm, act) for name, arm in arms.items()}
+            interleaved(runs, 2)  # warm
+            found = interleaved(runs, blocks)
+            rows.append([act, *(f"{median_ms(found[name]):.2f}" for name in libraries)])
+        title = (
+            f"r={rank}, {targets} linear layers, {present} adapters present: processor time, ms, medians of {blocks}"
+        )
+        said.append(f"{title}\n\n{table(['', *libraries], rows)}")
+        for folder in folders:
+            folder.cleanup()
+    return "\n\n".join(said)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", type=int, default=2)
@@ -134,10 +191,20 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--loaded", type=int, default=300, help="adapters whose memory is measured")
     parser.add_argument("--peft", action="store_true", help="measure PEFT as well (at most 10 adapters)")
+    parser.add_argument("--real", action="store_true", help="time the operations on SmolLM2-135M")
+    parser.add_argument("--present", type=int, default=32, help="adapters present there")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     parser.add_argument("--memory-of", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.real:
+        text_of = real(["trimtab", *(["peft"] if options.peft else [])], options.present, options.blocks)
+        title_of = "Operations on SmolLM2-135M with many adapters present, fp32, one thread"
+        if options.write:
+            write("adapter_operations", title_of, text_of)
+        else:
+            print(f"{title_of}\n\n{text_of}")
+        return 0
     if options.memory_of:
         print(*memory(importlib.import_module(options.memory_of), options.loaded))
         return 0

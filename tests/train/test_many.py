@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trimtab import AdaLoraConfig, Job, LoraConfig, PromptTuningConfig, get_peft_model, train_many
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, TrainError
 from trimtab.train.batches import Batches
 from trimtab.train.data import encode_rows
 from trimtab.train.evaluate import evaluate_loss
 from trimtab.train.events import EarlyStopping, Evaluate, Schedule
 from trimtab.train.loop import Event, Run, TrainResult, train
+from trimtab.train.shared import passes
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) + "!" * (i % 3)} for i in range(11)]
 QV = ["q_proj", "v_proj"]
@@ -91,6 +96,59 @@ def test_in_double_precision_parameters_are_those_of_running_alone(model_factory
     results = train_many(made(), [job(name, rows) for name in KINDS], tokens=tokens)
     same(results, made, jobs, 1e-9, 1e-9)
     assert all(not result.stopped for result in results.values())
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_with_dropout_each_comes_out_as_alone(model_factory, rows, data) -> None:
+    """Whatever its rank, probability, layers and rows beside it: LoRAs without and with dropout share products."""
+    made = lambda: model_factory().double()
+    shapes = [
+        (data.draw(st.integers(1, 4)), data.draw(st.sampled_from([0.0, 0.1, 0.5])), data.draw(st.integers(1, 4)))
+        for _ in range(data.draw(st.integers(2, 4)))
+    ]
+    packed = data.draw(st.sampled_from([0, 40]))
+
+    def jobs() -> list[Job]:
+        return [
+            Job(
+                f"job{i}",
+                LoraConfig(r=r, lora_dropout=p, target_modules=[QV, "all-linear", ["v_proj", "down_proj"]][i % 3]),
+                Batches(rows, 1 if packed else size, max_steps=3, seed=i, packed=packed),
+                1e-2,
+                seed=i,
+            )
+            for i, (r, p, size) in enumerate(shapes)
+        ]
+
+    same(train_many(made(), jobs(), tokens=data.draw(st.sampled_from([60, 4096]))), made, jobs(), 1e-9, 1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 90)), min_size=1, max_size=7),
+    st.sampled_from([50, 200, 1000]),
+    st.sampled_from([0, 20, 500]),
+)
+def test_passes_compute_least(shapes, tokens: int, fixed: int) -> None:
+    """Of all divisions of the parts by length; each part is in one pass, and a pass of several has its room."""
+    parts = [SimpleNamespace(adapter=f"a{i}", shape=shape) for i, shape in enumerate(shapes)]
+    cost = lambda group: fixed + sum(p.shape[0] for p in group) * max(p.shape[1] for p in group)
+    allowed = lambda group: len(group) == 1 or cost(group) - fixed <= tokens
+    found = passes(parts, tokens, fixed)
+    assert sorted(p.adapter for group in found for p in group) == [p.adapter for p in parts]
+    assert all(map(allowed, found))
+    ordered, least = sorted(parts, key=lambda p: -p.shape[1]), []
+    for cuts in itertools.product([False, True], repeat=len(parts) - 1):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [len(parts)]
+        groups = [ordered[a:b] for a, b in itertools.pairwise([0, *ends])]
+        least += [sum(map(cost, groups))] if all(map(allowed, groups)) else []
+    assert sum(map(cost, found)) == min(least)
+
+
+def test_several_processes_are_refused_before_anything_is_done(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="one process, and 2 were started"):
+        train_many(None, [])
 
 
 def test_in_single_precision_losses_are_those_of_running_alone(model_factory, rows) -> None:

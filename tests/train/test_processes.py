@@ -87,3 +87,8 @@ def test_every_process_has_as_many_batches_and_every_batch_counts_once() -> None
         groups.append(group.share(batches))
     assert [len(g) for g in groups] == [2, 2, 2]
     assert sorted(b.rows[0] for g in groups for b, counts in g if counts) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_many_adapters_at_once_are_refused_in_each_of_two_processes() -> None:
+    launch(str(ROOT / "tests" / "train" / "scripts" / "many_refused.py"))

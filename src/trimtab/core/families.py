@@ -143,6 +143,13 @@ class LowRank(Method):
         A, B = self.matrices
         return self.scaling * (wide(B) @ wide(A))
 
+    def plus_delta(self, W: Tensor) -> Tensor:
+        """W + s·B·A (..., out, in); one pass over W, which bounds a merge, where formats allow it."""
+        A, B = (wide(M) for M in self.matrices)
+        if W.ndim == 2 and A.dtype == B.dtype == W.dtype:
+            return torch.addmm(W, B, A, alpha=self.scaling)
+        return W + self.delta()
+
     @staticmethod
     def combined(methods: Sequence[Any], weights: Sequence[float], recipe: Recipe, rank: int) -> dict[str, Tensor]:
         """The tensors, by alias, of one pair of `rank` and scale 1 for several at a layer; biases as deltas do."""
@@ -171,7 +178,12 @@ class LowRank(Method):
 
     @staticmethod
     def added(
-        stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, gated: Gated | None = None
+        stacks: Sequence[Sequence[Any]],
+        y: Tensor,
+        x: Tensor,
+        cut: Any,
+        gated: Gated | None = None,
+        inputs: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
         """y with every row's updates added, by two batched products for all rows; None where these do not apply.
 
@@ -180,6 +192,7 @@ class LowRank(Method):
             cut: its `rows` tell each row's group; what is stacked is kept in its `banks` while no gradient is wanted.
             gated: of methods that scale the layer's output as well: (the updates, what each group's output is scaled
                 by, what is added to it).
+            inputs: x -> what the updates see of it, where that is not x itself.
         """
         methods = [m for stack in stacks for m in stack]
         parts = tuple(holder[key] for m in methods for holder, key in m.places.values())
@@ -203,7 +216,7 @@ class LowRank(Method):
             bank = grouped.Bank(stacks, parts, stamp, *grouped.stacked(updates, owners), gate, shift)
             if fixed:
                 cut.banks[name] = bank
-        return grouped.add_rows(y, x, bank)
+        return grouped.add_rows(y, x if inputs is None else inputs(x), bank)
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The update of an output up to its last product: (h, B) with s·B·A·x = B·h.

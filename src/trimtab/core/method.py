@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ BIASED = "(layers with a bias)"  # another: every layer of the method's kinds th
 ADAPTER = "{}"  # where an adapter's name stands in the path of a leaf
 
 
+@lru_cache(1024)
 def leaf_template(leaf: str) -> str:
     """Where a tensor lives below its layer: "lora_A.weight" -> "lora_A.{}.weight", "lora_E" -> "lora_E.{}"."""
     if ADAPTER in leaf:
@@ -29,6 +31,7 @@ def leaf_template(leaf: str) -> str:
     return f"{first}.{ADAPTER}.{rest}" if rest else f"{first}.{ADAPTER}"
 
 
+@lru_cache(1024)
 def leaf_alias(leaf: str) -> str:
     """The name a formula calls a tensor by: "lora_A.weight" -> lora_A, "lora_B.bias" -> lora_B_bias."""
     container, _, rest = leaf_template(leaf).partition(f".{ADAPTER}")

@@ -238,6 +238,8 @@ def aligned(
     what wrappers add, without the prefix, and through `rename`; a key that is nothing to the adapter stays as it is.
     """
     wanted = {slot.on_disk(prefix): slot for slot in slots}
+    if tensors.keys() <= wanted.keys():
+        return dict(tensors)
     plain = {unwrapped(key): key for key in wanted}
     infixed: dict[tuple[int, str], str] = {}  # where an adapter's name stands in a key in memory, and the rest of it
     for key, slot in wanted.items():
@@ -361,14 +363,16 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
 
 def unsound(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> list[str]:
     """The keys of tensors that are NaN, infinite or beyond all measure somewhere (fp16 ends at 65,504)."""
-    found = []
+    held: dict[str, Tensor] = {}
     for slot in slots:
-        value = tensors.get(slot.on_disk(prefix))
+        value = tensors.get(key := slot.on_disk(prefix))
         if value is not None and value.is_floating_point() and value.numel() and slot.trains:
-            value = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
-            if not value.abs().amax() <= LARGEST:  # NaN is not, either
-                found.append(slot.on_disk(prefix))
-    return found
+            held[key] = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
+    if not held:
+        return []
+    extremes = torch.stack([extreme for value in held.values() for extreme in value.aminmax()]).float().view(-1, 2)
+    sound = (extremes.abs() <= LARGEST).all(1).tolist()  # NaN is not, either
+    return [key for key, good in zip(held, sound, strict=True) if not good]
 
 
 def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:

@@ -122,6 +122,7 @@ class Adapter:
         told: hooks told it of a step.
         by_hand: the caller tells it of steps.
         undo: its state before the first step that hooks told it of, until the next.
+        trained: where its trained tensors at layers are registered, once that was asked; None while it is parked.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Adapter:
     told: bool = False
     by_hand: bool = False
     undo: Any = None
+    trained: list[tuple[dict[str, Any], str]] | None = None
 
     @property
     def parked(self) -> bool:
@@ -237,6 +239,27 @@ def methods_of(adapter: Adapter) -> list[Method]:
         methods.append(place.layer.methods[adapter.name][at])
         seen[place.layer] = at + 1
     return methods
+
+
+def require_gradients(adapter: Adapter, commons: Mapping[str, Leaves], wanted: bool) -> None:
+    """Make all that an adapter trains require gradients, or not; it must be in the module tree."""
+    if adapter.trained is None:
+        kept = [m for x in adapter.layers for m in x.methods.get(adapter.name, ()) if m.home is x]
+        adapter.trained = [method.place_of(leaf) for method in kept for leaf in method.trained]
+    for holder, key in adapter.trained:
+        if (tensor := holder.get(key)) is not None:  # others may have deleted the adapter at a layer
+            tensor.requires_grad_(wanted)
+    for wrapper in adapter.saved:
+        wrapper.set_requires_grad(adapter.name, wanted)
+    for parameter in adapter.biases.trained() if adapter.biases else ():
+        parameter.requires_grad_(wanted)
+    if adapter.prompt is not None:
+        for key, parameter in adapter.prompt.named_parameters():
+            parameter.requires_grad_(wanted and key not in adapter.prompt.frozen)
+    for key, leaf in adapter.layout.shared.items():
+        tensor = common(commons, key, adapter.name)
+        if leaf.train and isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(wanted)
 
 
 @torch.no_grad()

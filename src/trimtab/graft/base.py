@@ -10,6 +10,8 @@ from torch import nn
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
 
+WRAPPERS = (AdaptedLayer, SavedModule)
+
 
 class Base:
     """What is in a model now. It is read anew before adapters come, merge, are saved or leave: others change models.
@@ -45,7 +47,7 @@ class Base:
                 continue
             own = f"{path}.{attribute}" if path else attribute
             found: list[AdaptedLayer | SavedModule] = []
-            while isinstance(child, AdaptedLayer | SavedModule):
+            while isinstance(child, WRAPPERS):
                 found.append(child)
                 child = child._modules["base_layer" if isinstance(child, AdaptedLayer) else "original_module"]
             assert child is not None
@@ -72,7 +74,7 @@ class Base:
     # ------------------------------------------------------------------ questions
     def path_of(self, module: nn.Module | None) -> str | None:
         """The path of a module of the model, or of what stands around it."""
-        while isinstance(module, AdaptedLayer | SavedModule):
+        while isinstance(module, WRAPPERS):
             module = module._modules["base_layer" if isinstance(module, AdaptedLayer) else "original_module"]
         return self._paths.get(id(module))
 

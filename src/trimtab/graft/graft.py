@@ -16,7 +16,7 @@ from trimtab.files.codec import Slot
 from trimtab.files.store import check_name
 from trimtab.formats import weights
 from trimtab.graft import merging, prompts, slots
-from trimtab.graft.adapters import Adapter, Layout, common, complete, install
+from trimtab.graft.adapters import Adapter, Layout, complete, install, require_gradients
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, chains, place
 from trimtab.graft.residents import Residents
@@ -269,19 +269,9 @@ class Graft:
             return
         self.residents.bring([name])
         adapter.trainable = trainable
-        for part in adapter.parts:
-            part.set_requires_grad(name, trainable)
-        for parameter in adapter.biases.trained() if adapter.biases else ():
-            parameter.requires_grad_(trainable)
-        if adapter.prompt is not None:
-            for key, parameter in adapter.prompt.named_parameters():
-                parameter.requires_grad_(trainable and key not in adapter.prompt.frozen)
+        require_gradients(adapter, self.commons, trainable)
         for other in self.residents.together([name], trained=True)[1:]:
             self.set_trainable(other, trainable)
-        for key, leaf in adapter.layout.shared.items():
-            tensor = common(self.commons, key, name)
-            if leaf.train and isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(trainable)
 
     def _place_biases(self) -> None:
         route = self.board.route_here(quiet=True)

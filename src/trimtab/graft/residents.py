@@ -80,7 +80,7 @@ class Residents:
     def park(self, adapter: Adapter) -> None:
         """Take an adapter out of the module tree; its numbers stay, as they are, and parameters that others hold."""
         tensors = tensors_of(adapter, self.commons)
-        adapter.flat = adapter.layout.packed(tensors)
+        adapter.flat, adapter.trained = adapter.layout.packed(tensors), None
         kept = {i: weakref.ref(t) for i, t in enumerate(tensors) if isinstance(t, nn.Parameter)}
         del tensors
         adapter.settings = _settings(adapter)

@@ -13,13 +13,17 @@ from trimtab.core.method import Method
 from trimtab.core.site import Site
 from trimtab.errors import RouteError
 from trimtab.formats import offload
-from trimtab.layer.leaves import Leaves
+from trimtab.layer.leaves import Leaves, set_mode
 from trimtab.layer.merging import Merging
 from trimtab.layer.mixed import Step, mixed_step
 from trimtab.layer.originals import Originals
 from trimtab.layer.plan import Board, Route
 from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
 from trimtab.layer.together import Through
+
+# Attributes that are no modules or tensors: nn.Module's own setattr costs more than all the rest of what is done to
+# hundreds of layers when adapters come and go.
+STATE = frozenset({"name", "path", "kept", "company", "alone", "shown", "merged_adapters", "own", "training"})
 
 
 class AdaptedLayer(Merging):
@@ -158,7 +162,8 @@ class AdaptedLayer(Merging):
             method.register(leaf, self.containers[container].put(adapter, rest.removeprefix("."), tensor))
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
         self.sites.setdefault(method.site.param, method.site)
-        self.shown |= {*method.views}
+        if not self.shown.issuperset(method.views):
+            self.shown |= {*method.views}
         self.changed()
 
     def detach(self, adapter: str) -> None:
@@ -175,12 +180,22 @@ class AdaptedLayer(Merging):
 
     # ------------------------------------------------------------------ as a module
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in STATE:
+            self.__dict__[name] = value
+            return
         if name == "base_layer":
             self.__dict__["kept"] = None
         elif isinstance(value, nn.Parameter) and name in self.frozen._parameters:  # weights are tied this way
             setattr(self.frozen, name, value)
             return
         super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Training or evaluation mode."""
+        self.base_layer.train(mode)
+        self.training = mode
+        set_mode([child for name, child in self.named_children() if name != "base_layer"], mode)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "company": ()}

@@ -175,7 +175,7 @@ class Lora(LowRank):
         return start(config.init_lora_weights, self)
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.delta()
+        return self.plus_delta(W)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         if not self.biased:
@@ -210,10 +210,22 @@ class Lora(LowRank):
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
         methods = [m for stack in stacks for m in stack]
-        dropped = methods[0].training and any(m.dropout for m in methods)
-        if methods[0].site.kind != "linear" or cut.rows is None or dropped or any(m.biased for m in methods):
+        if methods[0].site.kind != "linear" or cut.rows is None or any(m.biased for m in methods):
             return None
-        return LowRank.added(stacks, y, x, cut)
+        if not methods[0].training or not any(m.dropout for m in methods):
+            return LowRank.added(stacks, y, x, cut)
+        if any(len(stack) > 1 for stack in stacks):  # each of them sees an input of its own
+            return None
+
+        def dropped(x: Tensor) -> Tensor:
+            parts = cut.deal(x)
+            for i, (stack, call) in enumerate(zip(stacks, calls, strict=True)):
+                for method in stack:
+                    parts[i] = call.drop(method, parts[i], method.dropout)
+            whole: Tensor = cut.join(parts, x.shape[:-1])
+            return whole
+
+        return LowRank.added(stacks, y, x, cut, inputs=dropped)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))

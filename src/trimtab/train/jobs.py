@@ -32,7 +32,7 @@ from trimtab.train.model import Base, load_base, make_optimizer
 from trimtab.train.names import ALIASES
 from trimtab.train.plan import try_evaluation
 from trimtab.train.preparation import encode_data, read_data, show_data
-from trimtab.train.processes import Alone
+from trimtab.train.processes import Alone, require_one
 from trimtab.train.progress import JointProgress
 from trimtab.train.report import console_for, show_jobs, show_outcomes
 from trimtab.train.run import MADE, Outcome
@@ -143,6 +143,7 @@ def run_jobs(jobs: Jobs, console: Console | None = None, events: Sequence[Event]
     Raises:
         PeftError: in one of its kinds, whatever cannot be done: before anything is trained.
     """
+    require_one("Training many adapters at once")
     console = console or console_for()
     checkpoints = _claimed(jobs)
     if not checkpoints:

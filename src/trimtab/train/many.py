@@ -23,8 +23,8 @@ from trimtab.shell.tasks import get_peft_model
 from trimtab.train.batches import Batches
 from trimtab.train.events import Schedule
 from trimtab.train.loop import Event, Run, TrainResult, not_finite
-from trimtab.train.processes import Alone
-from trimtab.train.shared import Part, losses, passes
+from trimtab.train.processes import Alone, require_one
+from trimtab.train.shared import Part, fixed_cost, losses, passes
 
 __all__ = ["Job", "Results", "check_jobs", "train_many"]
 
@@ -92,7 +92,9 @@ def train_many(
 
     Raises:
         ConfigError: two jobs of one name, or adapters that cannot share a batch.
+        TrainError: a launcher has started several processes.
     """
+    require_one("Training many adapters at once")
     check_jobs(jobs)
     model = _with_adapters(model, jobs)
     shared = _Shared(model, tokens)
@@ -170,7 +172,7 @@ class _Shared:
     """The model that the runs share, and what they do with it together."""
 
     def __init__(self, model: PeftModel, tokens: int) -> None:
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.fixed = model, tokens, fixed_cost(model)
         self.fused: Any = None
 
     @contextlib.contextmanager
@@ -263,7 +265,7 @@ class _Shared:
     def _pass(self, work: Sequence[tuple[JobRun, Any, int]]) -> None:
         """Forward and backward of the nth batch of the step of each run."""
         every = [Part.of(run, batches[n], sum(b.trained for b in batches)) for run, batches, n in work]
-        for parts in passes(every, self.tokens):
+        for parts in passes(every, self.tokens, self.fixed):
             found = losses(self.model, parts, self.fused)
             shares = found.new_tensor([part.share for part in parts])
             (found * shares).sum().backward()

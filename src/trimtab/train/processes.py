@@ -15,7 +15,7 @@ from trimtab.core.extras import need
 from trimtab.errors import TrainError
 from trimtab.train.batches import Batch
 
-__all__ = ["Alone", "Several", "processes"]
+__all__ = ["Alone", "Several", "processes", "require_one"]
 
 
 class Alone:
@@ -150,9 +150,22 @@ def processes() -> Alone:
     Raises:
         MissingPackageError: several processes, and accelerate is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _count() < 2:
         return Alone()
     need("Training with several processes", "accelerate")
     from accelerate import Accelerator
 
     return Several(Accelerator(cpu=not torch.cuda.is_available()))
+
+
+def require_one(what: str) -> None:
+    """Raise `TrainError` where the launcher has started several processes: each would train all of it by itself."""
+    if (count := _count()) > 1:
+        raise TrainError(
+            f"{what} runs in one process, and {count} were started: start it without `accelerate launch` or torchrun."
+        )
+
+
+def _count() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

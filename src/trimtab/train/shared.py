@@ -16,7 +16,11 @@ from trimtab.train.batches import Batch
 from trimtab.train.data import IGNORE
 from trimtab.train.loop import Run, call_of
 
-__all__ = ["Part", "losses", "passes"]
+__all__ = ["Part", "fixed_cost", "losses", "passes"]
+
+# What a pass costs beside its tokens, in tokens: on processors as measured with SmolLM2-135M (bench/many_jobs.py);
+# elsewhere a pass of few tokens takes as long as one of many.
+FIXED, ELSEWHERE = 64, 2048
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,37 @@ class Part:
         return rows, tokens
 
 
-def passes(parts: Sequence[Part], tokens: int) -> list[list[Part]]:
-    """Parts that go through the model together: of like lengths, up to `tokens` with their padding, one at least."""
-    found: list[list[Part]] = []
-    room = longest = 0
-    for part in sorted(parts, key=lambda p: -p.shape[1]):
-        rows, length = part.shape
-        if not found or rows * longest > room:
-            found.append([])
-            longest, room = length, max(tokens, rows * length)
-        found[-1].append(part)
-        room -= rows * longest
-    for group in found:  # rows of one run side by side, and the runs in an order that does not change from step to step
-        group.sort(key=lambda p: p.adapter)
-    return found
+def passes(parts: Sequence[Part], tokens: int, fixed: int = 0) -> list[list[Part]]:
+    """Parts that go through the model together: of like lengths, up to `tokens` with their padding, one at least.
+
+    Of all ways to divide them, by length, the one that computes least: padding is computed, too.
+
+    Args:
+        fixed: what a pass costs beside its tokens, in tokens.
+    """
+    ordered = sorted(parts, key=lambda p: -p.shape[1])
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n parts: (what their passes cost, where the last one begins)
+    for end in range(1, len(ordered) + 1):
+        found, rows = [], 0
+        for begin in reversed(range(end)):
+            rows += ordered[begin].shape[0]
+            cost = rows * ordered[begin].shape[1]
+            if cost > tokens and begin < end - 1:
+                break
+            found.append((best[begin][0] + fixed + cost, begin))
+        best.append(min(found))
+    groups, end = [], len(ordered)
+    while end:
+        begin = best[end][1]
+        # Rows of one run side by side, and the runs in an order that does not change from step to step.
+        groups.append(sorted(ordered[begin:end], key=lambda p: p.adapter))
+        end = begin
+    return groups[::-1]
+
+
+def fixed_cost(model: Any) -> int:
+    """What a pass of a model costs beside its tokens, in tokens."""
+    return FIXED if next(model.parameters()).device.type == "cpu" else ELSEWHERE
 
 
 def losses(model: Any, parts: Sequence[Part], fused: FusedLoss | None) -> Tensor:  # (parts,)

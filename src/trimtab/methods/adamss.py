@@ -1,4 +1,4 @@
-"""AdaMSS (NeurIPS 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
+"""AdaMSS (Zheng et al. 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
 
 E_k are the rows of E of cluster k.
 V (r, in + 1) has the first right singular vectors of the layer's weight with its bias as a last column. The rows of the

@@ -24,7 +24,7 @@ from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
 from trimtab.init.mirror import facts_of, mirror, room
 
-BACKBONE, PROJECTION = "shadow_backbone", "shadow_projection.weight"
+BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
 
 @dataclass
@@ -53,8 +53,8 @@ class ShadowConfig(LayerConfig):
         for name in ("r", "update_hidden_size", *(f"shadow_{size}" for size in sizes)):
             if getattr(self, name) is not None:
                 require_rank(getattr(self, name), name)
-        if self.task_type not in (None, "CAUSAL_LM"):
-            raise ConfigError(f"Shadow is for causal language models here, not for {self.task_type}.")
+        if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+            raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
 
 
 class Shadow(Method):
@@ -86,6 +86,8 @@ class Shadow(Method):
                 leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
         if model.config.hidden_size != base.hidden_size:
             leaves[PROJECTION] = Leaf((base.hidden_size, model.config.hidden_size))  # (dim, its width)
+        if config.task_type == "SEQ_CLS":
+            leaves[HEAD] = Leaf((base.num_labels, base.hidden_size))  # (labels, dim)
         return leaves
 
     @classmethod
@@ -175,7 +177,11 @@ class Shadow(Method):
             s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
         self.term = None
         if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
-            self.term = self.options.auxiliary_loss_weight * own_loss(s, inputs, model.get_output_embeddings())
+            if self.options.task_type == "SEQ_CLS":
+                loss = class_loss(F.linear(s, self.shared(HEAD).to(s.dtype)), inputs, model)
+            else:
+                loss = own_loss(s, inputs, model.get_output_embeddings())
+            self.term = self.options.auxiliary_loss_weight * loss
         return s
 
     @classmethod
@@ -192,6 +198,19 @@ def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
     if type(head) is nn.Linear:
         return linear_cross_entropy(s, head.weight, labels, bias=head.bias)
     return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
+
+
+def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
+    """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
+    ids, pad = inputs.get("input_ids"), model.config.pad_token_id
+    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
+    if ids is not None and pad is not None:
+        last = torch.where(ids != pad, torch.arange(ids.shape[1], device=ids.device), -1).amax(1).to(last.device)
+    pooled = logits[torch.arange(len(logits), device=logits.device), last]
+    loss: Tensor = model.loss_function(
+        logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
+    )
+    return loss
 
 
 def shares(config: Any, base: Any) -> bool:

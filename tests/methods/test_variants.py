@@ -214,6 +214,35 @@ def test_monteclora_draws_a_in_training_alone() -> None:
         MontecloraConfig(num_samples=0)
 
 
+def test_monteclora_draws_from_the_distributions_that_it_says() -> None:
+    draws, n, c = 400, 3, 0.5
+    model = adapted(variant(monteclora_config=MontecloraConfig(num_samples=n, sample_scaler=c)))
+    layer = model.get_base_model().linear.train()
+    sampler, x = layer.lora_monteclora_sampler["default"], torch.eye(12, dtype=torch.float64)
+    sigma, p = numbers(sampler.std_prior), numbers(sampler.expert_weights_prior)
+    torch.nn.init.zeros_(layer.lora_A["default"].weight)
+    torch.nn.init.eye_(layer.lora_B["default"].weight)
+    sums, squares, ratios = [0.0] * R, [], []
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _ in range(draws):
+            Z = (layer(x) - layer.base_layer(x))[:, :R] / (ALPHA / R * c)  # (in, r)
+            g, w = numbers(sampler.gaussian_var_prior), numbers(sampler.expert_weights)
+            assert all(g[i][j] == 0 for i in range(R) for j in range(R) if i != j)
+            sums = [total + g[i][i] for i, total in enumerate(sums)]
+            ratios.append(math.log(w[0] / w[1]))
+            of_mixture = sum(v * v for v in w)
+            squares += [float(Z[j, i]) ** 2 / (g[i][i] * of_mixture) for i in range(R) for j in range(12)]
+    for i, total in enumerate(sums):  # a Wishart matrix's diagonal: r times the scale matrix's
+        assert abs(total / draws / (R * math.exp(2 * sigma[i])) - 1) < 0.15
+    assert abs(sum(squares) / len(squares) - 1) < 0.05
+    inverse = [math.exp(-v) for v in p]  # Laplace's approximation of a Dirichlet distribution, of concentrations exp p
+    variance = sum(inverse[k] * (1 - 2 / n) + sum(inverse) / n**2 for k in (0, 1))
+    mean = sum(ratios) / draws
+    assert abs(mean - (p[0] - p[1])) < 4 * (variance / draws) ** 0.5
+    assert abs(sum((v - mean) ** 2 for v in ratios) / draws / variance - 1) < 0.25
+
+
 class Packed(torch.nn.Module):
     """A linear layer as GPTQ's library keeps it: whole numbers, and the group of each feature."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import trimtab
 from tests.parity.models import batch, build
@@ -98,6 +99,53 @@ def test_files_both_ways(case: str, writer: int, tmp_path: Path) -> None:
     read = quiet(library.PeftModel.from_pretrained, build(CASES[case][0]), str(tmp_path / str(writer)))
     inputs = batch(CASES[case][0])
     near(read.eval()(**inputs).logits, both[writer](**inputs).logits)
+
+
+def classifier() -> Any:
+    config = build("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(3)
+    return LlamaForSequenceClassification(config)
+
+
+def classifiers() -> tuple[Any, Any]:
+    found = []
+    for library in BOTH:
+        config = library.ShadowConfig(task_type="SEQ_CLS")
+        found.append(quiet(library.get_peft_model, classifier(), config).eval())
+    ours, theirs = found
+    assert trainable(ours) == trainable(theirs)
+    stir(theirs, 0.1)
+    held = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                held[name].copy_(parameter)
+    return ours, theirs
+
+
+def test_classifiers(tmp_path: Path) -> None:
+    ours, theirs = classifiers()
+    inputs = batch("llama")
+    inputs["input_ids"][:, -2:] = 0  # padding
+    inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    labels = torch.arange(len(inputs["input_ids"])) % 3
+    near(ours(**inputs).logits, theirs(**inputs).logits)
+    ours.peft_config["default"].shadow_dropout = 0.0
+    wanted, found = theirs(**inputs, labels=labels).loss, ours.train()(**inputs, labels=labels).loss
+    near(found, wanted)
+    found.backward()
+    wanted.backward()
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            near(dict(ours.named_parameters())[name].grad, parameter.grad)
+    for model, folder in ((ours.eval(), "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert weights_file(tmp_path / "0").keys() == weights_file(tmp_path / "1").keys()
+    for folder in "01":
+        for library in BOTH:
+            read = quiet(library.PeftModel.from_pretrained, classifier(), str(tmp_path / folder)).eval()
+            near(read(**inputs).logits, theirs(**inputs).logits)
 
 
 def test_another_name(tmp_path: Path) -> None:

@@ -168,12 +168,18 @@ def get_model_device(model: nn.Module) -> str:
 
 
 def get_layer_device_map(model: Any) -> dict[int, Any] | None:
-    """{index of a block: its device} of a model that is spread over several, or None."""
+    """{index of a block: the device that computes it} of a model that is spread over several, or None."""
     from trimtab.core.targets import layer_index
 
-    devices = getattr(model, "hf_device_map", None) or {}
-    found = {index: device for name, device in devices.items() if (index := layer_index(f"{name}.", None)) is not None}
-    return found if len(set(devices.values())) > 1 and found else None
+    spread = getattr(model, "hf_device_map", None) or {}
+    away = ("cpu", "disk")  # blocks kept there are computed where the others are
+    main = next((device for device in spread.values() if device not in away), "cpu")
+    found = {}
+    for name, device in spread.items():
+        index = layer_index(f"{name}.", None)
+        if index is not None:
+            found[index] = main if device in away else device
+    return found if len(set(spread.values())) > 1 and found else None
 
 
 # ------------------------------------------------------------------ embeddings

@@ -21,6 +21,12 @@ MODULES = {
     "peft.optimizers": "lorafa loraplus riemannian",
     "peft.tuners.adalora": "bnb gptq",
     "peft.tuners.shira": "mask_functions",
+    "peft.tuners.adamss": "asa_callback utils",
+    "peft.tuners.poly": "router",
+    "peft.tuners.shadow": "layers",
+    "peft.tuners.waveft": "constants waverec2d wavelet",
+    "peft.tuners.xlora": "classifier",
+    **{f"peft.tuners.{method}": "utils" for method in ("adaption_prompt", "c3a", "cartridge", "osf")},
     **{f"peft.tuners.{method}": "bnb" for method in ("hira", "ia3", "pvera", "randlora", "road")},
     "peft.tuners": "_buffer_dict lycoris_utils mixed tuners_utils",
     "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
@@ -52,21 +58,49 @@ ALIASES = {
     "AdaptedAttentionGPT": "trimtab.as_peft.classes:AdaptedAttention",
     "get_default_import_allowlist": "trimtab.shell.auto:get_default_import_allowlist",
     "check_import_allowlist": "trimtab.shell.auto:check_import_allowlist",
+    **{
+        name: f"trimtab.shell.eva:{name}"
+        for name in (
+            "forward_fn_dict",
+            "prepare_layer_inputs_fn_language_modeling",
+            "prepare_model_inputs_fn_language_modeling",
+        )
+    },
+    # A variant of LoRA is a formula of its own: the classes of `layer.methods[adapter]`.
+    "LoraVariant": "trimtab.core.families:LowRank",
+    "ALoraLinearVariant": "trimtab.methods.alora:ALora",
+    "ArrowLinearVariant": "trimtab.methods.arrow:Arrow",
+    "BdLoraLinearVariant": "trimtab.methods.bdlora:BdLora",
+    **{f"Dora{kind}Variant": "trimtab.methods.dora:Dora" for kind in "Linear Embedding Conv1d Conv2d Conv3d".split()},
+    "KasaLinearVariant": "trimtab.methods.kasa:Kasa",
+    **{f"MiCA{kind}Variant": "trimtab.methods.mica:Mica" for kind in ("Linear", "Embedding")},
+    "MontecloraLinearVariant": "trimtab.methods.monteclora:Monteclora",
+    "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
+    "VeloraLinearVariant": "trimtab.methods.velora:Velora",
+    "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
 # Modules that answer for whatever public name they have.
 SOURCES = (
+    "trimtab.as_peft.around",
     "trimtab.as_peft.constants",
+    "trimtab.as_peft.formulas",
     "trimtab.as_peft.functions",
     "trimtab.as_peft.hotswap",
     "trimtab.as_peft.inside",
     "trimtab.as_peft.parts",
     "trimtab.as_peft.merges",
+    "trimtab.as_peft.routing",
     "trimtab.as_peft.quantised",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",
 )
+
+# Modules outside a method's package that have layer classes of LoRA.
+LAYERS_AT = (
+    ("peft.optimizers.loraplus", "Embedding"), ("peft.utils.hotswap", "Conv2d"), ("peft.utils.hotswap", "Linear"),
+)  # fmt: skip
 
 # Where a method's default targets are.
 MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
@@ -121,7 +155,7 @@ def find(path: str, name: str) -> Any:
     if name in ALIASES:
         module, _, attribute = ALIASES[name].partition(":")
         return getattr(import_module(module), attribute)
-    if (path, name) == ("peft.optimizers.loraplus", "Embedding"):
+    if (path, name) in LAYERS_AT:
         path = "peft.tuners.lora.layer"
     method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
     if name in LAYERS:

@@ -47,6 +47,8 @@ LAYERS = {
     "AqlmLoraLinear": "aqlm",
     "AwqLoraLinear": "gptqmodel",
     "GPTQLoraLinear": "gptqmodel",
+    "SVDLinear4bit": "bnb 4bit",
+    "SVDLinear8bitLt": "bnb 8bit",
     "SVDQuantLinear": "gptqmodel",
     "LoraParallelLinear": "megatron",
     "TeLinear": "transformer_engine",

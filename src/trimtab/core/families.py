@@ -22,6 +22,26 @@ def wide(M: Tensor) -> Tensor:
     return M if M.dtype == torch.float64 else M.float()
 
 
+def skew(v: Tensor, n: int) -> Tensor:
+    """The skew-symmetric matrices Q (..., n, n) of their entries above the diagonal v (..., n (n - 1) / 2)."""
+    rows, columns = torch.triu_indices(n, n, 1, device=v.device)
+    upper = v.new_zeros(*v.shape[:-1], n * n).index_copy(-1, rows * n + columns, v).unflatten(-1, (n, n))
+    return upper - upper.mT
+
+
+def cayley(Q: Tensor, terms: int | None = None) -> Tensor:
+    """(I + Q)(I - Q)⁻¹ of skew-symmetric matrices; with `terms` the inverse by so many of I + Q + Q² + ..."""
+    I = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    if terms is None:
+        return torch.linalg.solve(I - Q, I + Q, left=False)
+    if terms <= 2:
+        return I + 2 * Q if terms == 2 else I.expand(Q.shape)
+    R = I
+    for _ in range(max(2, terms - 2)):  # by Horner's rule, with as many terms as PEFT takes
+        R = I + Q @ R
+    return (I + Q) @ R
+
+
 def no_input(site: Site) -> None:
     """Speak up about dropout where a method sees no input to drop: PEFT refuses it for parameters, else ignores it."""
     message = f"`lora_dropout` cannot act on '{site.name}', whose input only its own module sees"

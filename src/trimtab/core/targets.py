@@ -58,6 +58,13 @@ def inside(names: Collection[str] | None, name: str) -> bool:
     return any(matches(set(names), ".".join(segments[: i + 1])) for i in range(len(segments)))
 
 
+def blocks(paths: Iterable[str]) -> dict[str, int]:
+    """Of the paths of a model's modules, those of the blocks of its one stack, and their places in it."""
+    expression = re.compile(r"(?:\D*\.)?(?:layers|h|blocks)\.(\d+)")
+    found = ((path, expression.fullmatch(path)) for path in paths)
+    return {path: int(match.group(1)) for path, match in found if match}
+
+
 def layer_index(name: str, pattern: Collection[str] | str | None) -> int | None:
     """The index of the layer a module path lies in, or None where it lies in none."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())

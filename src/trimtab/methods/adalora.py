@@ -159,17 +159,32 @@ class AdaLora(Method):
         if t <= end:
             for m in methods:
                 m.observe(config.beta1, config.beta2)
-        if t == end or (config.tinit < t < end and t % config.deltaT == 0):
-            first = sum(len(m.lora_E) for m in methods)
-            last = config.target_r * len(methods)
-            ratio = 1 - (t - config.tinit) / (end - config.tinit)
-            cut = first - int((first - last) * ratio**3 + last)  # eq. 12: the budget falls as a cubic
-            if cut > 0:
-                scores = [m.importance() for m in methods]
-                limit = torch.cat(scores).kthvalue(cut).values
-                config.rank_pattern = {m.key: (s > limit).tolist() for m, s in zip(methods, scores, strict=True)}
-                cls.mask(methods, config)
-        elif t > end:
+        budget, due = cls.budget(methods, config, t)
+        if t > end:
+            cls.mask(methods, config)
+        elif due:
+            cls.cut(methods, config, budget)
+
+    @classmethod
+    def budget(cls, methods: Sequence[Any], config: Any, t: int) -> tuple[int, bool]:
+        """(how many triplets are left at step `t`, whether it is one at which they are cut)."""
+        first, last = sum(len(m.lora_E) for m in methods), config.target_r * len(methods)
+        end = config.total_step - config.tfinal
+        if t <= config.tinit:
+            return first, False
+        if t >= end:
+            return last, True
+        ratio = 1 - (t - config.tinit) / (end - config.tinit)
+        return int((first - last) * ratio**3 + last), t % config.deltaT == 0  # eq. 12: it falls as a cubic
+
+    @classmethod
+    def cut(cls, methods: Sequence[Any], config: Any, budget: int) -> None:
+        """Leave the `budget` triplets of most importance."""
+        scores = [m.importance() for m in methods]
+        out = sum(map(len, scores)) - budget
+        if out > 0:
+            limit = torch.cat(scores).kthvalue(out).values
+            config.rank_pattern = {m.key: (s > limit).tolist() for m, s in zip(methods, scores, strict=True)}
             cls.mask(methods, config)
 
     @torch.no_grad()

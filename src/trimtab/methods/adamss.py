@@ -1,4 +1,4 @@
-"""AdaMSS (NeurIPS 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
+"""AdaMSS (Zheng et al. 2025, https://openreview.net/forum?id=8ZdWmpYxT0).   [W' b'] = [W b] + E V,   E_k = B_k A_k.
 
 E_k are the rows of E of cluster k.
 V (r, in + 1) has the first right singular vectors of the layer's weight with its bias as a last column. The rows of the
@@ -219,16 +219,22 @@ def clusters(site: Site, config: Any) -> list[Tensor]:
     known = _FOUND.setdefault(site, {})
     key = (config.r, config.num_subspaces, config.random_seed)
     if key not in known:
-        need("The clusters of an AdaMSS adapter", "scikit-learn")
-        from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
-
-        U, _ = decomposed(site, config)
-        means = KMeans(
-            min(config.num_subspaces, len(U)), init="random", n_init=1, max_iter=10, random_state=KMEANS_SEED
-        )
-        labels = torch.as_tensor(means.fit_predict(U.cpu().numpy()))
-        known[key] = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+        known[key] = members(cluster_labels(decomposed(site, config)[0], config.num_subspaces))
     return known[key]
+
+
+def cluster_labels(U: Tensor, count: int, iterations: int = 10) -> Tensor:
+    """Which cluster each row of U (out, r) is in (out,), by k-means."""
+    need("The clusters of an AdaMSS adapter", "scikit-learn")
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped, unused-ignore]
+
+    means = KMeans(min(count, len(U)), init="random", n_init=1, max_iter=iterations, random_state=KMEANS_SEED)
+    return torch.as_tensor(means.fit_predict(U.detach().cpu().numpy()), dtype=torch.int64)
+
+
+def members(labels: Tensor) -> list[Tensor]:
+    """The places of each label, in their order."""
+    return [(labels == k).nonzero()[:, 0] for k in labels.unique()]
 
 
 def rank_of(rows: Tensor, config: Any) -> int:

@@ -1,4 +1,4 @@
-"""BEFT (https://arxiv.org/abs/2509.15974).   W' = W,   b' = b + v: biases of the value projections alone."""
+"""BEFT (Huang et al. 2025, https://arxiv.org/abs/2509.15974).   W' = W,   b' = b + v: biases of value projections."""
 
 from __future__ import annotations
 

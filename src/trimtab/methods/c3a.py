@@ -82,14 +82,22 @@ class C3A(Method):
             nn.init.xavier_uniform_(self.c3a_kernel)
 
     def weight(self, W: Tensor) -> Tensor:
-        c = wide(self.c3a_kernel) / self.site.fan_in
-        at = torch.arange(c.shape[-1], device=c.device)
-        blocks = c[:, :, (at - at[:, None]) % len(at)]  # (out / b, in / b, b, b)
-        return W + blocks.transpose(1, 2).reshape(self.site.fan_out, self.site.fan_in)
+        return W + circulants(wide(self.c3a_kernel) / self.site.fan_in)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        c = wide(self.c3a_kernel) / self.site.fan_in
-        b = c.shape[-1]
-        spectrum = torch.fft.rfft(wide(x).unflatten(-1, (-1, b)))
-        spectrum = torch.einsum("...qf,pqf->...pf", spectrum, torch.fft.rfft(c).conj())
-        return y + torch.fft.irfft(spectrum, n=b).flatten(-2).to(x.dtype)
+        return y + convolved(wide(x), wide(self.c3a_kernel) / self.site.fan_in).to(x.dtype)
+
+
+def circulants(c: Tensor) -> Tensor:
+    """The matrix (out, in) of circulant blocks of kernels c (out / b, in / b, b)."""
+    at = torch.arange(c.shape[-1], device=c.device)
+    blocks = c[:, :, (at - at[:, None]) % len(at)]  # (out / b, in / b, b, b)
+    return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def convolved(x: Tensor, c: Tensor) -> Tensor:
+    """x (..., in) times that matrix (..., out), by way of the Fourier transform."""
+    b = c.shape[-1]
+    spectrum = torch.fft.rfft(x.unflatten(-1, (-1, b)))
+    spectrum = torch.einsum("...qf,pqf->...pf", spectrum, torch.fft.rfft(c).conj())
+    return torch.fft.irfft(spectrum, n=b).flatten(-2)

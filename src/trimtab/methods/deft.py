@@ -1,6 +1,6 @@
 """DEFT (Kumar et al. 2025, https://arxiv.org/abs/2509.22793).   W' = W - Π W + s G R.
 
-`para` is PaRa (https://arxiv.org/abs/2406.05641).
+`para` is PaRa (Chen et al. 2024, https://arxiv.org/abs/2406.05641).
 A subspace is taken out of the frozen weight (the base's own, also where adapters are stacked) and something put in its
 place: Π = P relu(P)ᵀ and G = P, or with "qr" Π = G Gᵀ with the orthogonal G of P = G T; s = alpha / r. PaRa only takes
 out.

@@ -1,4 +1,4 @@
-"""MiCA (Minor Component Adaptation, https://arxiv.org/abs/2604.01694).   W' = W + s B A,   B the last columns of W's U.
+"""MiCA (Rüdiger & Raschka 2026, https://arxiv.org/abs/2604.01694).   W' = W + s B A,   B the last columns of W's U.
 
 B (out, r), the left singular vectors of W's least singular values, is frozen; A starts from zero and is trained.
 """

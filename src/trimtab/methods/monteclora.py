@@ -23,8 +23,6 @@ from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import mutates, start
 
-LEAST = 1e-3  # a variance
-
 
 @dataclass
 class MontecloraConfig:
@@ -79,29 +77,28 @@ class Monteclora(LowRank):
         tensor: Tensor = getattr(self, f"lora_monteclora_sampler_{name}")
         return tensor
 
-    def variances(self, chi: Tensor) -> Tensor:
-        """g (r,) for chi-squared draws (r,)."""
-        return (torch.exp(2 * self.sampler("std_prior")) * chi).clamp_min(LEAST)
+    def spread(self, chi: Tensor) -> Tensor:
+        """√g (r,) for the roots of chi-squared draws (r,)."""
+        return self.sampler("std_prior").exp() * chi
 
     def mixture(self, z: Tensor) -> Tensor:
         """w (n,) for normal draws (n,)."""
-        alpha = torch.exp(self.sampler("expert_weights_prior"))
-        n, mean = len(alpha), alpha.log() - alpha.log().mean()
-        covariance = (1 / alpha) * (1 - 2 / n) + (1 / alpha).sum() / n**2
-        return torch.softmax(mean + covariance.clamp_min(1e-6).sqrt() * z, 0)
+        p = self.sampler("expert_weights_prior")
+        centred = torch.eye(len(p), device=p.device, dtype=p.dtype) - 1 / len(p)
+        variance = centred.square() @ torch.exp(-p)  # of normal variables (p_k, 1 / α_k) less their mean
+        return torch.softmax(p + variance.clamp_min(torch.finfo(p.dtype).tiny).sqrt() * z, 0)
 
     def draw(self, call: Call) -> Tensor:
         """Σ_k w_k Z_k (r, in), drawn."""
         like, n = self.sampler("std_prior"), len(self.sampler("expert_weights"))
         generator = call.generator(self, "samples", like.device)
         normal = lambda *shape: torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
-        self.drawn = chi, z = normal(self.r, self.r).square().sum(0), normal(n)
-        g, w = self.variances(chi), self.mixture(z)
+        self.drawn = chi, z = normal(self.r, self.r).norm(dim=1), normal(n)
+        root, w = self.spread(chi), self.mixture(z)
         with torch.no_grad():
-            self.sampler("gaussian_var_prior").copy_(g.diag())
+            self.sampler("gaussian_var_prior").copy_(root.square().diag())
             self.sampler("expert_weights").copy_(w)
-        mixed = torch.einsum("k,kri->ri", w, normal(n, self.r, self.site.fan_in))
-        return g.sqrt()[:, None] * mixed
+        return root[:, None] * torch.tensordot(w, normal(n, self.r, self.site.fan_in), 1)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.delta()
@@ -126,9 +123,10 @@ class Monteclora(LowRank):
         return total
 
     def divergence(self, prior: float) -> Tensor:
-        """KL of what is drawn from its priors: of the mixture's weights, of the variances, and of the matrices."""
+        """The Kullback-Leibler divergences from the priors: of a Wishart, N normal and a Dirichlet distribution."""
         alpha, v = torch.exp(self.sampler("expert_weights_prior")), torch.exp(2 * self.sampler("std_prior"))
-        g = self.sampler("gaussian_var_prior").diag() if self.drawn is None else self.variances(self.drawn[0])
+        g = self.sampler("gaussian_var_prior").diag() if self.drawn is None else self.spread(self.drawn[0]).square()
         weights = kl_divergence(Dirichlet(alpha), Dirichlet(torch.full_like(alpha, prior)))
-        excess = lambda t: 0.5 * (t - t.log() - 1).sum()
-        return weights + self.r * excess(v) + len(alpha) * excess(g)
+        # Between zero-mean normal rows of variances t and 1, and r times that between the Wishart matrices.
+        apart = lambda t: 0.5 * (t.sum() - t.log().sum() - len(t))
+        return self.r * apart(v) + len(alpha) * apart(g) + weights

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import wide
+from trimtab.core.families import cayley, skew, wide
 from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.report import warn
 from trimtab.core.site import Site
@@ -90,30 +90,17 @@ class OFT(Method):
         v, b, config = self.v, self.b, self.options
         if config.coft:
             v = self.projected(v)
-        v = wide(v)
-        rows, columns = torch.triu_indices(b, b, 1, device=v.device)
-        Q = v.new_zeros(len(v), b, b).index_put((torch.arange(len(v), device=v.device)[:, None], rows, columns), v)
-        Q, R = Q - Q.mT, torch.eye(b, dtype=v.dtype, device=v.device)
-        I, terms = R, config.num_cayley_neumann_terms
-        if not config.use_cayley_neumann:
-            R = torch.linalg.solve(I + Q, I - Q, left=False)
-        elif terms > 2:
-            for _ in range(max(2, terms - 2)):  # I + Q + Q² + ... by Horner's rule, with as many terms as PEFT takes
-                R = I + Q @ R
-            R = (I + Q) @ R
-        elif terms == 2:
-            R = I + 2 * Q
+        R = rotations(wide(v), b, config.num_cayley_neumann_terms if config.use_cayley_neumann else None)
         R = R.expand(self.n, b, b)
         if call is not None and config.module_dropout and self.training:
             kept = torch.rand(self.n, 1, 1, generator=call.generator(self)) >= config.module_dropout
-            R = torch.where(kept.to(R.device), R, I)
+            R = torch.where(kept.to(R.device), R, torch.eye(b, dtype=R.dtype, device=R.device))
         return R.to(x.dtype)
 
     def projected(self, v: Tensor) -> Tensor:
         """`v` with every Q cut to the ball ||Q|| <= eps / sqrt(n); in training the tensor itself is."""
         with torch.no_grad():
-            radius = self.options.eps / len(v) ** 0.5
-            cut = (radius / (2**0.5 * wide(v).norm(dim=1, keepdim=True))).clamp_max(1).to(v.dtype)
+            cut = shrinkage(v, self.options.eps)
             if self.training:
                 v.mul_(cut)
         return v if self.training else v * cut
@@ -131,6 +118,18 @@ class OFT(Method):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.turn(y, self.rotation(y, call)) if self.site.kind == "embedding" else y
+
+
+def rotations(v: Tensor, b: int, terms: int | None) -> Tensor:
+    """The blocks R (n, b, b) of the entries above the diagonals of Q, by a solve or so many terms of the series."""
+    Q = skew(v, b)
+    return cayley(-Q) if terms is None else cayley(Q, terms)
+
+
+def shrinkage(v: Tensor, eps: float) -> Tensor:
+    """What v (n, b (b - 1) / 2) is multiplied by so that ||Q|| <= eps / sqrt(n) (n, 1)."""
+    norms = 2**0.5 * wide(v).norm(dim=1, keepdim=True)
+    return (eps / len(v) ** 0.5 / norms).clamp_max(1).to(v.dtype)
 
 
 def leaf_at(site: Site) -> str:

@@ -126,8 +126,13 @@ class _Projected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
-        inside = basis @ (basis.mT @ gradient)
-        return gradient - inside if ctx.off else inside, None, None
+        rest = projected_off(gradient, basis)
+        return rest if ctx.off else gradient - rest, None, None
+
+
+def projected_off(M: Tensor, basis: Tensor) -> Tensor:
+    """What of M (n, r) is at right angles to the columns of `basis` (n, k)."""
+    return M - basis @ (basis.mT @ M)
 
 
 def kept(site: Site, config: Any) -> int:

@@ -101,8 +101,7 @@ class Poly(Method):
         logits = logits.unflatten(1, (self.options.n_splits, -1))[tasks]
         if self.training:
             logits = logits + torch.logit(self._noise(call, logits), eps=torch.finfo(logits.dtype).eps)
-        z = logits.sigmoid()
-        return z / (z.sum(-1, keepdim=True) + LEAST)
+        return shares(logits)
 
     def _noise(self, call: Call, like: Tensor) -> Tensor:
         """Uniform numbers, a row's its own."""
@@ -125,3 +124,9 @@ class Poly(Method):
             parts = x.flatten(0, -2).split(list(lengths))
             h = torch.cat([part @ a @ b for part, a, b in zip(parts, A, B)]).reshape(y.shape)
         return y + h / self.r
+
+
+def shares(logits: Tensor) -> Tensor:
+    """How much of each skill (..., skills) logits give."""
+    z = logits.sigmoid()
+    return z / (z.sum(-1, keepdim=True) + LEAST)

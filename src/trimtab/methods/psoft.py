@@ -1,4 +1,4 @@
-"""PSOFT (https://openreview.net/forum?id=FSHrinMArK).   W' = W + s B (diag(b) R diag(a) - I) A.
+"""PSOFT (Wu et al. 2025, https://arxiv.org/abs/2505.11235).   W' = W + s B (diag(b) R diag(a) - I) A.
 
 s B A is the best approximation of rank r to the frozen W, A's rows orthonormal; R = (I + Q)(I - Q)⁻¹ with Q
 skew-symmetric, or the Neumann series for the inverse: only what is turned within W's principal subspace changes.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import wide
+from trimtab.core.families import cayley, skew, wide
 from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -116,29 +116,20 @@ class Psoft(Method):
         """diag(b) R diag(a) - I (r, r), in fp32 at least."""
         w, config = wide(self.tensor("psoft_R.weight")), self.options
         I = torch.eye(config.r, dtype=w.dtype, device=w.device)
-        M = w if w.ndim == 2 else self.rotation(w, I)
+        M = w if w.ndim == 2 else self.rotation(w)
         if config.psoft_mag_b:
             M = wide(self.psoft_R_vector_b)[:, None] * M
         if config.psoft_mag_a:
             M = M * wide(self.psoft_R_vector_a)
         return M - I
 
-    def rotation(self, w: Tensor, I: Tensor) -> Tensor:
+    def rotation(self, w: Tensor) -> Tensor:
         """R (r, r) of the entries above Q's diagonal."""
         config = self.options
-        rows, columns = torch.triu_indices(len(I), len(I), 1, device=w.device)
-        Q = torch.zeros_like(I).index_put((rows, columns), w)
-        Q = Q - Q.mT
+        Q = skew(w, config.r)
         if not config.use_cayley_neumann:
-            return torch.linalg.solve(I - Q, I + Q, left=False)
-        if config.cayley_neumann_eps is not None:
-            Q = Q * (config.cayley_neumann_eps / Q.norm().clamp_min(config.cayley_neumann_eps))
-        R, terms = I, config.num_cayley_neumann_terms
-        if terms <= 2:
-            return I if terms == 1 else I + 2 * Q
-        for _ in range(max(2, terms - 2)):  # I + Q + Q² + ... by Horner's rule, with as many terms as PEFT takes
-            R = I + Q @ R
-        return (I + Q) @ R
+            return cayley(Q)
+        return cayley(within(Q, config.cayley_neumann_eps), config.num_cayley_neumann_terms)
 
     def weight(self, W: Tensor) -> Tensor:
         A, B = wide(self.tensor("_psoft_A_cache")), wide(self.tensor("_psoft_B_cache"))
@@ -149,3 +140,8 @@ class Psoft(Method):
         x = call.drop(self, x, self.options.psoft_dropout)
         h = self.site.apply(x, A.to(y.dtype)) * self.scaling
         return self.site.add(y, h, (B @ self.turn()).to(y.dtype))
+
+
+def within(Q: Tensor, eps: float | None) -> Tensor:
+    """Q scaled down to the norm `eps`, where it is larger."""
+    return Q if eps is None else Q * (eps / Q.norm().clamp_min(eps))

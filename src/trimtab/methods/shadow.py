@@ -7,7 +7,6 @@ are two linear layers with a GELU between them.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
-from trimtab.core.targets import matches
+from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
+from trimtab.init.mirror import facts_of, mirror, room
 
-BACKBONE, PROJECTION = "shadow_backbone", "shadow_projection.weight"
-HEADS = ("num_attention_heads", "num_key_value_heads")
-STACKS = ("layers", "h", "blocks")  # what lists of blocks are called
+BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
 
 @dataclass
@@ -55,8 +53,8 @@ class ShadowConfig(LayerConfig):
         for name in ("r", "update_hidden_size", *(f"shadow_{size}" for size in sizes)):
             if getattr(self, name) is not None:
                 require_rank(getattr(self, name), name)
-        if self.task_type not in (None, "CAUSAL_LM"):
-            raise ConfigError(f"Shadow is for causal language models here, not for {self.task_type}.")
+        if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+            raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
 
 
 class Shadow(Method):
@@ -71,30 +69,30 @@ class Shadow(Method):
     def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
         if config.target_modules != set():
             return None
-        parts = {path: path.split(".") for path in kinds}  # every block
-        stacked = {p: x for p, x in parts.items() if x[-1].isdigit() and x[-2:-1] and x[-2] in STACKS}
-        found = [p for p, x in stacked.items() if sum(part.isdigit() for part in x) == 1]
+        found = blocks(kinds)  # every one
         config.target_modules = set(found)
         only = config.layers_to_transform
-        indices = {only} if isinstance(only, int) else set(only or range(len(found)))
-        return [p for p in found if int(parts[p][-1]) in indices and matches(config.exclude_modules, p) is None]
+        wanted = {only} if isinstance(only, int) else set(only or found.values())
+        return [p for p, i in found.items() if i in wanted and matches(config.exclude_modules, p) is None]
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
-        small, base = mirror(config, sites), facts_of(sites)
-        leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in small.named_parameters()}  # (as it has it)
+        model, base = small(config, sites), facts_of(sites[0].layer)
+        leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in model.named_parameters()}  # (as it has it)
         if shares(config, base):
-            name = next(n for n, m in small.named_modules() if m is small.get_input_embeddings())
+            name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
             del leaves[f"{BACKBONE}.{name}.weight"]
             if name != "embed_tokens":  # which PEFT leaves out of its files, and no other
                 leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
-        if small.config.hidden_size != base.hidden_size:
-            leaves[PROJECTION] = Leaf((base.hidden_size, small.config.hidden_size))  # (dim, its width)
+        if model.config.hidden_size != base.hidden_size:
+            leaves[PROJECTION] = Leaf((base.hidden_size, model.config.hidden_size))  # (dim, its width)
+        if config.task_type == "SEQ_CLS":
+            leaves[HEAD] = Leaf((base.num_labels, base.hidden_size))  # (labels, dim)
         return leaves
 
     @classmethod
     def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
-        own = dict(mirror(config, sites).named_parameters())
+        own = dict(small(config, sites).named_parameters())
         for name, tensor in shared.items():
             drawn = own.get(name.removeprefix(f"{BACKBONE}."))
             if drawn is not None and drawn.shape == tensor.shape:
@@ -157,9 +155,9 @@ class Shadow(Method):
 
     def first(self, seen: dict[str, Any], h: Tensor, cache: Any) -> Tensor:
         """The first shadow state (rows, tokens, dim); in training its own loss is noted."""
-        inputs, model, base = seen["inputs"], seen["model"], facts_of(self.peers)
+        inputs, model, base = seen["inputs"], seen["model"], facts_of(self.site.layer)
         if self.small is None:
-            self.small = mirror(self.options, self.peers, base.num_hidden_layers)
+            self.small = small(self.options, self.peers, base.num_hidden_layers)
         given = {k: inputs[k] for k in ("attention_mask", "position_ids") if inputs.get(k) is not None}
         if shares(self.options, base):
             ready = inputs.get("inputs_embeds")
@@ -179,7 +177,11 @@ class Shadow(Method):
             s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
         self.term = None
         if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
-            self.term = self.options.auxiliary_loss_weight * own_loss(s, inputs, model.get_output_embeddings())
+            if self.options.task_type == "SEQ_CLS":
+                loss = class_loss(F.linear(s, self.shared(HEAD).to(s.dtype)), inputs, model)
+            else:
+                loss = own_loss(s, inputs, model.get_output_embeddings())
+            self.term = self.options.auxiliary_loss_weight * loss
         return s
 
     @classmethod
@@ -198,14 +200,17 @@ def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
     return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
 
 
-def facts_of(sites: Sequence[Site]) -> Any:
-    """The base's config, as its attention layers hold it."""
-    found = next(
-        (c for m in sites[0].layer.modules() if hasattr(c := getattr(m, "config", None), "num_hidden_layers")), None
+def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
+    """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
+    ids, pad = inputs.get("input_ids"), model.config.pad_token_id
+    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
+    if ids is not None and pad is not None:
+        last = torch.where(ids != pad, torch.arange(ids.shape[1], device=ids.device), -1).amax(1).to(last.device)
+    pooled = logits[torch.arange(len(logits), device=logits.device), last]
+    loss: Tensor = model.loss_function(
+        logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
     )
-    if found is None:
-        raise ConfigError(f"'{sites[0].name}' is no block of a decoder of transformers.")
-    return found
+    return loss
 
 
 def shares(config: Any, base: Any) -> bool:
@@ -213,45 +218,13 @@ def shares(config: Any, base: Any) -> bool:
     return bool(config.share_embeddings) and config.shadow_hidden_size in (None, base.hidden_size)
 
 
-def mirror(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
-    """The small model, with numbers of its own; its layers are counted from `before` on."""
-    from transformers import AutoModel
-
-    base = facts_of(sites)
-    small = copy.deepcopy(base)
-    small.num_hidden_layers = config.shadow_num_hidden_layers or 1
-    for name, value in (
-        ("hidden_size", config.shadow_hidden_size),
-        ("num_attention_heads", config.shadow_num_attention_heads),
-        ("intermediate_size" if hasattr(small, "intermediate_size") else "n_inner", config.shadow_intermediate_size),
-    ):
-        if value is not None:
-            setattr(small, name, value)
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[: small.num_hidden_layers]
-    if shares(config, base):  # its own are never read
-        small.vocab_size, small.pad_token_id = 1, None
-    try:
-        made = AutoModel.from_config(small, dtype=torch.float32)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"There is no small model of these sizes: {error}") from error
-    for module in made.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx += before
-    return made
-
-
-def room(cache: Any, h: Tensor, block: nn.Module, small: Any) -> Any:
-    """The base's cache with room for the layers of the small model behind its own; None where there is none."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    if cache is None:
-        return None
-    at_start = any(getattr(m, "layer_idx", None) == 0 for m in block.modules())
-    if isinstance(cache, DynamicCache) and at_start:
-        last = max(m.layer_idx for m in small.modules() if isinstance(getattr(m, "layer_idx", None), int))
-        cache.layers += [DynamicLayer() for _ in range(last + 1 - len(cache.layers))]
-        return cache
-    if cache.get_seq_length() > (0 if at_start else h.shape[1]):
-        raise RouteError("A shadow that starts above the first block, or beside such a cache, needs use_cache=False.")
-    return None
+def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
+    """The small model of a config."""
+    base = facts_of(sites[0].layer)
+    sizes = {
+        "num_hidden_layers": config.shadow_num_hidden_layers or 1,
+        "hidden_size": config.shadow_hidden_size,
+        "num_attention_heads": config.shadow_num_attention_heads,
+        "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
+    }
+    return mirror(base, sizes, not shares(config, base), before)

@@ -1,4 +1,4 @@
-"""Super-tuning (2026, https://arxiv.org/abs/2607.09287).   W' = W + S,   S sparse;   Supra: W' = W + S + s B A.
+"""Super-tuning (2025, https://openreview.net/forum?id=FFIn2TH7aU).   W' = W + S,   S sparse;   Supra: + s B A.
 
 The trained entries of S stand where W is largest (or smallest) in magnitude; s = alpha / r.
 """

@@ -1,7 +1,7 @@
 """VeLoRA (Miles et al. 2024, https://arxiv.org/abs/2405.17991, section 3).   W' = W + s B A,   dA from compressed x.
 
-What the backward pass needs of the input x is kept compressed: x is cut into groups of equal size, and of each group z
-only its length along one direction v is kept. A's gradient is that of the rebuilt groups, c (z·v) v.
+Each token x is cut into sub-tokens x_m, and of each only its projection z_m = x_m · v on one unit vector v is kept for
+the backward pass. A is trained as if it had been given the tokens rebuilt from those, c z_m v.
 """
 
 from __future__ import annotations
@@ -41,32 +41,10 @@ class VeloraConfig:
             raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {', '.join(STARTS)}.")
 
 
-def grouped(x: Tensor, n: int) -> Tensor:
-    """The features of x (..., in) as groups (..., n, ceil(in / n)), filled up with zeros."""
-    size = -(-x.shape[-1] // n)
-    return F.pad(x, (0, n * size - x.shape[-1])).unflatten(-1, (n, size))
-
-
-class Compressed(torch.autograd.Function):
-    """x Aᵀ, which keeps x for A's gradient as its groups' lengths along v."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, n: int, c: float) -> Tensor:
-        """The product; `v` (d,) is a unit vector, `c` the scale of what is rebuilt."""
-        ctx.save_for_backward(grouped(x, n) @ v if ctx.needs_input_grad[1] else None, A, v)
-        ctx.c, ctx.width = c, x.shape[-1]
-        return F.linear(x, A)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Exact for x, of the rebuilt x for A."""
-        (dh,), (lengths, A, v) = gradients, ctx.saved_tensors
-        dx = dh @ A if ctx.needs_input_grad[0] else None
-        if lengths is None:
-            return dx, None, None, None, None
-        # (dhᵀ lengths) v, without the rebuilt input.
-        d = dh.flatten(0, -2).T @ lengths.flatten(0, -2)  # (r, n)
-        return dx, ctx.c * (d[..., None] * v).flatten(1)[:, : ctx.width], None, None, None
+def subtokens(x: Tensor, m: int) -> Tensor:
+    """x (..., in) as m pieces (..., m, ceil(in / m)), the last filled up with zeros."""
+    size = -(-x.shape[-1] // m)
+    return F.pad(x, (0, m * size - x.shape[-1])).unflatten(-1, (m, size))
 
 
 class Velora(LowRank):
@@ -94,13 +72,14 @@ class Velora(LowRank):
         return start(config.init_lora_weights, self)
 
     @torch.no_grad()
-    def direction(self, x: Tensor) -> Tensor:
-        """v (d,) for an input in training."""
-        own, held = self.options.velora_config, self.lora_velora_embed
-        if own.init_type == "batch_average" or (own.init_type == "batch_average_once" and not held.any()):
-            mean = grouped(x.to(held.dtype), own.num_groups).flatten(0, -2).mean(0)
-            held.copy_(F.normalize(mean if mean.any() else torch.ones_like(mean), dim=0))
-        return held.to(x.dtype, copy=True)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z (..., m) of x (..., in), and the v (d,) that it is made with."""
+        own, v = self.options.velora_config, self.lora_velora_embed
+        pieces = subtokens(x, own.num_groups)
+        if own.init_type == "batch_average" or (own.init_type == "batch_average_once" and not v.any()):
+            v.copy_(F.normalize(pieces.to(v.dtype).flatten(0, -2).mean(0), dim=0))
+        v = v.to(x.dtype, copy=True)  # the next forward may change it before this one's backward pass
+        return pieces @ v, v
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.delta()
@@ -111,5 +90,8 @@ class Velora(LowRank):
             h, B = self.update(x)
             return self.site.add(y, h, B)
         own, (A, B) = self.options.velora_config, (M.to(x.dtype) for M in self.matrices)
-        h = Compressed.apply(x, A, self.direction(x), own.num_groups, own.scale)
+        z, v = self.project(x)
+        # A times a rebuilt token is Σ_m z_m (A_m · v): that needs z alone, and its gradient is A's.
+        rebuilt = F.linear(z, subtokens(A, own.num_groups) @ (own.scale * v))
+        h = F.linear(x, A.detach()) + (rebuilt - rebuilt.detach())
         return self.site.add(y, h * self.scaling, B)

@@ -93,7 +93,7 @@ class WaveFT(Delta):
             "waveft_places": Leaf((n,), train=False, file=False, buffer=True, dtype=torch.int64),  # (n,)
         }
         if config.use_idwt:
-            length = 2 * int(config.wavelet_family.strip("dbsymcoif")) * (3 if "coif" in config.wavelet_family else 1)
+            length = length_of(config.wavelet_family)
             leaves["waveft_filters"] = Leaf((2, length), train=False, file=False, buffer=True)  # (2, length)
         return leaves
 
@@ -107,10 +107,7 @@ class WaveFT(Delta):
         else:
             self.waveft_spectrum.normal_().mul_(0.01)
         if config.use_idwt:
-            filters = json.loads((Path(__file__).parent / "waveft.json").read_text())
-            low = torch.tensor(filters[config.wavelet_family], dtype=torch.float64)
-            high = low.flip(0) * (-1.0) ** torch.arange(len(low))
-            self.waveft_filters.copy_(torch.stack([low, high]))
+            self.waveft_filters.copy_(filters_of(config.wavelet_family))
 
     def form(self, spectrum: Tensor) -> Tensor:
         """dW (out, in), in fp32 at least."""
@@ -131,6 +128,18 @@ class WaveFT(Delta):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.plus_delta(y, x, self.form, self.waveft_spectrum)
+
+
+def length_of(family: str) -> int:
+    """How many numbers a wavelet's filters have."""
+    return 2 * int(family.strip("dbsymcoif")) * (3 if "coif" in family else 1)
+
+
+def filters_of(family: str) -> Tensor:
+    """The filters by which a wavelet's averages and details are spread out (2, length), in fp64."""
+    known = json.loads((Path(__file__).parent / "waveft.json").read_text())
+    low = torch.tensor(known[family], dtype=torch.float64)
+    return torch.stack([low, low.flip(0) * (-1.0) ** torch.arange(len(low))])
 
 
 def spread(f: Tensor, filters: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig, PeftType, help_field
+from trimtab.core.logged import Logged
 from trimtab.core.method import Call, require_rank
 from trimtab.core.model_method import Mixture
 from trimtab.core.report import warn
@@ -56,16 +57,15 @@ class XLoraConfig(PeftConfig):
             warn("`enable_softmax` and `enable_softmax_topk` take the softmax of a softmax: set one of them to False.")
 
 
-class XLora(Mixture):
+class XLora(Logged, Mixture):
     """The network; its log of weights is what the model's `get_scalings_log` and its like answer from."""
 
     when = "several trained LoRA adapters, each token its own mixture"
     example = {"adapters": {"0": "", "1": ""}}
     config, place, field = XLoraConfig, "internal_xlora_classifier", "adapters"
     views = (
-        "enable_scalings_logging", "disable_scalings_logging", "clear_scalings_log", "get_scalings_log",
-        "get_bucketed_scalings_log", "get_latest_scalings", "set_topk_lora", "set_scaling_pass_value",
-        "get_global_scaling_weight", "set_global_scaling_weight",
+        *Logged.shown, "set_topk_lora", "set_scaling_pass_value", "get_global_scaling_weight",
+        "set_global_scaling_weight",
     )  # fmt: skip
 
     @classmethod
@@ -101,9 +101,6 @@ class XLora(Mixture):
         for a, b in pairwise(widths):
             parts += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(config.xlora_dropout_p)]  # (b, a) and (b,)
         self.layers = nn.Sequential(*parts[:-2])
-        self.latest: Tensor | None = None
-        self.log: list[Tensor] | None = None
-        self.logging = False
 
     def __getstate__(self) -> dict[str, Any]:  # no copy of a graph
         return {**self.__dict__, "latest": None}
@@ -122,10 +119,9 @@ class XLora(Mixture):
             seen = forward(dict.fromkeys(config.adapters, value * config.global_scaling_weight), first)
         if getattr(seen, "hidden_states", None) is None:
             raise ConfigError(f"{type(seen).__name__} has no `hidden_states`, which X-LoRA reads.")
-        self.latest = self.scalings(seen.hidden_states[-1])
-        if self.logging:
-            self.log = [*(self.log or ()), self.latest.detach()]
-        return forward(self.strengths(self.latest), inputs)
+        scalings = self.scalings(seen.hidden_states[-1])
+        self.note(scalings)
+        return forward(self.strengths(scalings), inputs)
 
     def scalings(self, x: Tensor) -> Tensor:
         """Hidden states (rows, tokens, dim) -> weights (rows, tokens, layers, adapters)."""
@@ -151,35 +147,6 @@ class XLora(Mixture):
         }
 
     # ------------------------------------------------------------------ what the model shows
-    def enable_scalings_logging(self) -> None:
-        """Keep the weights of every forward from now on."""
-        self.logging = True
-
-    def disable_scalings_logging(self) -> None:
-        """Keep no more; the log stays."""
-        self.logging = False
-
-    def clear_scalings_log(self) -> None:
-        """Forget what was kept."""
-        self.log = None
-
-    def get_scalings_log(self) -> list[Tensor]:
-        """The weights of each forward, (rows, tokens, layers, adapters)."""
-        return list(self.log or ())
-
-    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """The log by numbers of tokens: (places in the log, weights)."""
-        found: dict[int, tuple[list[int], list[Tensor]]] = {}
-        for i, scalings in enumerate(self.log or ()):
-            places, kept = found.setdefault(scalings.shape[1], ([], []))
-            places.append(i)
-            kept.append(scalings)
-        return found
-
-    def get_latest_scalings(self) -> Tensor | None:
-        """The weights of the last forward, (rows, tokens, layers, adapters); None before the first."""
-        return self.latest
-
     def set_topk_lora(self, value: int | None) -> None:
         """Use so many adapters at a token; None: all."""
         self.options.top_k_lora = value

@@ -230,6 +230,7 @@ class Trackers(Event):
 
     def __init__(self, names: Sequence[Any], folder: Path, project: str, settings: dict[str, Any]) -> None:
         need("`report_to`", "accelerate")
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
         known = {str(getattr(name, "value", name)): cls for name, cls in LOGGER_TYPE_TO_CLASS.items()}
@@ -243,15 +244,13 @@ class Trackers(Event):
                 ) + "."
             )  # fmt: skip
         self.classes = [known[n] if isinstance(n, str) else n for n in names]
-        self.folder, self.project, self.settings = folder, project, settings
+        self.state, self.folder, self.project, self.settings = PartialState, folder, project, settings
         self.trackers: list[Any] = []
 
     def begin(self, run: Run) -> None:
         if not run.processes.main:
             return
-        from accelerate import PartialState
-
-        PartialState()  # its trackers write log lines, for which it must know the processes
+        self.state()  # accelerate's trackers write log lines, for which it must know the processes
         for cls in self.classes:
             place = {"logging_dir": self.folder} if getattr(cls, "requires_logging_directory", False) else {}
             tracker = cls(self.project, **place) if isinstance(cls, type) else cls

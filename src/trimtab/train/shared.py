@@ -18,8 +18,8 @@ from trimtab.train.loop import Run, call_of
 
 __all__ = ["Part", "fixed_cost", "losses", "passes"]
 
-# What a pass costs beside its tokens, in tokens: on processors as measured with SmolLM2-135M (bench/many_jobs.py);
-# elsewhere a pass of few tokens takes as long as one of many.
+# What a pass costs beside its tokens, in tokens: on processors estimated from two timings with SmolLM2-135M (40 to 60);
+# elsewhere, where a small pass leaves most of the device idle, a guess.
 FIXED, ELSEWHERE = 64, 2048
 
 

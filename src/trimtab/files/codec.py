@@ -370,8 +370,9 @@ def unsound(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = 
             held[key] = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
     if not held:
         return []
-    extremes = torch.stack([extreme for value in held.values() for extreme in value.aminmax()]).float().view(-1, 2)
-    sound = (extremes.abs() <= LARGEST).all(1).tolist()  # NaN is not, either
+    place = next(iter(held.values())).device  # a model may lie on several
+    extremes = [extreme.to(place, torch.float32) for value in held.values() for extreme in value.aminmax()]
+    sound = (torch.stack(extremes).view(-1, 2).abs() <= LARGEST).all(1).tolist()  # NaN is not, either
     return [key for key, good in zip(held, sound, strict=True) if not good]
 
 

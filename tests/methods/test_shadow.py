@@ -155,7 +155,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ReadOnlyWeight, match="cannot be merged"):
         shadowed().merge_adapter()
     with pytest.raises(ConfigError, match="causal language models"):
-        ShadowConfig(task_type="SEQ_CLS")
+        ShadowConfig(task_type="TOKEN_CLS")
     with pytest.raises(NotImplementedError, match="shadow_model"):
         get_peft_model(base(), ShadowConfig(shadow_model="some/model"))
     with pytest.raises(ConfigError, match="`shadow_num_attention_heads` should be a positive"):

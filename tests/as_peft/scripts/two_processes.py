@@ -7,6 +7,7 @@ Usage: torchrun --nproc-per-node 2 two_processes.py (ddp | full | sharded) folde
 import trimtab.as_peft  # noqa: F401
 
 # isort: on
+import os
 import sys
 from pathlib import Path
 
@@ -98,3 +99,5 @@ if accelerator.is_main_process:
     torch.save({"losses": losses, "more": more, "again": again, "state": state, "last": last}, folder / "result.pt")
 accelerator.wait_for_everyone()
 accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # threads of gloo may still run when Python takes its modules down, and then abort

@@ -4,6 +4,7 @@ Usage: torchrun --nproc-per-node 2 two_processes.py folder '{"data": ..., ...}'
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,3 +57,5 @@ if accelerator.is_main_process:
     (folder / "losses.json").write_text(json.dumps({"whole": whole, "again": again}))
 accelerator.wait_for_everyone()
 accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # threads of gloo may still run when Python takes its modules down, and then abort

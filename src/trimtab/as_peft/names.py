@@ -136,8 +136,8 @@ TOP = (
     "CPTEmbedding", "CartridgeEncoder", "MultitaskPromptTuningInit", "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel", "PrefixEncoder",
     "PromptEmbedding", "PromptEncoder", "PromptEncoderReparameterizationType", "PromptTuningInit",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "cast_mixed_precision_params", "get_peft_config",
-    "shift_tokens_right",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params", "get_peft_config", "shift_tokens_right",
 )  # fmt: skip
 
 

@@ -141,10 +141,13 @@ def test_ranks_that_were_cut_before_the_break_stay_cut(how, at, settings, tmp_pa
 
 def test_the_best_checkpoint_has_the_ranks_it_had(settings, tmp_path) -> None:
     more = {"save_steps": 1, "eval_steps": 1, "save_total_limit": 1, "load_best": True, "learning_rate": 1.0}
-    outcome = run({**settings, **PRUNED, **more}, tmp_path / "run")
-    best, _ = outcome.result.best
-    assert best < 7, "a learning rate at which it gets worse again"
-    folders = [tmp_path / "run" / name for name in (f"checkpoint-{best}", "adapter")]
+    for seed in range(8):  # whether it gets worse again before the end hangs on the kernels' rounding
+        folder = tmp_path / f"run-{seed}"
+        best, _ = run({**settings, **PRUNED, **more, "seed": seed}, folder).result.best
+        if best < 7:
+            break
+    assert best < 7
+    folders = [folder / name for name in (f"checkpoint-{best}", "adapter")]
     kept, final = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in final.items()}
     assert all(torch.equal(final[key], value) for key, value in kept.items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.graft.graft import find_graft
 from trimtab.methods import config_class, load
-from trimtab.methods.adaption_prompt import turned
+from trimtab.methods.adaption_prompt import half_turned, turned
 from trimtab.shell.starts import moved, preprocess_loraga, targets
 from trimtab.shell.state import locate_graft
 from trimtab.shell.tasks import inject_adapter_in_model
@@ -184,10 +184,7 @@ class ModelTypeConfig(NamedTuple):
     o_proj_layer: str | None
 
 
-def llama_rotate_half(x: Tensor) -> Tensor:
-    """(-b, a) of features (a, b) in halves."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
+llama_rotate_half = half_turned
 
 
 def llama_apply_rotary_pos_emb(q: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:

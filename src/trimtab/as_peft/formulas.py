@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.families import cayley, skew, wide
+from trimtab.core.families import cayley, skew, tucker, wide
 from trimtab.methods import adamss
 from trimtab.methods.c3a import circulants, convolved
-from trimtab.methods.lokr import factors_of
+from trimtab.methods.lokr import factors_of, kron
 from trimtab.methods.oft import rotations, shrinkage
 from trimtab.methods.osf import projected_off
 from trimtab.methods.psoft import within
@@ -57,17 +57,12 @@ def make_weight(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tenso
     return scale * (w1a @ w1b) * (w2a @ w2b)
 
 
-def _core(t: Tensor, wa: Tensor, wb: Tensor) -> Tensor:
-    """t ×₁ wa ×₂ wb (out, in, kernel) of a core t (r, r, kernel), wa (r, out) and wb (r, in)."""
-    return torch.einsum("ij...,ik,jn->kn...", t, wa, wb)
-
-
 def make_weight_cp(*tensors: Any) -> Tensor:
     """LoKr's (t, wa, wb): t ×₁ wa ×₂ wb; LoHa's (t1, w1a, w1b, t2, w2a, w2b, scale): the product of two such."""
     if len(tensors) == 3:
-        return _core(*tensors)
+        return tucker(*tensors)
     t1, w1a, w1b, t2, w2a, w2b, scale = tensors
-    return scale * _core(t1, w1a, w1b) * _core(t2, w2a, w2b)
+    return scale * tucker(t1, w1a, w1b) * tucker(t2, w2a, w2b)
 
 
 HadaWeight, HadaWeightCP = _function("HadaWeight", make_weight), _function("HadaWeightCP", make_weight_cp)
@@ -80,8 +75,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 def make_kron(w1: Tensor, w2: Tensor, scale: float = 1.0) -> Tensor:
     """scale w1 ⊗ w2, of w1 (l, m) and w2 (k, n, kernel): (l k, m n, kernel)."""
-    blocks = torch.einsum("lm,kn...->lkmn...", w1, w2)
-    return scale * blocks.flatten(2, 3).flatten(0, 1)
+    return scale * kron(w1, w2)
 
 
 # ------------------------------------------------------------------ C3A, RandLoRA, BOFT
@@ -278,10 +272,8 @@ def slice_pca(
 ) -> tuple[Tensor, Tensor]:
     """(V (..., r, in), U (..., out, r)) of the first singular vectors of matrices (..., out, in)."""
     M = tensor.to(device=device, dtype=torch.float32)
-    with torch.random.fork_rng(devices=[M.device] if M.device.type == "cuda" else []):
-        torch.manual_seed(random_seed)
-        U, _, V = torch.svd_lowrank(M, q=min(r, *M.shape[-2:]), niter=adamss.POWERS)
-    return V.mT.to(dtype), U.to(dtype)
+    U, V = adamss.leading(M, min(r, *M.shape[-2:]), random_seed)
+    return V.to(dtype), U.to(dtype)
 
 
 # ------------------------------------------------------------------ X-LoRA

@@ -102,6 +102,15 @@ LAYERS_AT = (
     ("peft.optimizers.loraplus", "Embedding"), ("peft.utils.hotswap", "Conv2d"), ("peft.utils.hotswap", "Linear"),
 )  # fmt: skip
 
+# What `from peft import *` brings beside what `from trimtab import *` does.
+TOP = (
+    "CPTEmbedding", "CartridgeEncoder", "MultitaskPromptTuningInit", "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel", "PrefixEncoder",
+    "PromptEmbedding", "PromptEncoder", "PromptEncoderReparameterizationType", "PromptTuningInit",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params", "get_peft_config", "shift_tokens_right",
+)  # fmt: skip
+
 # Where a method's default targets are.
 MAPPING = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 
@@ -131,19 +140,14 @@ def is_module(path: str) -> bool:
     return path in paths()
 
 
-# What `from peft import *` brings beside what `from trimtab import *` does.
-TOP = (
-    "CPTEmbedding", "CartridgeEncoder", "MultitaskPromptTuningInit", "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftMixedModel", "PrefixEncoder",
-    "PromptEmbedding", "PromptEncoder", "PromptEncoderReparameterizationType", "PromptTuningInit",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
-    "cast_mixed_precision_params", "get_peft_config", "shift_tokens_right",
-)  # fmt: skip
-
-
 def is_package(path: str) -> bool:
     """Whether it has modules below it."""
     return paths()[path]
+
+
+def _method_of(path: str) -> str | None:
+    """The method, in capitals, whose package a module of peft is in or is; or a name that is no method's, or None."""
+    return path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
 
 
 def find(path: str, name: str) -> Any:
@@ -157,7 +161,7 @@ def find(path: str, name: str) -> Any:
         return getattr(import_module(module), attribute)
     if (path, name) in LAYERS_AT:
         path = "peft.tuners.lora.layer"
-    method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
+    method = _method_of(path)
     if name in LAYERS:
         return classes.layer_class(method if method in METHODS else "LORA", name, ())
     if name.startswith("dispatch_") and name.removeprefix("dispatch_") in BACKENDS:
@@ -192,7 +196,7 @@ def names_of(path: str) -> list[str]:
     if path == "peft":
         return sorted({*own, *TOP})
     own += [f"{prefix}Layer" for prefix in prefixes().values()]
-    method = path.split(".")[2].upper() if path.startswith("peft.tuners.") else None
+    method = _method_of(path)
     if method in METHODS:
         own += [*LAYERS, *(f"{start}{kind}" for start in ("", prefixes()[method], "SVD") for kind in classes.BASES)]
     elif path.startswith("peft.utils"):

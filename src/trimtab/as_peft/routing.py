@@ -13,9 +13,10 @@ from trimtab.methods.adalora import AVERAGES, AdaLora
 from trimtab.methods.alora import invoked
 from trimtab.methods.poly import LEAST, shares
 from trimtab.methods.waveft import FAMILIES, filters_of, length_of, spread
+from trimtab.shell.arrow import GENERAL, TASK
 from trimtab.shell.state import locate_graft
 
-GKS_ADAPTER_PREFIX, TASK_ADAPTER_PREFIX = "gks_", "task_"
+GKS_ADAPTER_PREFIX, TASK_ADAPTER_PREFIX = GENERAL, TASK
 EPS = LEAST
 WAVELET_REDUCTIONS = {name: (length_of(name) - 2,) * 2 for name in FAMILIES}
 
@@ -134,9 +135,7 @@ class PolyRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None.")
         logits = self.module_logits[task_ids].unflatten(-1, (self.n_splits, self.n_skills))
-        if self.training:
-            logits = logits + torch.logit(torch.rand_like(logits), eps=torch.finfo(logits.dtype).eps)
-        return shares(logits)
+        return shares(logits, torch.rand_like(logits) if self.training else None)
 
 
 def get_router(poly_config: Any) -> nn.Module:

@@ -42,6 +42,11 @@ def cayley(Q: Tensor, terms: int | None = None) -> Tensor:
     return (I + Q) @ R
 
 
+def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """t ×₁ aᵀ ×₂ bᵀ (out, in, *kernel) of a core t (r, r, *kernel), a (r, out) and b (r, in)."""
+    return torch.einsum("ij...,ik,jn->kn...", t, a, b)
+
+
 def no_input(site: Site) -> None:
     """Speak up about dropout where a method sees no input to drop: PEFT refuses it for parameters, else ignores it."""
     message = f"`lora_dropout` cannot act on '{site.name}', whose input only its own module sees"

@@ -75,7 +75,7 @@ class Slot:
     def _prefix(self, prefix: str) -> str:
         if self.bare:
             return ""
-        return prefix.removesuffix("model.") if self.shared and prefix.split(".")[-2:-1] == ["model"] else prefix
+        return prefix.removesuffix("model.") if self.shared and f".{prefix}".endswith(".model.") else prefix
 
     def get(self) -> Tensor:
         """The tensor as it stands."""

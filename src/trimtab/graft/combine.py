@@ -32,7 +32,7 @@ def combine(graft: Graft, names: Sequence[str], weights: Sequence[float], new: s
         raise ValueError(f"Every adapter needs one weight, but there are {len(names)} and {len(weights)}.")
     if unknown := [name for name in names if name not in graft.adapters]:
         raise AdapterNameError(f"Adapter {unknown[0]} does not exist. Known: {list(graft.adapters)}.")
-    adapters = {name: graft.require(name) for name in names}
+    adapters = {name: graft.adapters[name] for name in names}
     graft.residents.bring(names)
     _check(adapters)
     layers = {layer.path: layer.methods for a in adapters.values() for layer in a.layers}

@@ -75,17 +75,16 @@ class Drop(nn.Dropout):
 
     def __init__(self, method: Method, attribute: str) -> None:
         nn.Module.__init__(self)
-        self.inplace = False
-        self.__dict__.update(method=method, attribute=attribute)
+        self.inplace, self.method, self.attribute = False, method, attribute
 
     @property
     def p(self) -> float:  # type: ignore[override]
         """The probability that an entry is dropped."""
-        return _rate(self.__dict__["method"], self.__dict__["attribute"])
+        return _rate(self.method, self.attribute)
 
     @p.setter
     def p(self, value: float) -> None:
-        _set(self.__dict__["method"], self.__dict__["attribute"], value)
+        _set(self.method, self.attribute, value)
 
 
 def is_setting(method: Method, name: str) -> bool:

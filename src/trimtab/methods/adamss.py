@@ -205,9 +205,14 @@ def decomposed(site: Site, config: Any) -> tuple[Tensor, Tensor]:
     W, b = wide(site.matrix().detach()), site.bias()
     if b is not None:
         W = torch.cat([W, b.detach().to(W)[:, None]], 1)
-    with torch.random.fork_rng(devices=[W.device] if W.device.type == "cuda" else []):
-        torch.manual_seed(config.random_seed)
-        U, _, V = torch.svd_lowrank(W, q=min(config.r, site.fan_in, site.fan_out), niter=POWERS)
+    return leading(W, min(config.r, site.fan_in, site.fan_out), config.random_seed)
+
+
+def leading(M: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(U (..., out, r), V (..., r, in)) of the first singular vectors of M (..., out, in), by random products."""
+    with torch.random.fork_rng(devices=[M.device] if M.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        U, _, V = torch.svd_lowrank(M, q=r, niter=POWERS)
     return U, V.mT
 
 

@@ -110,9 +110,14 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+def half_turned(x: Tensor) -> Tensor:
+    """(-b, a) of features (..., (a, b)) in halves."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
 def turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries (rows, heads, tokens, head dim) rotated to their positions (RoPE, halves of the features in pairs)."""
     width = cos.shape[-1]
     part, rest = q[..., :width], q[..., width:]
-    a, b = part.chunk(2, -1)
-    return torch.cat([part * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None], rest], -1)
+    return torch.cat([part * cos[:, None] + half_turned(part) * sin[:, None], rest], -1)

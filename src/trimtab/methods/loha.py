@@ -9,12 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.families import Delta, kept_rows, skipped, wide
+from trimtab.core.families import Delta, kept_rows, skipped, tucker, wide
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 
@@ -95,10 +94,7 @@ class LoHa(Delta):
         """dW (out, in), its rows weighed by `rows`, in fp32 at least, from the factors in the order of `names`."""
         w1_a, w1_b, w2_a, w2_b, *cores = (wide(t) for t in tensors)
         if cores:
-            w1, w2 = (
-                torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1)
-                for t, a, b in zip(cores, (w1_a, w2_a), (w1_b, w2_b), strict=True)
-            )
+            w1, w2 = (tucker(t, a, b).flatten(1) for t, a, b in zip(cores, (w1_a, w2_a), (w1_b, w2_b), strict=True))
         else:
             w1, w2 = w1_a @ w1_b, w2_a @ w2_b
         dW = self.site.dense(self.scaling * w1 * w2)

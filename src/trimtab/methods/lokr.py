@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.families import kept_rows, skipped, wide
+from trimtab.core.families import kept_rows, skipped, tucker, wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 
@@ -92,7 +92,7 @@ class LoKr(Method):
         has = self.declared
         w1 = self.lokr_w1 if "lokr_w1" in has else self.lokr_w1_a @ self.lokr_w1_b
         if "lokr_t2" in has:
-            w2 = torch.einsum("ij...,ik,jn->kn...", self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+            w2 = tucker(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
         else:
             w2 = self.lokr_w2 if "lokr_w2" in has else self.lokr_w2_a @ self.lokr_w2_b
         channels = self.site.fan_in // math.prod(self.site.kernel) // self.site.groups
@@ -101,8 +101,7 @@ class LoKr(Method):
     def delta(self) -> Tensor:
         """s·w1 ⊗ w2 (out, in)."""
         w1, w2 = (wide(w) for w in self.factors())
-        blocks = torch.einsum("lm,knx->lkmnx", self.scaling * w1, w2)
-        return self.site.dense(blocks.reshape(self.site.fan_out, -1))
+        return self.site.dense(kron(self.scaling * w1, w2).flatten(1))
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.delta()
@@ -119,6 +118,11 @@ class LoKr(Method):
             h = self.site.apply(x, self.delta().to(x.dtype))
         rows = kept_rows(self, call, config.rank_dropout, config.rank_dropout_scale)
         return y + (h if rows is None else h * self.site.spread(rows.to(h)))
+
+
+def kron(w1: Tensor, w2: Tensor) -> Tensor:
+    """w1 ⊗ w2, of w1 (l, m) and w2 (k, n, *kernel): (l k, m n, *kernel)."""
+    return torch.einsum("lm,kn...->lkmn...", w1, w2).flatten(2, 3).flatten(0, 1)
 
 
 def factors_of(size: int, factor: int) -> tuple[int, int]:

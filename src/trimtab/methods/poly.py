@@ -99,9 +99,7 @@ class Poly(Method):
             raise RouteError(f"'{self.site.name}' sees {rows} rows, which {len(tasks)} `task_ids` do not divide.")
         tasks = tasks.repeat_interleave(rows // len(tasks))
         logits = logits.unflatten(1, (self.options.n_splits, -1))[tasks]
-        if self.training:
-            logits = logits + torch.logit(self._noise(call, logits), eps=torch.finfo(logits.dtype).eps)
-        return shares(logits)
+        return shares(logits, self._noise(call, logits) if self.training else None)
 
     def _noise(self, call: Call, like: Tensor) -> Tensor:
         """Uniform numbers, a row's its own."""
@@ -126,7 +124,7 @@ class Poly(Method):
         return y + h / self.r
 
 
-def shares(logits: Tensor) -> Tensor:
-    """How much of each skill (..., skills) logits give."""
-    z = logits.sigmoid()
+def shares(logits: Tensor, noise: Tensor | None = None) -> Tensor:
+    """How much of each skill (..., skills) logits give; with uniform noise, as relaxed Bernoulli variables."""
+    z = (logits if noise is None else logits + torch.logit(noise, eps=torch.finfo(logits.dtype).eps)).sigmoid()
     return z / (z.sum(-1, keepdim=True) + LEAST)

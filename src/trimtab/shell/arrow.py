@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.errors import ConfigError
 from trimtab.shell.peft_model import PeftModel
 
-ROUTER = "arrow_router"
+ROUTER, TASK, GENERAL = "arrow_router", "task_", "gks_"  # what adapters are called, the last two with numbers
 
 
 def create_arrow_model(
@@ -32,8 +32,10 @@ def create_arrow_model(
         raise ConfigError("`task_specific_adapter_paths` should name at least one adapter.")
     if arrow_config.use_gks and not general_adapter_paths:
         raise ConfigError("`use_gks` needs `general_adapter_paths`.")
-    tasks = {f"task_{i}": path for i, path in enumerate(task_specific_adapter_paths)}
-    general = {f"gks_{i}": path for i, path in enumerate(general_adapter_paths or ())} if arrow_config.use_gks else {}
+    tasks = {f"{TASK}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
+    general = (
+        {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ())} if arrow_config.use_gks else {}
+    )
     (first, path), *others = [*tasks.items(), *general.items()]
     model: PeftModel = PeftModel.from_pretrained(base_model, path, adapter_name=first, **adapter_kwargs)
     for name, path in others:

@@ -179,7 +179,17 @@ def test_no_adapters_and_a_start_that_changed_the_base(tmp_path: Path) -> None:
         convert_to_lora(toy(), 2)
     pissa = trimtab.LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa")
     with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
-        convert_to_lora(trimtab.get_peft_model(toy(), pissa), 2)
+        convert_to_lora(trimtab.trimtab.get_peft_model(toy(), pissa), 2)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         save_as_lora(tmp_path / "file", lora(), 2)
+
+
+def test_what_can_be_converted_is_told_of_adapters_outside_the_module_tree() -> None:
+    model = trimtab.get_peft_model(llama(), trimtab.LoraConfig(r=2, target_modules=["q_proj"]), "first")
+    for i in range(12):
+        model.add_adapter(f"a{i}", trimtab.LoraConfig(r=2, target_modules=["q_proj"]))
+    names = [f"a{i}" for i in range(12)]
+    assert any(adapter.parked for adapter in model.graft.adapters.values())
+    assert all(model.supports_lora_conversion(name) for name in ("first", *names))
+    assert not model.supports_lora_conversion("nobody")

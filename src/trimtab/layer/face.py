@@ -149,6 +149,8 @@ class Face(Switched):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for an adapter's change of this layer."""
+        if adapter_name in self.adapters:
+            self.bring(adapter_name)
         methods = self.methods.get(adapter_name, ())
         return bool(methods) and all(m.mergeable and m.site.kind in CONVERTED for m in methods)
 

@@ -97,6 +97,18 @@ def test_parked_adapters_serve_mixed_batches() -> None:
         torch.testing.assert_close(mixed[[i]], model.eval()(IDS[[i]]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_all_of_whose_adapters_are_parked_shows_their_settings() -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, lora_dropout=0.25, target_modules=["q_proj"]), "alone")
+    for i in range(LIMIT + 2):
+        model.add_adapter(f"a{i}", LoraConfig(r=2, target_modules=["v_proj"]))
+        model.set_adapter(f"a{i}")
+    assert model.graft.adapters["alone"].parked
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert list(layer.lora_dropout) == list(layer.use_dora) == ["alone"]
+    assert len(layer.lora_magnitude_vector) == 0
+    assert layer.lora_dropout["alone"].p == 0.25
+
+
 # ---------------------------------------------------------------------- biases and heads
 @pytest.mark.parametrize("kind", ["all", "lora_only"])
 def test_biases_of_the_base_train_and_go_away(kind: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from trimtab.layer.originals import Originals
 from trimtab.layer.plan import Board, Route
 from trimtab.layer.spelling import Edits, Stack, fold, pick, spelled, surrounded
 from trimtab.layer.together import Through
+from trimtab.layer.views import View, shows
 
 # Attributes that are no modules or tensors: nn.Module's own setattr costs more than all the rest of what is done to
 # hundreds of layers when adapters come and go.
@@ -40,7 +41,7 @@ class AdaptedLayer(Merging):
         self.name, self.board = name, board  # `name`: the path of this module, which others around it change
         self.sites: dict[str, Site] = {}
         self.methods: dict[str, tuple[Method, ...]] = {}  # of the adapters that are in the module tree
-        self.shown: frozenset[str] = frozenset()  # attributes that methods, here now or before, show by adapter
+        self.shown: Mapping[str, Any] = {}  # attributes that methods, here now or before, show: {name: what makes it}
         self.containers: dict[str, Leaves] = {}  # by path below this layer
         self.merged_adapters: list[str] = []
         self.originals = Originals(self)
@@ -162,8 +163,10 @@ class AdaptedLayer(Merging):
             method.register(leaf, self.containers[container].put(adapter, rest.removeprefix("."), tensor))
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
         self.sites.setdefault(method.site.param, method.site)
-        if not self.shown.issuperset(method.views):
-            self.shown |= {*method.views}
+        shown = shows(method)
+        if not shown.keys() <= self.shown.keys():
+            views = {name: make for name, make in self.shown.items() if make is View}  # of other methods' own
+            self.shown = {**self.shown, **shown, **views}
         self.changed()
 
     def detach(self, adapter: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from trimtab.core.site import Site
 from trimtab.formats import weights
 from trimtab.layer.originals import Originals
 from trimtab.layer.switch import Switched
-from trimtab.layer.views import Setting, View, is_setting
+from trimtab.layer.views import View
 
 SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
 CONVERTED = ("linear", "embedding", "conv", "attention", "parameter")  # kinds of layers that a LoRA can change
@@ -32,7 +32,7 @@ class Face(Switched):
     base_layer: nn.Module
     sites: dict[str, Site]
     methods: dict[str, tuple[Method, ...]]
-    shown: frozenset[str]
+    shown: Mapping[str, Callable[[Any, str], Any]]
     merged_adapters: list[str]
     originals: Originals
 
@@ -113,16 +113,10 @@ class Face(Switched):
             return self.read(name)
         if name in SIZES:
             return self._size(name)
-        if name in self.__dict__.get("shown", ()):
-            return View(self, name)
-        methods = [m for ms in self.__dict__.get("methods", {}).values() for m in ms]
         if name == "fan_in_fan_out":
             return any(site.flipped and site.kind == "linear" for site in self.sites.values())
-        if any(is_setting(m, name) for m in methods):
-            return Setting(self, name)
-        if any(name in m.elsewhere for m in methods):
-            return nn.ModuleDict()  # another kind of layer has tensors there
-        return getattr(self.base_layer, name)
+        make = self.__dict__.get("shown", {}).get(name)
+        return getattr(self.base_layer, name) if make is None else make(self, name)
 
     def _size(self, name: str) -> int:
         """in_features or out_features: the layer's own, its channels, or the sizes of the matrix it is."""
@@ -141,7 +135,7 @@ class Face(Switched):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The names under which the adapters' settings are shown here."""
-        return tuple(sorted(self.shown))
+        return tuple(sorted(name for name, make in self.shown.items() if make is View))
 
     def get_base_weight(self) -> Tensor:
         """The frozen layer's weight as it is now, in its own layout; a quantised one dequantised."""

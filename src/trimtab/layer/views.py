@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -56,7 +57,7 @@ class Setting(View):
     """A field of the adapters' configs as it holds at a layer: `layer.use_dora["default"]`, `layer.lora_dropout`."""
 
     def _has(self, method: Method) -> bool:
-        return is_setting(method, self.attribute)
+        return shows(method).get(self.attribute) is Setting
 
     def __getitem__(self, adapter: str) -> Any:
         method = self._method(adapter)
@@ -87,9 +88,21 @@ class Drop(nn.Dropout):
         _set(self.method, self.attribute, value)
 
 
-def is_setting(method: Method, name: str) -> bool:
-    """Whether `name` is a field of a method's config that says something of one layer."""
-    return name not in OF_MODEL and name in getattr(type(method.options), "__dataclass_fields__", ())
+def shows(method: Method) -> Mapping[str, Callable[[Any, str], Any]]:
+    """{attribute: what makes it, of a layer and its name} of a layer that has such a method."""
+    kinds: Any = type(method), type(method.options)
+    return _shows(*kinds)
+
+
+@lru_cache(256)
+def _shows(method: Any, config: Any) -> Mapping[str, Callable[[Any, str], Any]]:
+    settings = frozenset(getattr(config, "__dataclass_fields__", ())) - OF_MODEL
+    vacant = dict.fromkeys(method.elsewhere, _nothing)
+    return {**vacant, **dict.fromkeys(settings, Setting), **dict.fromkeys(method.views, View)}
+
+
+def _nothing(layer: Any, name: str) -> nn.ModuleDict:
+    return nn.ModuleDict()
 
 
 def _rate(method: Any, name: str) -> float:

@@ -179,7 +179,7 @@ def test_no_adapters_and_a_start_that_changed_the_base(tmp_path: Path) -> None:
         convert_to_lora(toy(), 2)
     pissa = trimtab.LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa")
     with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
-        convert_to_lora(trimtab.trimtab.get_peft_model(toy(), pissa), 2)
+        convert_to_lora(trimtab.get_peft_model(toy(), pissa), 2)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         save_as_lora(tmp_path / "file", lora(), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, pipeline
 
 from tests.as_peft import tiny
@@ -63,6 +64,21 @@ def test_adapters_are_added_switched_disabled_and_deleted(llama):
         llama.set_adapter("one")
     llama.add_adapter(config(), "one")  # and it can begin anew
     assert llama.active_adapters() == ["one"]
+
+
+def test_deleting_one_of_several_that_are_active(llama):
+    for name, target in (("one", "q_proj"), ("two", "q_proj"), ("three", "up_proj")):
+        llama.add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False), name)
+    llama.set_adapter("two")
+    wanted = out(llama)
+    llama.set_adapter(["two", "one"])
+    llama.delete_adapter("one")
+    assert llama.active_adapters() == ["two"]
+    assert {n for m in llama.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters} == {"two"}
+    torch.testing.assert_close(out(llama), wanted)
+    llama.delete_adapter("two")
+    assert llama.active_adapters() == ["three"]
+    assert [n for n, p in llama.named_parameters() if p.requires_grad]
 
 
 def test_training_an_added_adapter(llama):

@@ -327,6 +327,8 @@ class Graft:
                 "call unmerge_adapter()."
             )
         self._forget(adapter)
+        for part in [*self.base.layers.values(), *adapter.saved]:
+            part.left(name, inference_mode=not adapter.trainable)
         self._bare()
         active = [n for n in self.board.route.active if n != name]
         if len(active) != len(self.board.route.active):

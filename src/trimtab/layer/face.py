@@ -78,9 +78,9 @@ class Face(Switched):
             raise ValueError(f"Adapter '{adapter_name}' is merged into the base: call unmerge_adapter() first.")
         self.originals.give_back(adapter_name)
         self.detach(adapter_name)
-        active = [n for n in self.active_adapters if n != adapter_name]
-        if len(active) != len(self.active_adapters):
-            self.set_adapter(active or list(self.methods)[:1])
+        if adapter_name in self.active_adapters:
+            self.switch(self.active_adapters, not self.disable_adapters)
+            self.left(adapter_name)
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer."""

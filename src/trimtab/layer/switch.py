@@ -69,6 +69,11 @@ class Switched(nn.Module):
             self.set_requires_grad(name, name in names and not inference_mode)
         self.switch(names, not self.disable_adapters)
 
+    def left(self, adapter: str, inference_mode: bool = False) -> None:
+        """An adapter is gone; where it was in use by a switch of this module's own, the others stay or the first comes."""
+        if self.own is not None and self.own[0] == self.board.route.epoch and adapter in self.own[1]:
+            self.set_adapter([n for n in self.own[1] if n != adapter] or self.adapters[:1], inference_mode)
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters here on or off, and with them whether they train."""
         self.set_requires_grad(self.active_adapters, enabled)

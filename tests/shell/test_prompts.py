@@ -61,6 +61,22 @@ def test_first_generated_token_is_the_forward_s(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_generates_what_forward_passes_say_whatever_it_starts_from(kind):
+    model, ids = adapted(kind), torch.tensor([[7, 8, 9, 10], [20, 3, 31, 5]])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    wanted = ids
+    for _ in range(6):
+        wanted = torch.cat([wanted, model(input_ids=wanted).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), wanted)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=False), wanted)
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False), wanted[:, 4:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_the_prompt_trains_and_the_loss_falls(kind):
     model = adapted(kind)
     ids = torch.randint(3, 60, (4, 6))

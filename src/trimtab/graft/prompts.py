@@ -142,18 +142,22 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")
     settings = inputs.get("generation_config") or base.generation_config
     rows, device = _shape(inputs)
-    if inputs.get(field) is None:  # a decoder starts from its start token
+    embedded = not decodes and inputs.get(field) is None
+    if embedded:
+        field = "inputs_embeds"
+    elif inputs.get(field) is None:  # a decoder starts from its start token
         start = settings.decoder_start_token_id
         start = base.config.decoder_start_token_id if start is None else start
         inputs[field] = torch.full((rows, 1), start, dtype=torch.long, device=device)
     ids = inputs[field]
     if inputs.get(mask) is None:
-        inputs[mask] = torch.ones_like(ids)
+        inputs[mask] = torch.ones(ids.shape[:2], dtype=torch.long, device=device)
     # Places of the prompt hold a token the row has anyway, so that processors that look at the ids see nothing new.
-    inputs[field] = torch.cat([ids[:, -1:].expand(-1, count), ids], 1)
+    inputs[field] = torch.cat([ids[:, -1:].expand(-1, count, *ids.shape[2:]), ids], 1)
     _extend(inputs, mask, count, 1)
     copies = max(_setting("num_beams", inputs, settings), _setting("num_return_sequences", inputs, settings))
     inputs["past_key_values"] = _cache(method, config, base, rows * copies, call)
+    inputs["use_cache"] = True  # the prompt is nowhere else
     for name in ("max_length", "min_length"):
         if inputs.get(name) is not None:
             inputs[name] += count
@@ -169,6 +173,8 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     ):
         inputs["max_length"] = settings.max_length + count
     out = base.generate(*args, **inputs)
+    if embedded:  # what is returned is new altogether
+        return out
     if isinstance(out, Tensor):
         return out[:, count:]
     out.sequences = out.sequences[:, count:]

@@ -70,7 +70,7 @@ class Switched(nn.Module):
         self.switch(names, not self.disable_adapters)
 
     def left(self, adapter: str, inference_mode: bool = False) -> None:
-        """An adapter is gone; where it was in use by a switch of this module's own, the others stay or the first comes."""
+        """An adapter is gone; where this module was switched to it by itself, the others stay or the first comes."""
         if self.own is not None and self.own[0] == self.board.route.epoch and adapter in self.own[1]:
             self.set_adapter([n for n in self.own[1] if n != adapter] or self.adapters[:1], inference_mode)
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tests.models import classifier
 from trimtab import (
@@ -144,6 +144,43 @@ def test_starts():
 def test_errors_name_the_field(kind, fields, words):
     with pytest.raises(ValueError, match=words):
         get_peft_model(llama(), kind(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **fields}))
+
+
+def test_what_cannot_go_on_from_a_cache_with_a_prompt_in_it_is_refused():
+    model, ids = adapted(PromptTuningConfig), torch.tensor([[7, 8, 9, 10]])
+    wanted = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    empty = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, past_key_values=DynamicCache())
+    assert torch.equal(empty, wanted)
+    filled = model.get_base_model()(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="fills the cache"):
+        model.generate(input_ids=ids, max_new_tokens=3, past_key_values=filled)
+    for given in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": llama()}):
+        with pytest.raises(ValueError, match=next(iter(given))):
+            model.generate(input_ids=ids, max_new_tokens=3, **given)
+
+
+@pytest.mark.parametrize("kind", [CartridgeConfig, PrefixTuningConfig])
+def test_a_prefix_says_that_checkpointed_layers_get_no_cache(kind):
+    model, ids = adapted(kind).train(), torch.tensor([[7, 8, 9, 10]])
+    model.get_base_model().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        model(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        get_peft_model(model.unload(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_embeddings_in_front_go_through_checkpointed_layers(kind):
+    model, ids = adapted(kind).train(), torch.tensor([[7, 8, 9, 10]])
+    losses = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.get_base_model().gradient_checkpointing_enable()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        losses.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*losses, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_a_prompt_has_no_place_in_a_mixed_batch():

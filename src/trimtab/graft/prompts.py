@@ -20,6 +20,7 @@ from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter
 
 Inputs = dict[str, Any]
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what generation is told to guess by
 WIDTHS = ("hidden_size", "n_embd", "d_model")  # what configs call the size of hidden states
 
 
@@ -33,6 +34,8 @@ def started(
     """
     if issubclass(method, PromptMethod):
         complete(config, model, method.cached)
+        if method.cached and not config.inference_mode:
+            require_cache(config, model)
     made = method()
     if isinstance(made, Mixture):
         facts = getattr(model, "config", None)
@@ -43,6 +46,15 @@ def started(
     with torch.no_grad():
         made.reset(config, model)
     return made.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+def require_cache(config: Any, model: Any) -> None:
+    """Raise where layers are run again in the backward pass: they get no cache then, which is where a prefix is."""
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{config.peft_type.value} does not work with gradient checkpointing. Its prompt is in the cache, which "
+            "checkpointed layers are not given: call `gradient_checkpointing_disable()`."
+        )
 
 
 def weighed(adapters: Sequence[Adapter], model: nn.Module) -> tuple[str, ...]:
@@ -104,6 +116,8 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Ca
     if method.cached:
         if inputs.get("past_key_values") is not None:
             raise ValueError("A prefix fills the cache: `past_key_values` cannot be passed as well.")
+        if base.training:
+            require_cache(config, base)
         inputs["past_key_values"] = prefilled(method.prompt(call), config, base, rows)
         _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
         return inputs
@@ -141,6 +155,7 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
         return base.generate(*args, **enter(method, config, base, inputs, call))
     field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")
     settings = inputs.get("generation_config") or base.generation_config
+    _refuse(inputs, settings)
     rows, device = _shape(inputs)
     embedded = not decodes and inputs.get(field) is None
     if embedded:
@@ -179,6 +194,19 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
         return out[:, count:]
     out.sequences = out.sequences[:, count:]
     return out
+
+
+def _refuse(inputs: Inputs, settings: Any) -> None:
+    """Raise for what cannot go on from a cache that holds the prompt already."""
+    given = inputs.get("past_key_values")
+    if given is not None and getattr(given, "get_seq_length", lambda: 1)():
+        raise ValueError("The prompt fills the cache: `past_key_values` with tokens in it cannot be passed as well.")
+    for name in ASSISTED:
+        if inputs.get(name) is not None or getattr(settings, name, None) is not None:
+            raise ValueError(
+                f"`{name}` does not work with a prompt: assisted generation takes a cache with tokens in it for an "
+                "empty one. Generate without it."
+            )
 
 
 def prefilled(prompt: Tensor, config: Any, base: Any, rows: int) -> Any:

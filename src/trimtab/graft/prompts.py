@@ -20,7 +20,7 @@ from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter
 
 Inputs = dict[str, Any]
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what generation is told to guess by
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # generation that guesses
 WIDTHS = ("hidden_size", "n_embd", "d_model")  # what configs call the size of hidden states
 
 

@@ -118,6 +118,20 @@ class Call:
         found = self.extras.get(f"{method.adapter}.strength")
         return found[method.site.name] if isinstance(found, Mapping) else found
 
+    def begins(self, method: Method, known: int, given: int) -> int:
+        """Which token of the `known` ones that its `facts` looked at is the first of the `given` ones of a pass.
+
+        Generation makes many passes: of the whole prompt, of what comes after a cache, of all tokens so far. The method
+        must watch.
+        """
+        seen = self.fact(method, "seen")
+        if not seen or "start" not in seen or getattr(seen["model"].config, "is_encoder_decoder", False):
+            return 0 if given == known else known
+        # A forward is given what follows the cache, generation all tokens, those in the cache included.
+        seen.setdefault("before", seen["start"] if given == known else 0)
+        begin: int = seen["start"] - seen["before"]
+        return begin
+
     def fact(self, method: Method, name: str) -> Any:
         """What the method's `facts` found for this forward under `name`, or None."""
         return self.extras.get(f"{method.adapter}.{name}")
@@ -154,7 +168,8 @@ class Method:
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
-    watches: ClassVar[bool] = False  # formulas see the model's calls: the fact "seen" has "model" and "inputs"
+    # Formulas see the model's calls: the fact "seen" has "model", "inputs", and "start", the tokens the cache has then.
+    watches: ClassVar[bool] = False
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 

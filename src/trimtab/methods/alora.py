@@ -35,7 +35,7 @@ class ALora(LowRank):
 
     when = "adapters invoked in a conversation that keep the base's cache"
     example = {"alora_invocation_tokens": [1]}
-    prefix = "lora_"
+    prefix, watches = "lora_", True
     kinds = fused = frozenset({"linear"})
     mergeable = False
 
@@ -59,7 +59,7 @@ class ALora(LowRank):
             ids = given[0] if given else None
         if ids is None:
             raise ConfigError("aLoRA finds its invocation among token ids: `input_ids` is needed.")
-        return {"invoked": invoked(ids, torch.tensor(config.alora_invocation_tokens))}
+        return {"invoked": invoked(ids, torch.tensor(config.alora_invocation_tokens)), "length": ids.shape[1]}
 
     def weight(self, W: Tensor) -> Tensor:
         raise no_weight(self)
@@ -72,5 +72,8 @@ class ALora(LowRank):
         if h.ndim != 3 or len(h) % len(count):
             raise RouteError(f"aLoRA at '{self.site.name}' sees an input {list(x.shape)} whose tokens cannot be told.")
         count = count.repeat_interleave(len(h) // len(count))  # beams
-        left = torch.arange(h.shape[1], 0, -1, device=h.device)  # tokens from each one to the end
-        return self.site.add(y, h * (left <= count[:, None].to(h.device))[..., None].to(h.dtype), B)
+        known, given = call.fact(self, "length"), h.shape[1]
+        places = torch.arange(given, device=h.device) + call.begins(self, known, given)
+        count = count[:, None].to(h.device)
+        acts = (count > 0) & (places >= known - count)
+        return self.site.add(y, h * acts[..., None].to(h.dtype), B)

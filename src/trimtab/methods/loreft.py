@@ -2,7 +2,7 @@
 
 It edits the hidden states that a block gives (or any linear layer), at chosen tokens of the prompt: those of the first
 and last positions that are no padding. In training with `labels` the prompt of a row ends where they begin; what is
-generated from a cache is not edited.
+generated is not edited.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LoReFT(Method):
     when = "edits of hidden states at a few positions"
     config, prefix, targets = LoReFTConfig, "loreft_", TARGETS
     kinds = fused = frozenset({"block", "linear"})
-    mergeable = False
+    mergeable, watches = False, True
     views = ("r", "scaling")
 
     @classmethod
@@ -113,7 +113,12 @@ class LoReFT(Method):
         edited = call.fact(self, "edited") if self.dynamic else None
         if edited is None:
             return y + self.scaling * edit
-        if y.ndim < 3 or edited.shape[1] != y.shape[1]:  # what follows a prompt, in steps of its own
+        if y.ndim < 3:
             return y
+        known, given = edited.shape[1], y.shape[1]
+        begin = call.begins(self, known, given)
+        if begin >= known:  # what follows the prompt
+            return y
+        edited = F.pad(edited, (0, given))[:, begin : begin + given]
         edited = edited.repeat_interleave(len(y) // len(edited), 0)  # beams
         return y + self.scaling * edit * edited[..., None].to(y.dtype)

@@ -62,8 +62,10 @@ def watching(model: nn.Module, extras: Mapping[str, Any]) -> Iterator[None]:
     names = list(inspect.signature(model.forward).parameters)
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        length = getattr(inputs.get("past_key_values"), "get_seq_length", int)  # layers will have added to it
         for value in seen:
-            value["inputs"] = {**dict(zip(names, args, strict=False)), **kwargs}
+            value |= {"inputs": inputs, "start": int(length())}
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:

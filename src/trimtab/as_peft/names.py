@@ -78,6 +78,7 @@ ALIASES = {
     "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
+    "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
@@ -97,6 +98,7 @@ SOURCES = (
     "trimtab.as_peft.routing",
     "trimtab.as_peft.quantised",
     "trimtab.as_peft.sampling",
+    "trimtab.as_peft.shadows",
     "trimtab.as_peft.variants",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",

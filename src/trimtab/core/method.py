@@ -155,6 +155,9 @@ class Method:
     echoes: ClassVar[bool] = False  # those layers have them in the file as well
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     watches: ClassVar[bool] = False  # formulas see the model's calls: the fact "seen" has "model" and "inputs"
+    # Static methods that the model shows: (what gives an adapter's methods by its name or those of the active one, the
+    # model, what the caller gives)
+    acts: ClassVar[tuple[str, ...]] = ()
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
+from trimtab.init.apart import detached_class, last_tokens
 from trimtab.init.mirror import facts_of, mirror, room
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
@@ -63,6 +65,7 @@ class Shadow(Method):
     when = "a small network beside the model that can be kept apart"
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
     kinds = frozenset({"block"})
+    acts = ("unload_shadow",)
     targets = {"*": ()}
 
     @classmethod
@@ -184,6 +187,31 @@ class Shadow(Method):
             self.term = self.options.auxiliary_loss_weight * loss
         return s
 
+    @staticmethod
+    def unload_shadow(of: Callable[..., Any], model: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
+        """The small model by itself: what it says of a text, or of its class, without the base.
+
+        Args:
+            adapter_name: whose; the active adapter's by default.
+            copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
+        """
+        method = of(adapter_name)[0]
+        config, own = method.options, lambda part: deepcopy(part) if copy else part
+        backbone, base = small(config, method.peers), facts_of(method.site.layer)
+        for name, tensor in method.commons[BACKBONE][method.adapter].named_parameters():
+            place, _, last = name.rpartition(".")
+            backbone.get_submodule(place)._parameters[last] = own(tensor)
+        head, projection = model.get_output_embeddings(), None
+        if shares(config, base):
+            backbone.set_input_embeddings(own(model.get_input_embeddings()))
+            for field in ("vocab_size", "pad_token_id"):
+                setattr(backbone.config, field, getattr(base, field))
+        if method.adapter in method.commons.get("shadow_projection", ()):
+            projection = linear_of(own(method.shared(PROJECTION)))
+        if classifies := config.task_type == "SEQ_CLS":
+            head = linear_of(method.shared(HEAD))
+        return detached_class()(backbone.train(model.training), projection, own(head), classifies)
+
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
@@ -202,11 +230,7 @@ def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
 
 def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
     """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
-    ids, pad = inputs.get("input_ids"), model.config.pad_token_id
-    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
-    if ids is not None and pad is not None:
-        last = torch.where(ids != pad, torch.arange(ids.shape[1], device=ids.device), -1).amax(1).to(last.device)
-    pooled = logits[torch.arange(len(logits), device=logits.device), last]
+    pooled = last_tokens(logits, inputs.get("input_ids"), model.config.pad_token_id)
     loss: Tensor = model.loss_function(
         logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
     )
@@ -228,3 +252,10 @@ def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
         "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
     }
     return mirror(base, sizes, not shares(config, base), before)
+
+
+def linear_of(W: Tensor) -> nn.Linear:
+    """A linear layer without bias that has W (out, in) for its weight."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = W  # type: ignore[assignment]
+    return layer

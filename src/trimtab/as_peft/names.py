@@ -79,6 +79,7 @@ ALIASES = {
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
     "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
+    **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
@@ -98,7 +99,6 @@ SOURCES = (
     "trimtab.as_peft.routing",
     "trimtab.as_peft.quantised",
     "trimtab.as_peft.sampling",
-    "trimtab.as_peft.shadows",
     "trimtab.as_peft.variants",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
+from trimtab.core.model_method import last_tokens
 from trimtab.core.site import Site
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.apart import detached_class, last_tokens
 from trimtab.init.mirror import facts_of, mirror, room
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
@@ -195,6 +195,8 @@ class Shadow(Method):
             adapter_name: whose; the active adapter's by default.
             copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
         """
+        from trimtab.init.apart import DetachedShadowModel
+
         method = of(adapter_name)[0]
         config, own = method.options, lambda part: deepcopy(part) if copy else part
         backbone, base = small(config, method.peers), facts_of(method.site.layer)
@@ -210,7 +212,7 @@ class Shadow(Method):
             projection = linear_of(own(method.shared(PROJECTION)))
         if classifies := config.task_type == "SEQ_CLS":
             head = linear_of(method.shared(HEAD))
-        return detached_class()(backbone.train(model.training), projection, own(head), classifies)
+        return DetachedShadowModel(backbone.train(model.training), projection, own(head), classifies)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:

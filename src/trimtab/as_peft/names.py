@@ -96,6 +96,7 @@ SOURCES = (
     "trimtab.as_peft.paths",
     "trimtab.as_peft.merges",
     "trimtab.as_peft.mixing",
+    "trimtab.as_peft.private",
     "trimtab.as_peft.routing",
     "trimtab.as_peft.quantised",
     "trimtab.as_peft.sampling",

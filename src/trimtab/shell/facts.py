@@ -105,8 +105,7 @@ class Facts(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for all that an adapter changes."""
-        layers = [layer for layer in self.graft.layers.values() if adapter_name in layer.adapters]
-        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+        return self.tuner.supports_lora_conversion(adapter_name)
 
     @property
     def has_active_enabled_adapter(self) -> bool:

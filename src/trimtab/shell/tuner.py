@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
-from trimtab.errors import AdapterNameError
+from trimtab.errors import AdapterNameError, ArgumentError
 from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
+from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import config_class, method_class, prefix_of
 from trimtab.shell import mixtures
 from trimtab.shell.loading import Source
@@ -37,6 +38,7 @@ class Tuner(Running):
     """
 
     prefix = "lora_"
+    tuner_layer_cls = AdaptedLayer
 
     def __init__(
         self,
@@ -83,6 +85,39 @@ class Tuner(Running):
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
             self.graft._place_biases()
         return adapter
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Build an adapter whose config has been put into `peft_config`; it is not active until `set_adapter`.
+
+        Args:
+            model: this tuner's.
+            autocast_adapter_dtype: half-precision layers have adapters in fp32.
+            low_cpu_mem_usage: build it without storage.
+        """
+        if model is not self.model:
+            raise ArgumentError("inject_adapter(model, ...) is for the tuner's own model: `tuner.model`.")
+        if adapter_name in self.graft.adapters:
+            return
+        config = self.peft_config[adapter_name]
+        self.add(adapter_name, config, autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, trainable=False)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for all that an adapter changes."""
+        layers = [layer for layer in self.graft.layers.values() if adapter_name in layer.adapters]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """{model type: what the first adapter's method adapts there if its config does not say}."""
+        config = next(iter(self.peft_config.values()))
+        known = getattr(method_class(config), "targets", {})
+        return {kind: names if isinstance(names, str) else list(names) for kind, names in known.items()}
 
     def _load_among(self, config: PeftConfig) -> None:
         """Load the adapters that a router works among, where they are not there."""

@@ -186,3 +186,36 @@ def test_a_module_trained_whole() -> None:
             (head.adapter_layer_names, head.other_param_names, sorted(tensors), head.adapter_state_dict("x", {}))
         )
     assert found[0] == found[1]
+
+
+def test_private_switches_of_a_layer() -> None:
+    found: list[list[Any]] = [[], []]
+    for which, library in enumerate((trimtab, peft)):
+        torch.manual_seed(0)
+        model = tuned(library, init_lora_weights=False, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        model.add_adapter("other", library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        at, head, seen = q_proj(model), model.base_model.model.lm_head, found[which]
+        x, ids = torch.ones(1, 3, at.in_features), torch.tensor([[1, 2]])
+        seen += [at._active_adapter, at._disable_adapters, at._get_available_adapters(), head._get_available_adapters()]
+        seen += [at._all_available_adapter_names(), head._disable_adapters, model._is_prompt_learning]
+        at._disable_adapters = True
+        seen += [torch.equal(at(x), at.base_layer(x)), at.disable_adapters]
+        at._disable_adapters = False
+        alone = at(x)
+        at._active_adapter = ["default", "other"]
+        assert at.active_adapters == ["default", "other"]
+        assert not torch.equal(at(x), alone)
+        at._active_adapter = "default"
+        assert torch.equal(at(x), alone)
+        seen.append([n for n, p in model.named_parameters() if p.requires_grad])
+        own = model.base_model_prepare_inputs_for_generation(ids)
+        assert torch.equal(own["input_ids"], ids)
+        model.requires_grad_(True)
+        model.base_model._mark_only_adapters_as_trainable(model.base_model.model)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad and "other" not in n]
+        seen.append([n for n in trained if "lm_head" not in n])  # whose original peft lets train
+        with torch.no_grad():
+            before, inner = model(ids).logits, model.base_model
+        merged = inner._unload_and_optionally_merge(merge=True)
+        torch.testing.assert_close(merged(ids).logits, before)
+    assert found[0] == found[1]

@@ -249,6 +249,20 @@ class Tuner(Running):
         """
         return self.graft.unload(pristine=pristine)
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        return self.merge_and_unload(progressbar, safe_merge, adapter_names) if merge else self.unload()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        for name in self.active_adapters:
+            self.graft.set_trainable(name, True)
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a model as a dict; of one that has none, `{"model_type": "custom"}`."""

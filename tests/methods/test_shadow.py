@@ -157,8 +157,10 @@ def test_what_is_refused() -> None:
         shadowed().merge_adapter()
     with pytest.raises(ConfigError, match="causal language models"):
         ShadowConfig(task_type="TOKEN_CLS")
-    with pytest.raises(NotImplementedError, match="shadow_model"):
-        get_peft_model(base(), ShadowConfig(shadow_model="some/model"))
+    with pytest.raises(ConfigError, match="no model at 'no/model/here'"):
+        get_peft_model(base(), ShadowConfig(shadow_model="no/model/here"))
+    with pytest.raises(ConfigError, match="has sizes of its own: leave out shadow_hidden_size"):
+        ShadowConfig(shadow_model="some/model", shadow_hidden_size=8)
     with pytest.raises(ConfigError, match="`shadow_num_attention_heads` should be a positive"):
         shadowed(shadow_num_attention_heads=0)
     with pytest.raises(RouteError, match="call the PeftModel"):

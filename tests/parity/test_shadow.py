@@ -10,7 +10,7 @@ import peft
 import peft.tuners.shadow as peft_shadow
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForSequenceClassification
+from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
 
 import trimtab
 from tests.parity.alias import find
@@ -148,6 +148,79 @@ def test_classifiers(tmp_path: Path) -> None:
         for library in BOTH:
             read = quiet(library.PeftModel.from_pretrained, classifier(), str(tmp_path / folder)).eval()
             near(read(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.fixture(scope="module", params=["llama_deep", "gpt2", "thin"])
+def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model that can be the shadow of another."""
+    folder = str(tmp_path_factory.mktemp("shadow"))
+    torch.manual_seed(5)
+    if request.param == "thin":
+        config = build("llama").config
+        config.hidden_size, config.num_hidden_layers, config.head_dim = 8, 1, 4
+        LlamaForCausalLM(config).save_pretrained(folder)
+    else:
+        build(request.param).save_pretrained(folder)
+    return folder
+
+
+def with_ready(folder: str, task: str = "CAUSAL_LM") -> list[Any]:
+    models = []
+    for library in BOTH:
+        torch.manual_seed(11)
+        model = build("llama") if task == "CAUSAL_LM" else classifier()
+        config = library.ShadowConfig(task_type=task, shadow_model=folder)
+        models.append(quiet(library.get_peft_model, model, config).eval())
+    return models
+
+
+def test_a_shadow_that_is_there_already(ready: str, tmp_path: Path) -> None:
+    ours, theirs = with_ready(ready)
+    assert trainable(ours) == trainable(theirs)
+    held = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if "shadow_backbone" in name:
+            assert torch.equal(held[name], parameter), name
+    frozen = [n for n, p in held.items() if "shadow_backbone" in n and not p.requires_grad]
+    assert len(frozen) == 1
+    stir(theirs, 0.1)
+    copy_state(theirs, ours)
+    results = []
+    for model in (ours, theirs):
+        inputs = batch("llama")
+        logits = model(**inputs).logits
+        logits.float().square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        results.append((logits, grads, said, model.unload_shadow().eval()(**inputs).logits))
+    (mine, grads, said, alone), (yours, others, answer, apart) = results
+    near(mine, yours)
+    near(alone, apart)
+    all_near(grads, others)
+    assert torch.equal(said, answer)
+    for model, folder in ((ours, "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert weights_file(tmp_path / "0").keys() == weights_file(tmp_path / "1").keys()
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    for writer in "01":
+        for library in BOTH:
+            read = quiet(library.PeftModel.from_pretrained, build("llama"), str(tmp_path / writer)).eval()
+            near(read(**batch("llama")).logits, yours)
+
+
+def test_a_classifiers_shadow_that_is_there_already(ready: str) -> None:
+    ours, theirs = with_ready(ready, "SEQ_CLS")
+    assert trainable(ours) == trainable(theirs)
+    held = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+                held[name].copy_(parameter)
+    inputs = batch("llama")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    near(ours(**inputs).logits, theirs(**inputs).logits)
+    near(ours.unload_shadow().eval()(**inputs).logits, theirs.unload_shadow().eval()(**inputs).logits)
 
 
 @every

@@ -1,8 +1,8 @@
 """Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
-A small trained model of the base's kind reads the same tokens: what it says is the first shadow state s. It goes along
-the blocks: each gets its input h drawn towards it or away, and turns it by its own output o, with g = σ(G(o)). T and G
-are two linear layers with a GELU between them.
+A small trained model, of the base's kind or one that is there already, reads the same tokens: what it says is the first
+shadow state s. It goes along the blocks: each gets its input h drawn towards it or away, and turns it by its own output
+o, with g = σ(G(o)). T and G are two linear layers with a GELU between them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from trimtab.core.model_method import last_tokens
 from trimtab.core.site import Site
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.mirror import facts_of, mirror, room
+from trimtab.init.mirror import facts_at, facts_of, mirror, read, room
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
@@ -37,7 +37,7 @@ class ShadowConfig(LayerConfig):
     shadow_alpha: float = help_field("α", 0.1)
     shadow_dropout: float = help_field("Dropout on h - s, in training.", 0.2)
     init_weights: bool = help_field("Start as the identity; False starts U at random.", True)
-    shadow_model: str = help_field("mirror: a small model of the base's kind.", "mirror")
+    shadow_model: str = help_field("mirror: a model of the base's kind; else a folder or Hub id of one.", "mirror")
     shadow_num_hidden_layers: int | None = help_field("Its layers; None: 1.", None)
     shadow_hidden_size: int | None = help_field("Its width; None: the base's.", None)
     shadow_num_attention_heads: int | None = help_field("Its attention heads; None: as the base.", None)
@@ -46,8 +46,6 @@ class ShadowConfig(LayerConfig):
     update_hidden_size: int | None = help_field("The width inside T and G; None: r.", None)
     auxiliary_loss_weight: float = help_field("The weight of the loss of the first shadow state by itself.", 0.05)
 
-    pending = {"shadow_model": "only 'mirror' is"}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SHADOW
@@ -55,6 +53,9 @@ class ShadowConfig(LayerConfig):
         for name in ("r", "update_hidden_size", *(f"shadow_{size}" for size in sizes)):
             if getattr(self, name) is not None:
                 require_rank(getattr(self, name), name)
+        own = [n for n in (f"shadow_{size}" for size in sizes) if getattr(self, n) is not None]
+        if self.shadow_model != "mirror" and own:
+            raise ConfigError(f"`shadow_model` names a model, which has sizes of its own: leave out {', '.join(own)}.")
         if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
             raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
 
@@ -82,8 +83,11 @@ class Shadow(Method):
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
         model, base = small(config, sites), facts_of(sites[0].layer)
         leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in model.named_parameters()}  # (as it has it)
-        if shares(config, base):
-            name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        if config.shadow_model != "mirror":
+            read = f"{BACKBONE}.{name}.weight"
+            leaves[read] = replace(leaves[read], train=False)
+        elif shares(config, base):
             del leaves[f"{BACKBONE}.{name}.weight"]
             if name != "embed_tokens":  # which PEFT leaves out of its files, and no other
                 leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
@@ -95,7 +99,8 @@ class Shadow(Method):
 
     @classmethod
     def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
-        own = dict(small(config, sites).named_parameters())
+        ready = config.shadow_model != "mirror"
+        own = dict((read(config.shadow_model) if ready else small(config, sites)).named_parameters())
         for name, tensor in shared.items():
             drawn = own.get(name.removeprefix(f"{BACKBONE}."))
             if drawn is not None and drawn.shape == tensor.shape:
@@ -241,11 +246,14 @@ def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
 
 def shares(config: Any, base: Any) -> bool:
     """Whether the small model reads the base's embeddings."""
-    return bool(config.share_embeddings) and config.shadow_hidden_size in (None, base.hidden_size)
+    own = config.shadow_model != "mirror" or config.shadow_hidden_size not in (None, base.hidden_size)
+    return bool(config.share_embeddings) and not own
 
 
 def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
     """The small model of a config."""
+    if config.shadow_model != "mirror":
+        return mirror(facts_at(config.shadow_model), {}, True, before)
     base = facts_of(sites[0].layer)
     sizes = {
         "num_hidden_layers": config.shadow_num_hidden_layers or 1,

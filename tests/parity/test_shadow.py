@@ -250,10 +250,14 @@ def test_a_small_classifier_by_itself() -> None:
     inputs = batch("llama")
     labels = torch.arange(len(inputs["input_ids"])) % 3
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    ours, theirs = (model.unload_shadow().eval()(**inputs, labels=labels) for model in classifiers())
+    mine, yours = (model.unload_shadow().eval() for model in classifiers())
+    ours, theirs = (model(**inputs, labels=labels) for model in (mine, yours))
     assert type(ours) is type(theirs)
     near(ours.logits, theirs.logits)
     near(ours.loss, theirs.loss)
+    padded = inputs["input_ids"].clone()
+    padded[:, -2:] = 0
+    near(mine(padded).logits, yours(padded, attention_mask=(padded != 0).long()).logits)  # peft's needs the mask
 
 
 def test_one_of_several_and_parts_put_together() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from trimtab.methods import config_class, method_class, prefix_of
 from trimtab.shell import mixtures
 from trimtab.shell.loading import Source
 from trimtab.shell.running import Running
+
+OWN_LOSS = re.compile(r"_get_([a-z]+)_loss")  # what PEFT's users add to the loss of a formula by hand
 
 
 class Tuner(Running):
@@ -284,6 +288,8 @@ class Tuner(Running):
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
+        if found := OWN_LOSS.fullmatch(name):
+            return partial(self.penalty_left, found[1])
         shown = mixtures.show(self.graft, name) if "graft" in self.__dict__ else None
         return getattr(self.model, name) if shown is None else shown
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.models import grown, llama
@@ -156,9 +157,53 @@ def test_what_is_refused() -> None:
         shadowed().merge_adapter()
     with pytest.raises(ConfigError, match="causal language models"):
         ShadowConfig(task_type="TOKEN_CLS")
-    with pytest.raises(NotImplementedError, match="shadow_model"):
-        get_peft_model(base(), ShadowConfig(shadow_model="some/model"))
+    with pytest.raises(ConfigError, match="no model at 'no/model/here'"):
+        get_peft_model(base(), ShadowConfig(shadow_model="no/model/here"))
+    with pytest.raises(ConfigError, match="has sizes of its own: leave out shadow_hidden_size"):
+        ShadowConfig(shadow_model="some/model", shadow_hidden_size=8)
     with pytest.raises(ConfigError, match="`shadow_num_attention_heads` should be a positive"):
         shadowed(shadow_num_attention_heads=0)
     with pytest.raises(RouteError, match="call the PeftModel"):
         shadowed().get_base_model()(IDS)
+
+
+@pytest.mark.parametrize("fields", [{}, {"shadow_hidden_size": 8}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_small_model_comes_out_whole(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Any) -> None:
+    """Its tensors are the adapter's, or copies; its file has all it needs; the model it came from is as it was."""
+    model = shadowed(dtype, **fields)
+    before = model(IDS).logits
+    alone, apart = model.unload_shadow(), model.unload_shadow(copy=True)
+    backbone = dict(model.base_model.shadow_backbone["default"].named_parameters())
+    assert all(alone.backbone.get_parameter(name) is p for name, p in backbone.items())
+    ours = {id(p) for p in model.parameters()}
+    assert all(id(p) in ours for p in alone.parameters())
+    assert not any(id(p) in ours for p in apart.parameters())
+    assert alone.get_output_embeddings() is model.get_output_embeddings()
+    wanted = alone(IDS).logits
+    assert torch.equal(apart(IDS).logits, wanted)
+    assert torch.equal(alone(inputs_embeds=alone.get_input_embeddings()(IDS)).logits, wanted)
+    torch.testing.assert_close(alone(IDS, logits_to_keep=2).logits, wanted[:, -2:])
+    assert torch.equal(alone.generate(IDS, max_new_tokens=3, do_sample=False), apart.generate(
+        IDS, max_new_tokens=3, do_sample=False, use_cache=False))  # fmt: skip
+    with torch.no_grad():
+        for p in apart.parameters():
+            p.add_(1)
+    alone.save_pretrained(tmp_path)
+    apart.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(apart(IDS).logits, wanted)
+    assert torch.equal(model(IDS).logits, before)
+    copied = copy.deepcopy(alone)
+    assert torch.equal(copied(IDS).logits, wanted)
+
+
+def test_a_tied_head_comes_with_it(tmp_path: Any) -> None:
+    plain = llama(vocab_size=40, tie_word_embeddings=True)
+    model = get_peft_model(plain, ShadowConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    for own in (False, True):
+        alone = model.unload_shadow(copy=own)
+        wanted = alone(IDS).logits
+        alone.save_pretrained(tmp_path / str(own))
+        there = load_file(tmp_path / str(own) / "model.safetensors")
+        assert torch.equal(there.get("head.weight", there["backbone.embed_tokens.weight"]), plain.lm_head.weight)
+        assert torch.equal(copy.deepcopy(alone)(IDS).logits, wanted)

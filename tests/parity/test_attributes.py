@@ -68,3 +68,154 @@ def test_dropout_of_a_layer_can_be_changed() -> None:
         at.lora_dropout["default"] = nn.Dropout(0.5)
         results.append(torch.equal(at(x), at(x)))
     assert results == [False, False]
+
+
+def tuned(library: Any, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return library.get_peft_model(
+        build("llama"), library.LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **fields})
+    )
+
+
+def q_proj(model: Any) -> Any:
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def test_starting_a_layer_anew() -> None:
+    spreads = []
+    for library in (trimtab, peft):
+        at = q_proj(tuned(library, r=16, init_lora_weights=False))
+        A, B = at.lora_A["default"].weight, at.lora_B["default"].weight
+        before = A.detach().clone()
+        at.reset_lora_parameters("default", False)
+        at.reset_lora_parameters("unknown", True)
+        assert torch.equal(A, before)
+        assert B.any()
+        found = []
+        for init in (True, "gaussian"):
+            at.reset_lora_parameters("default", init)
+            assert not B.any()
+            assert A is at.lora_A["default"].weight
+            found.append(float(A.detach().std()))
+        spreads.append(found)
+        for init in ("zz", "pissa"):
+            with pytest.raises(ValueError, match="init_lora_weights"):
+                at.reset_lora_parameters("default", init)
+    torch.testing.assert_close(*spreads, rtol=0.15, atol=0)
+    at = q_proj(tuned(trimtab))
+    before = at.get_base_weight().clone()
+    at.reset_parameters()  # the frozen layer's own
+    assert not torch.equal(at.get_base_weight(), before)
+    for name, prefix in (("HRAConfig", "hra"), ("IA3Config", "ia3"), ("LoHaConfig", "adapter")):
+        found = layer(trimtab, name, {"feedforward_modules": []} if prefix == "ia3" else {})
+        start = {n: p.detach().clone() for n, p in found.named_parameters()}
+        with torch.no_grad():
+            for _, parameter in found.adapter_parameters("default"):
+                parameter.add_(1)
+        getattr(found, f"reset_{prefix}_parameters")("default")
+        x = torch.ones(1, 3, found.in_features)
+        torch.testing.assert_close(found(x), found.base_layer(x))
+        assert all(torch.equal(found.get_parameter(n), p) for n, p in start.items() if "base_layer" in n)
+
+
+def test_another_base_weight() -> None:
+    outputs = []
+    for library in (trimtab, peft):
+        at = q_proj(tuned(library, lora_alpha=8))
+        with torch.no_grad():
+            for parameter in at.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        x = torch.ones(1, 3, at.in_features)
+        at(x)
+        weight = at.base_layer.weight
+        at.set_base_weight(torch.eye(at.in_features))
+        assert at.base_layer.weight is weight
+        assert torch.equal(at.get_base_weight(), torch.eye(at.in_features))
+        outputs.append(at(x))
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_parameter_by_name() -> None:
+    for library in (trimtab, peft):
+        at = q_proj(tuned(library, target_modules=[], target_parameters=["q_proj.weight"], init_lora_weights=False))
+        assert (at.parameter_name, at.num_experts) == ("weight", 1)
+        assert at.get_param() is at.get_base_layer().weight
+        B, A, scale = at.get_delta_factors("default")
+        dW = scale * (B @ A).reshape(at.get_param().shape)
+        if library is trimtab:
+            torch.testing.assert_close(dW, at.get_delta_weight("default"))
+        plain = q_proj(tuned(library))
+        assert not hasattr(plain, "parameter_name")
+
+
+def test_injecting_through_the_tuner() -> None:
+    names = []
+    for library in (trimtab, peft):
+        model = tuned(library)
+        tuner = model.base_model
+        tuner.peft_config["more"] = library.LoraConfig(target_modules=["v_proj"], r=2)
+        tuner.inject_adapter(tuner.model, "more")
+        names.append([n for n, p in model.named_parameters() if "lora_" in n and p.requires_grad])
+        assert sum("lora_A.more" in n for n, _ in model.named_parameters()) == 2
+        assert model.active_adapter == "default"
+        model.set_adapter("more")
+        assert all(".more." in n for n, p in model.named_parameters() if p.requires_grad)
+        assert isinstance(q_proj(model), tuner.tuner_layer_cls)
+        assert tuner.supports_lora_conversion("default")
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "VeraConfig", "OFTConfig"])
+def test_default_targets_of_a_tuner(name: str) -> None:
+    mine, theirs = (
+        library.get_peft_model(build("llama"), getattr(library, name)()).base_model.target_module_mapping
+        for library in (trimtab, peft)
+    )
+    assert {k: sorted(v) for k, v in theirs.items()}.items() <= {k: sorted(v) for k, v in mine.items()}.items()
+
+
+def test_a_module_trained_whole() -> None:
+    found = []
+    for library in (trimtab, peft):
+        model = tuned(library, modules_to_save=["lm_head"])
+        head = model.base_model.model.lm_head
+        tensors = head.adapter_state_dict("default", head.state_dict())
+        assert torch.equal(tensors["weight"], head.modules_to_save["default"].weight)
+        assert head.unload_and_optionally_merge_module(True, False, None) is head.modules_to_save["default"]
+        found.append(
+            (head.adapter_layer_names, head.other_param_names, sorted(tensors), head.adapter_state_dict("x", {}))
+        )
+    assert found[0] == found[1]
+
+
+def test_private_switches_of_a_layer() -> None:
+    found: list[list[Any]] = [[], []]
+    for which, library in enumerate((trimtab, peft)):
+        torch.manual_seed(0)
+        model = tuned(library, init_lora_weights=False, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        model.add_adapter("other", library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        at, head, seen = q_proj(model), model.base_model.model.lm_head, found[which]
+        x, ids = torch.ones(1, 3, at.in_features), torch.tensor([[1, 2]])
+        seen += [at._active_adapter, at._disable_adapters, at._get_available_adapters(), head._get_available_adapters()]
+        seen += [at._all_available_adapter_names(), head._disable_adapters, model._is_prompt_learning]
+        at._disable_adapters = True
+        seen += [torch.equal(at(x), at.base_layer(x)), at.disable_adapters]
+        at._disable_adapters = False
+        alone = at(x)
+        at._active_adapter = ["default", "other"]
+        assert at.active_adapters == ["default", "other"]
+        assert not torch.equal(at(x), alone)
+        at._active_adapter = "default"
+        assert torch.equal(at(x), alone)
+        seen.append([n for n, p in model.named_parameters() if p.requires_grad])
+        own = model.base_model_prepare_inputs_for_generation(ids)
+        assert torch.equal(own["input_ids"], ids)
+        model.requires_grad_(True)
+        model.base_model._mark_only_adapters_as_trainable(model.base_model.model)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad and "other" not in n]
+        seen.append([n for n in trained if "lm_head" not in n])  # whose original peft lets train
+        with torch.no_grad():
+            before, inner = model(ids).logits, model.base_model
+        merged = inner._unload_and_optionally_merge(merge=True)
+        torch.testing.assert_close(merged(ids).logits, before)
+    assert found[0] == found[1]

@@ -11,7 +11,7 @@ import torch
 
 import trimtab
 from tests.models import llama
-from tests.parity.models import build
+from tests.parity.models import batch, build
 from tests.parity.pairs import BOTH, all_near, config_file, gradients, near, quiet, run, stir, trainable, weights_file
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
@@ -299,3 +299,38 @@ def test_arrow(general: int, k: int, tmp_path: Path) -> None:
     ours.delete_adapter("task_1")
     with pytest.raises(ValueError, match=r"not there: \['task_1'\]"):
         ours(IDS)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_penalty_that_is_added_by_hand(labelled: bool) -> None:
+    """PEFT's users add it themselves; ours is in the model's loss, and what is left of it is nothing then."""
+    totals = []
+    for library in (trimtab, peft):
+        config = library.LoraConfig(target_modules=["q_proj"], r=4, kasa_config=library.KasaConfig(beta=0.1, gamma=0.1))
+        torch.manual_seed(0)
+        model = quiet(library.get_peft_model, build("llama"), config).train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        ids = batch("llama")["input_ids"]
+        assert model._get_kasa_loss() > 0.1
+        loss = model(ids, labels=ids).loss if labelled else model(ids).logits.square().mean()
+        total = loss + model._get_kasa_loss()
+        assert model._get_kasa_loss("unknown") == model._get_monteclora_loss() == 0.0
+        total.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        totals.append((total, grads))
+    near(totals[0][0], totals[1][0])
+    all_near(totals[0][1], totals[1][1])
+    plain = trimtab.get_peft_model(build("llama"), trimtab.LoraConfig(target_modules=["q_proj"])).train()
+    assert plain._get_kasa_loss() == 0.0
+    config = trimtab.LoraConfig(target_modules=["q_proj"], monteclora_config=trimtab.MontecloraConfig())
+    model = trimtab.get_peft_model(build("llama"), config).train()
+    ids = batch("llama")["input_ids"]
+    model(ids)
+    assert model._get_monteclora_loss() > 0
+    model(ids, labels=ids)
+    assert model._get_monteclora_loss() == 0.0
+    model.eval()(ids)
+    assert model._get_monteclora_loss() == 0.0

@@ -112,6 +112,7 @@ AutoTokenizer.from_pretrained("base").push_to_hub("me/base")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/base"), "adapter")
 model.peft_config["default"].base_model_name_or_path = "me/base"
 model.push_to_hub("me/adapter")
+model.peft_config["default"].push_to_hub("me/config")
 """
 LOAD = """
 import torch
@@ -133,6 +134,8 @@ def test_ids_of_the_hub_wherever_a_folder_can_stand(hub: dict[str, str], tmp_pat
     python(PUSH, hub, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= Hub.repositories["me/adapter"].keys()
     assert "model.safetensors" not in Hub.repositories["me/adapter"]
+    told = Hub.repositories["me/config"]["adapter_config.json"]
+    assert told == Hub.repositories["me/adapter"]["adapter_config.json"]
 
     expected = python(LOCAL, hub, tmp_path)
     elsewhere = {**hub, "HF_HOME": str(tmp_path / "elsewhere")}

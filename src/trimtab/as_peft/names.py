@@ -78,6 +78,8 @@ ALIASES = {
     "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
+    "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
+    **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 
@@ -87,12 +89,18 @@ SOURCES = (
     "trimtab.as_peft.constants",
     "trimtab.as_peft.formulas",
     "trimtab.as_peft.functions",
+    "trimtab.as_peft.hooks",
     "trimtab.as_peft.hotswap",
     "trimtab.as_peft.inside",
     "trimtab.as_peft.parts",
+    "trimtab.as_peft.paths",
     "trimtab.as_peft.merges",
+    "trimtab.as_peft.mixing",
+    "trimtab.as_peft.private",
     "trimtab.as_peft.routing",
     "trimtab.as_peft.quantised",
+    "trimtab.as_peft.sampling",
+    "trimtab.as_peft.variants",
     "trimtab.as_peft.weights",
     "trimtab.as_peft.packages",
 )

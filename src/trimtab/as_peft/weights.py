@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,11 +13,83 @@ from trimtab.as_peft.constants import prefix_of
 from trimtab.core.targets import matches
 from trimtab.files.codec import ON_DISK
 
+LAZY = ("FlattenDims", "PeftConcatenate", "PermuteDims")
+
 __all__ = [
+    *LAZY,
     "build_peft_weight_mapping",
     "convert_peft_adapter_state_dict_for_transformers",
     "convert_peft_config_for_transformers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return _steps()[name]
+    raise AttributeError(name)
+
+
+@cache
+def _steps() -> dict[str, type]:
+    """The steps that peft has beside transformers' own, which are classes of it."""
+    from transformers.core_model_loading import Concatenate, ConversionOps
+
+    class Step(ConversionOps):
+        """A change of each tensor by itself, {name: tensor}."""
+
+        def of(self, tensor: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def convert(
+            self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any = None, **kwargs: Any
+        ) -> Any:
+            return {name: self.of(tensor) for name, tensor in input_dict.items()}
+
+        @property
+        def reverse_op(self) -> Any:
+            raise NotImplementedError(f"{type(self).__name__} cannot be reversed.")
+
+    class FlattenDims(Step):
+        """Tensors with some neighbouring axes as one.
+
+        Args:
+            dims: the first and the last of them; one number: from it to the end.
+        """
+
+        def __init__(self, dims: int | tuple[int, ...]) -> None:
+            self.dims = dims
+
+        def of(self, tensor: Tensor) -> Tensor:
+            return tensor.flatten(*((self.dims,) if isinstance(self.dims, int) else self.dims))
+
+    class PermuteDims(Step):
+        """Tensors with their axes in another order."""
+
+        def __init__(self, dims: tuple[int, ...]) -> None:
+            self.dims = dims
+
+        def of(self, tensor: Tensor) -> Tensor:
+            return tensor.permute(self.dims)
+
+    class PeftConcatenate(Concatenate):
+        """B of layers (experts, out, r) or (out, r) that have become one: block-diagonal, experts the fastest axis."""
+
+        def convert(
+            self, input_dict: Any, source_patterns: Any, target_patterns: Any, full_layer_name: str = "", **kwargs: Any
+        ) -> Any:
+            linears = list(input_dict.values())
+            if linears[0].ndim == 2:
+                return {full_layer_name: torch.block_diag(*linears)}
+            return {full_layer_name: stacked(zip(*linears))}
+
+        reverse_op = Step.reverse_op
+
+    return {step.__name__: step for step in (FlattenDims, PermuteDims, PeftConcatenate)}
+
+
+def stacked(experts: Iterable[Sequence[Tensor]]) -> Tensor:
+    """B (out of all, r of all · experts) of each expert's (out, r) of several layers, as the codec has it."""
+    return torch.stack([torch.block_diag(*linears) for linears in experts], -1).flatten(1)
 
 
 def build_peft_weight_mapping(
@@ -87,7 +159,7 @@ def _stack() -> type:
             experts = zip(*(input_dict[pattern] for pattern in source_patterns))
             if self.factor == "A":
                 return {target_patterns[0]: torch.cat([torch.cat(linears) for linears in experts])}
-            return {target_patterns[0]: torch.stack([torch.block_diag(*linears) for linears in experts], -1).flatten(1)}
+            return {target_patterns[0]: stacked(experts)}
 
     return Stack
 

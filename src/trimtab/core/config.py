@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from trimtab.core.fields import check as check_fields
 from trimtab.core.fields import nested as settled
 from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
-from trimtab.core.io import advice, locate, reading, split_hub_arguments, write_whole
+from trimtab.core.io import advice, locate, push_to_hub, reading, split_hub_arguments, write_whole
 from trimtab.core.report import warn
 from trimtab.core.targets import COMPILED
 from trimtab.errors import AdapterFileError, ConfigError
@@ -220,6 +220,8 @@ class PeftConfig:
         if folder.is_file():
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         write_whole({folder / CONFIG_NAME: self.writer(**kwargs)})
+
+    push_to_hub = push_to_hub
 
     def writer(self, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> Callable[[Path], None]:
         """A function that writes this config to a path."""

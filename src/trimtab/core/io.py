@@ -11,7 +11,7 @@ from typing import Any
 from trimtab.core.saving import present, reading, write_whole
 from trimtab.errors import AdapterFileError
 
-__all__ = ["CONFIG_NAME", "advice", "locate", "reading", "split_hub_arguments", "write_whole"]
+__all__ = ["CONFIG_NAME", "advice", "locate", "push_to_hub", "reading", "split_hub_arguments", "write_whole"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -78,3 +78,31 @@ def advice(folder_or_id: str | os.PathLike[str]) -> str:
 def _natural(path: Path) -> list[Any]:
     """A key that sorts checkpoint-9 before checkpoint-10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def push_to_hub(
+    self: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Upload what `save_pretrained` writes to a repository on the Hub, made at need; arguments as that has them."""
+    import tempfile
+
+    from huggingface_hub import create_repo, upload_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, **kwargs)
+        url = create_repo(repo_id, private=private, token=token, exist_ok=True)
+        return upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload adapter",
+        )

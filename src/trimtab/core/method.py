@@ -170,6 +170,9 @@ class Method:
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     # Formulas see the model's calls: the fact "seen" has "model", "inputs", and "start", the tokens the cache has then.
     watches: ClassVar[bool] = False
+    # Static methods that the model shows: (what gives an adapter's methods by its name or those of the active one, the
+    # model, what the caller gives)
+    acts: ClassVar[tuple[str, ...]] = ()
     scaling: float  # the scale of the update, of methods that have one
     unit: float  # the scale the config gives, which `set_scale` multiplies
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig
@@ -131,3 +132,13 @@ class PromptMethod(ModelMethod):
     def restore(self, name: str, value: Tensor) -> None:
         """Take what a file has under a key as the parameters."""
         raise NotImplementedError
+
+
+def last_tokens(logits: Tensor, ids: Tensor | None, pad: int | None, mask: Tensor | None = None) -> Tensor:
+    """Of each row of logits (rows, tokens, labels) those at its last token that is no padding (rows, labels)."""
+    rows, tokens = logits.shape[:2]
+    there = (ids != pad) if ids is not None and pad is not None else mask
+    last = torch.full((rows,), tokens - 1, device=logits.device)
+    if there is not None:
+        last = torch.where(there.bool(), torch.arange(tokens, device=there.device), -1).amax(1).to(logits.device)
+    return logits[torch.arange(rows, device=logits.device), last]

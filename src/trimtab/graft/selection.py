@@ -38,8 +38,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
     kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
-    head = base.head
-    linear = [n for n, m in base.modules.items() if kinds[n] == "linear" and n != head and callable_linear(m)]
+    linear = linears(base)
     if done := rewrite(config, base.model, base.modules, linear):
         warn(done)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -161,6 +160,12 @@ def kind(module: nn.Module, able: frozenset[str] = frozenset()) -> str | None:
     """The kind of site a module is; whole blocks are one only to methods that are `able` to adapt them."""
     cls = site_class(module)
     return cls.kind if cls and (cls.weighs or cls.kind in able) else None
+
+
+def linears(base: Base) -> list[str]:
+    """The paths of the layers that "all-linear" means: all but the head."""
+    head = base.head
+    return [n for n, m in base.modules.items() if kind(m) == "linear" and n != head and callable_linear(m)]
 
 
 def callable_linear(module: nn.Module) -> bool:

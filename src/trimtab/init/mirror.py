@@ -25,6 +25,27 @@ def facts_of(block: nn.Module) -> Any:
     return found
 
 
+def facts_at(model_id: str) -> Any:
+    """The config of a model in a folder or on the Hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_id)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"There is no model at '{model_id}': {error}") from error
+
+
+def read(model_id: str) -> Any:
+    """A model from a folder or the Hub, without its head and in fp32."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(model_id, dtype=torch.float32)
+
+
 def mirror(base: Any, sizes: Mapping[str, int | None], embeddings: bool = True, before: int = 0) -> Any:
     """A model of the kind of a config `base`, with numbers of its own and in fp32.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.formats import offload, weights
 from trimtab.layer import groups
@@ -71,6 +71,22 @@ class SavedModule(Switched):
     def active_adapters(self) -> list[str]:
         """The adapters in use that have a copy here."""
         return [n for n in self.standing().at(self.own)[0] if n in self.modules_to_save]
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of an adapter's copy, of those of this module."""
+        copy = self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else nn.Module()
+        return {key: state_dict[f"modules_to_save.{adapter_name}.{key}"] for key in copy.state_dict()}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """What the model has once adapters are gone: with `merge` the active one's copy, else the original."""
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        chosen = [name for name in names if name in self.modules_to_save] if merge else []
+        return self.modules_to_save[chosen[-1]] if chosen else self.original_module
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """{key of a tensor on disk: its key in memory}, both below this module."""

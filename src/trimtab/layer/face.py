@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.core.method import Method
@@ -16,6 +18,7 @@ from trimtab.layer.views import View
 
 SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
 CONVERTED = ("linear", "embedding", "conv", "attention", "parameter")  # kinds of layers that a LoRA can change
+RESET = re.compile(r"reset_\w+_parameters")  # in PEFT with what the method is called in between
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
@@ -30,6 +33,7 @@ class Face(Switched):
     """
 
     base_layer: nn.Module
+    param: str
     sites: dict[str, Site]
     methods: dict[str, tuple[Method, ...]]
     shown: Mapping[str, Callable[[Any, str], Any]]
@@ -115,6 +119,10 @@ class Face(Switched):
             return self._size(name)
         if name == "fan_in_fan_out":
             return any(site.flipped and site.kind == "linear" for site in self.sites.values())
+        if RESET.fullmatch(name):
+            return self.reset
+        if self.param and name in ("parameter_name", "num_experts", "get_param", "get_delta_factors"):
+            return self._of_parameter(name)
         make = self.__dict__.get("shown", {}).get(name)
         return getattr(self.base_layer, name) if make is None else make(self, name)
 
@@ -140,6 +148,53 @@ class Face(Switched):
     def get_base_weight(self) -> Tensor:
         """The frozen layer's weight as it is now, in its own layout; a quantised one dequantised."""
         return weights.read(self.frozen, self.frozen._parameters[next(iter(self.sites)) or "weight"])
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Give the frozen layer another weight, in its own layout; a quantised one is quantised as it was."""
+        frozen, name = self.frozen, next(iter(self.sites)) or "weight"
+        if weights.quantised(frozen, name):
+            weights.write(frozen, name, weight_data)
+        else:
+            frozen._parameters[name].data = weight_data  # type: ignore[union-attr]
+        self.changed()
+
+    @torch.no_grad()
+    def reset(self, adapter_name: str, init: Any = None) -> None:
+        """Start an adapter's tensors here anew.
+
+        Args:
+            init: as `init_lora_weights` of a config, if it has that; None: as its own. False leaves them as they are.
+
+        Raises:
+            ValueError: a start that is unknown, or that changes the base's weight.
+        """
+        if adapter_name not in self.adapters or init is False:
+            return
+        self.bring(adapter_name)
+        for method in self.methods[adapter_name]:
+            config = method.options
+            if init is not None and "init_lora_weights" in config.__dataclass_fields__:
+                config = config.copy()
+                config.init_lora_weights = init
+            if method.mutates(config):
+                what = "its config" if init is None else f"init_lora_weights={init!r}"
+                raise ValueError(f"The start by {what} changes the base's weight: add '{adapter_name}' anew.")
+            method.reset(config)
+
+    def _of_parameter(self, name: str) -> Any:
+        """What PEFT's layer around a module whose parameter is adapted by name shows of it."""
+        site = self.sites[self.param]
+
+        def get_delta_factors(adapter_name: str) -> tuple[Tensor, Tensor, float]:
+            """(B, A, scale) of an adapter whose change is scale · B A (experts, ...)."""
+            self.bring(adapter_name)
+            method: Any = self.methods[adapter_name][0]
+            A, B = method.matrices
+            return B, A, method.scaling
+
+        shown = {"parameter_name": self.param, "num_experts": site.batch[0] if site.batch else 1}
+        shown |= {"get_param": lambda: self.frozen._parameters[self.param], "get_delta_factors": get_delta_factors}
+        return shown[name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for an adapter's change of this layer."""

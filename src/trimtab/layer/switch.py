@@ -55,6 +55,29 @@ class Switched(nn.Module):
         """Whether the adapters are switched off here."""
         return not self.standing().at(self.own)[1]
 
+    # Under the names that scripts read and set on PEFT's modules; whether tensors train is another matter.
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self.switch((names,) if isinstance(names, str) else names, not self.disable_adapters)
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.disable_adapters
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, off: bool) -> None:
+        self.switch(self.active_adapters, not off)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
     def switch(self, active: Sequence[str], enabled: bool) -> None:
         """Switch this module by itself; switching the model as a whole makes it follow again."""
         self.own = (self.board.route.epoch or 0, tuple(active), enabled)

@@ -84,7 +84,7 @@ class Arrow(LowRank):
                 if general:
                     A, B = (torch.stack(side).mean(0) for side in zip(*[m.factors for m in general], strict=True))
                     pairs = [(a - A, b - B) for a, b in pairs]
-                found = [torch.linalg.svd(wide(b) @ wide(a), full_matrices=False).Vh[0] for a, b in pairs]
+                found = [direction(a, b) for a, b in pairs]
                 scaled = [(a, b, m.scaling) for (a, b), m in zip(pairs, chosen, strict=True)]
                 self.kept = stamp, (torch.stack(found) if found else None, scaled)
         directions, scaled = self.kept[1]
@@ -94,10 +94,20 @@ class Arrow(LowRank):
         own, (directions, tasks) = self.options.arrow_config, self.tasks()
         if not tasks:
             return y
-        match = (x @ directions.to(x.dtype).T).abs()
-        best = match.topk(min(own.top_k, len(tasks)), -1)
-        w = torch.zeros_like(match).scatter(-1, best.indices, torch.softmax(best.values / own.router_temperature, -1))
+        w = shares(x, directions.to(x.dtype), own.top_k, own.router_temperature)
         for i, (A, B, scale) in enumerate(tasks):
             h = self.site.apply(x, A.to(x.dtype)) * (w[..., i : i + 1] * scale)
             y = self.site.add(y, h, B.to(x.dtype))
         return y
+
+
+def direction(A: Tensor, B: Tensor) -> Tensor:
+    """The right singular vector (in,) of the largest singular value of B A."""
+    return torch.linalg.svd(wide(B) @ wide(A), full_matrices=False).Vh[0]
+
+
+def shares(x: Tensor, directions: Tensor, k: int, temperature: float) -> Tensor:
+    """How much of each adapter each token takes (..., adapters), by its directions (adapters, in)."""
+    match = (x @ directions.T).abs()
+    best = match.topk(min(k, len(directions)), -1)
+    return torch.zeros_like(match).scatter(-1, best.indices, torch.softmax(best.values / temperature, -1))

@@ -44,11 +44,8 @@ class Dora(LowRank):
 
     @torch.no_grad()
     def norm(self, W: Tensor) -> Tensor:
-        """||W + s·B·A|| of each row (..., out), without forming the sum."""
-        A, B = (wide(M) for M in self.matrices)
-        s, W = self.scaling, wide(W)
-        square = W.square().sum(-1) + 2 * s * ((W @ A.mT) * B).sum(-1) + s * s * ((B @ (A @ A.mT)) * B).sum(-1)
-        return square.clamp_min(0).sqrt()
+        """||W + s·B·A|| of each row (..., out), of the pair as it is."""
+        return norm_of(W, *self.matrices, self.scaling)
 
     def ratio(self) -> Tensor:
         """m / ||W + s·B·A|| with the base's own W, also where other adapters are stacked below (..., out)."""
@@ -81,6 +78,13 @@ class Dora(LowRank):
         if methods[0].site.kind != "linear" or cut.rows is None or dropped:
             return None
         return LowRank.added(stacks, y, x, cut, gates)
+
+
+def norm_of(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """||W + s·B·A|| of each row (..., out), without forming the sum."""
+    W, A, B = wide(W), wide(A), wide(B)
+    square = W.square().sum(-1) + 2 * s * ((W @ A.mT) * B).sum(-1) + s * s * ((B @ (A @ A.mT)) * B).sum(-1)
+    return square.clamp_min(0).sqrt()
 
 
 def gates(stacks: Sequence[Sequence[Dora]]) -> tuple[list[list[Any]], Tensor, Tensor | None]:

@@ -85,12 +85,8 @@ class Glora(Delta):
             tensor = self.tensor(leaf)
             if "zeros" in leaf or (config.init_weights and "Xu" not in leaf):
                 tensor.zero_()
-            elif tensor.numel() == 1:
-                tensor.normal_(std=0.02)
-            elif leaf[6] in "DE":
-                tensor.uniform_(-(len(tensor) ** -0.5), len(tensor) ** -0.5)
             else:
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+                draw(tensor)
 
     def pack(self, name: str, tensor: Tensor) -> Tensor:
         if "zeros" not in name:
@@ -142,6 +138,16 @@ class Glora(Delta):
         if self.weighs:
             y = self.plus_delta(y, x, self.form, *map(self.tensor, self.weighs))
         return y if (db := self.moved()) is None else y + db.to(y.dtype)
+
+
+def draw(tensor: Tensor) -> None:
+    """Give a number, a vector or a factor its random start."""
+    if tensor.numel() == 1:
+        tensor.normal_(std=0.02)
+    elif tensor.ndim == 1:
+        tensor.uniform_(-(len(tensor) ** -0.5), len(tensor) ** -0.5)
+    else:
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 def forms_at(site: Site, config: Any) -> dict[str, str]:

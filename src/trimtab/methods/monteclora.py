@@ -83,10 +83,7 @@ class Monteclora(LowRank):
 
     def mixture(self, z: Tensor) -> Tensor:
         """w (n,) for normal draws (n,)."""
-        p = self.sampler("expert_weights_prior")
-        centred = torch.eye(len(p), device=p.device, dtype=p.dtype) - 1 / len(p)
-        variance = centred.square() @ torch.exp(-p)  # of normal variables (p_k, 1 / α_k) less their mean
-        return torch.softmax(p + variance.clamp_min(torch.finfo(p.dtype).tiny).sqrt() * z, 0)
+        return torch.softmax(laplace(self.sampler("expert_weights_prior"), z), 0)
 
     def draw(self, call: Call) -> Tensor:
         """Σ_k w_k Z_k (r, in), drawn."""
@@ -127,6 +124,16 @@ class Monteclora(LowRank):
         alpha, v = torch.exp(self.sampler("expert_weights_prior")), torch.exp(2 * self.sampler("std_prior"))
         g = self.sampler("gaussian_var_prior").diag() if self.drawn is None else self.spread(self.drawn[0]).square()
         weights = kl_divergence(Dirichlet(alpha), Dirichlet(torch.full_like(alpha, prior)))
-        # Between zero-mean normal rows of variances t and 1, and r times that between the Wishart matrices.
-        apart = lambda t: 0.5 * (t.sum() - t.log().sum() - len(t))
-        return self.r * apart(v) + len(alpha) * apart(g) + weights
+        return self.r * apart(v) + len(alpha) * apart(g) + weights  # r times: between the Wishart matrices
+
+
+def laplace(p: Tensor, z: Tensor) -> Tensor:
+    """The normal variables (n,), of normal draws z (n,), whose softmax stands for a Dirichlet with α = exp(p)."""
+    centred = torch.eye(len(p), device=p.device, dtype=p.dtype) - 1 / len(p)
+    variance = centred.square() @ torch.exp(-p)  # of normal variables (p_k, 1 / α_k) less their mean
+    return p - p.mean() + variance.clamp_min(torch.finfo(p.dtype).tiny).sqrt() * z
+
+
+def apart(t: Tensor) -> Tensor:
+    """The divergence between zero-mean normal rows of variances t and 1."""
+    return 0.5 * (t.sum() - t.log().sum() - len(t))

@@ -1,15 +1,16 @@
 """Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
-A small trained model of the base's kind reads the same tokens: what it says is the first shadow state s. It goes along
-the blocks: each gets its input h drawn towards it or away, and turns it by its own output o, with g = σ(G(o)). T and G
-are two linear layers with a GELU between them.
+A small trained model, of the base's kind or one that is there already, reads the same tokens: what it says is the first
+shadow state s. It goes along the blocks: each gets its input h drawn towards it or away, and turns it by its own output
+o, with g = σ(G(o)). T and G are two linear layers with a GELU between them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
+from trimtab.core.model_method import last_tokens
 from trimtab.core.site import Site
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.mirror import facts_of, mirror, room
+from trimtab.init.mirror import facts_at, facts_of, mirror, read, room
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
@@ -35,7 +37,7 @@ class ShadowConfig(LayerConfig):
     shadow_alpha: float = help_field("α", 0.1)
     shadow_dropout: float = help_field("Dropout on h - s, in training.", 0.2)
     init_weights: bool = help_field("Start as the identity; False starts U at random.", True)
-    shadow_model: str = help_field("mirror: a small model of the base's kind.", "mirror")
+    shadow_model: str = help_field("mirror: a model of the base's kind; else a folder or Hub id of one.", "mirror")
     shadow_num_hidden_layers: int | None = help_field("Its layers; None: 1.", None)
     shadow_hidden_size: int | None = help_field("Its width; None: the base's.", None)
     shadow_num_attention_heads: int | None = help_field("Its attention heads; None: as the base.", None)
@@ -44,8 +46,6 @@ class ShadowConfig(LayerConfig):
     update_hidden_size: int | None = help_field("The width inside T and G; None: r.", None)
     auxiliary_loss_weight: float = help_field("The weight of the loss of the first shadow state by itself.", 0.05)
 
-    pending = {"shadow_model": "only 'mirror' is"}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SHADOW
@@ -53,6 +53,9 @@ class ShadowConfig(LayerConfig):
         for name in ("r", "update_hidden_size", *(f"shadow_{size}" for size in sizes)):
             if getattr(self, name) is not None:
                 require_rank(getattr(self, name), name)
+        own = [n for n in (f"shadow_{size}" for size in sizes) if getattr(self, n) is not None]
+        if self.shadow_model != "mirror" and own:
+            raise ConfigError(f"`shadow_model` names a model, which has sizes of its own: leave out {', '.join(own)}.")
         if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
             raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
 
@@ -63,6 +66,7 @@ class Shadow(Method):
     when = "a small network beside the model that can be kept apart"
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
     kinds = frozenset({"block"})
+    acts = ("unload_shadow",)
     targets = {"*": ()}
 
     @classmethod
@@ -79,8 +83,11 @@ class Shadow(Method):
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
         model, base = small(config, sites), facts_of(sites[0].layer)
         leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in model.named_parameters()}  # (as it has it)
-        if shares(config, base):
-            name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        if config.shadow_model != "mirror":
+            read = f"{BACKBONE}.{name}.weight"
+            leaves[read] = replace(leaves[read], train=False)
+        elif shares(config, base):
             del leaves[f"{BACKBONE}.{name}.weight"]
             if name != "embed_tokens":  # which PEFT leaves out of its files, and no other
                 leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
@@ -92,7 +99,8 @@ class Shadow(Method):
 
     @classmethod
     def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
-        own = dict(small(config, sites).named_parameters())
+        ready = config.shadow_model != "mirror"
+        own = dict((read(config.shadow_model) if ready else small(config, sites)).named_parameters())
         for name, tensor in shared.items():
             drawn = own.get(name.removeprefix(f"{BACKBONE}."))
             if drawn is not None and drawn.shape == tensor.shape:
@@ -184,6 +192,33 @@ class Shadow(Method):
             self.term = self.options.auxiliary_loss_weight * loss
         return s
 
+    @staticmethod
+    def unload_shadow(of: Callable[..., Any], model: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
+        """The small model by itself: what it says of a text, or of its class, without the base.
+
+        Args:
+            adapter_name: whose; the active adapter's by default.
+            copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
+        """
+        from trimtab.init.apart import DetachedShadowModel
+
+        method = of(adapter_name)[0]
+        config, own = method.options, lambda part: deepcopy(part) if copy else part
+        backbone, base = small(config, method.peers), facts_of(method.site.layer)
+        for name, tensor in method.commons[BACKBONE][method.adapter].named_parameters():
+            place, _, last = name.rpartition(".")
+            backbone.get_submodule(place)._parameters[last] = own(tensor)
+        head, projection = model.get_output_embeddings(), None
+        if shares(config, base):
+            backbone.set_input_embeddings(own(model.get_input_embeddings()))
+            for field in ("vocab_size", "pad_token_id"):
+                setattr(backbone.config, field, getattr(base, field))
+        if method.adapter in method.commons.get("shadow_projection", ()):
+            projection = linear_of(own(method.shared(PROJECTION)))
+        if classifies := config.task_type == "SEQ_CLS":
+            head = linear_of(method.shared(HEAD))
+        return DetachedShadowModel(backbone.train(model.training), projection, own(head), classifies)
+
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
@@ -202,11 +237,7 @@ def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
 
 def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
     """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
-    ids, pad = inputs.get("input_ids"), model.config.pad_token_id
-    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
-    if ids is not None and pad is not None:
-        last = torch.where(ids != pad, torch.arange(ids.shape[1], device=ids.device), -1).amax(1).to(last.device)
-    pooled = logits[torch.arange(len(logits), device=logits.device), last]
+    pooled = last_tokens(logits, inputs.get("input_ids"), model.config.pad_token_id)
     loss: Tensor = model.loss_function(
         logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
     )
@@ -215,11 +246,14 @@ def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
 
 def shares(config: Any, base: Any) -> bool:
     """Whether the small model reads the base's embeddings."""
-    return bool(config.share_embeddings) and config.shadow_hidden_size in (None, base.hidden_size)
+    own = config.shadow_model != "mirror" or config.shadow_hidden_size not in (None, base.hidden_size)
+    return bool(config.share_embeddings) and not own
 
 
 def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
     """The small model of a config."""
+    if config.shadow_model != "mirror":
+        return mirror(facts_at(config.shadow_model), {}, True, before)
     base = facts_of(sites[0].layer)
     sizes = {
         "num_hidden_layers": config.shadow_num_hidden_layers or 1,
@@ -228,3 +262,10 @@ def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
         "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
     }
     return mirror(base, sizes, not shares(config, base), before)
+
+
+def linear_of(W: Tensor) -> nn.Linear:
+    """A linear layer without bias that has W (out, in) for its weight."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = W  # type: ignore[assignment]
+    return layer

@@ -47,6 +47,13 @@ def subtokens(x: Tensor, m: int) -> Tensor:
     return F.pad(x, (0, m * size - x.shape[-1])).unflatten(-1, (m, size))
 
 
+def rebuilding(x: Tensor, A: Tensor, z: Tensor, v: Tensor, m: int, scale: float) -> Tensor:
+    """A x (..., r), whose backward pass gives A what the rebuilt tokens would have given it."""
+    # A times a rebuilt token is Σ_m z_m (A_m · v): that needs z alone, and its gradient is A's.
+    rebuilt = F.linear(z, subtokens(A, m) @ (scale * v))
+    return F.linear(x, A.detach()) + (rebuilt - rebuilt.detach())
+
+
 class Velora(LowRank):
     """A pair of which A is trained on what is left of its input."""
 
@@ -90,8 +97,5 @@ class Velora(LowRank):
             h, B = self.update(x)
             return self.site.add(y, h, B)
         own, (A, B) = self.options.velora_config, (M.to(x.dtype) for M in self.matrices)
-        z, v = self.project(x)
-        # A times a rebuilt token is Σ_m z_m (A_m · v): that needs z alone, and its gradient is A's.
-        rebuilt = F.linear(z, subtokens(A, own.num_groups) @ (own.scale * v))
-        h = F.linear(x, A.detach()) + (rebuilt - rebuilt.detach())
+        h = rebuilding(x, A, *self.project(x), own.num_groups, own.scale)
         return self.site.add(y, h * self.scaling, B)

@@ -135,11 +135,7 @@ class XLora(Logged, Mixture):
     def strengths(self, scalings: Tensor) -> Strengths:
         """What the adapters' updates are multiplied by: the weights of those kept, times g."""
         config = self.options
-        if config.top_k_lora is not None:
-            kept = scalings.topk(config.top_k_lora, -1)
-            values = torch.softmax(kept.values, -1) if config.enable_softmax_topk else kept.values
-            scalings = torch.zeros_like(scalings).scatter(-1, kept.indices, values)
-        scalings = scalings * config.global_scaling_weight
+        scalings = kept(scalings, config) * config.global_scaling_weight
         layers = [part.unbind(-1) for part in scalings[..., None, :].unbind(-3)]
         return {
             name: {path: layer[i] for path, layer in zip(self.sites, layers, strict=True)}
@@ -162,3 +158,12 @@ class XLora(Logged, Mixture):
     def set_global_scaling_weight(self, weight: float) -> None:
         """Set g."""
         self.options.global_scaling_weight = weight
+
+
+def kept(scalings: Tensor, config: Any) -> Tensor:
+    """Weights (..., adapters) with zeros for all but the `top_k_lora` largest of each token."""
+    if config.top_k_lora is None:
+        return scalings
+    best = scalings.topk(config.top_k_lora, -1)
+    values = torch.softmax(best.values, -1) if config.enable_softmax_topk else best.values
+    return torch.zeros_like(scalings).scatter(-1, best.indices, values)

@@ -73,6 +73,16 @@ class Facts(nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     @property
+    def _is_prompt_learning(self) -> bool:
+        """Whether the active adapter is a prompt; under the name that programs ask PEFT's models by."""
+        return bool(self.active_peft_config.is_prompt_learning)
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The model's own `prepare_inputs_for_generation`."""
+        return self.tuner.model.prepare_inputs_for_generation
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """The names of modules that adapters train whole."""
         names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
@@ -105,8 +115,7 @@ class Facts(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for all that an adapter changes."""
-        layers = [layer for layer in self.graft.layers.values() if adapter_name in layer.adapters]
-        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+        return self.tuner.supports_lora_conversion(adapter_name)
 
     @property
     def has_active_enabled_adapter(self) -> bool:

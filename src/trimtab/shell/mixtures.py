@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.model_method import Mixture
+from trimtab.errors import AdapterNameError
 from trimtab.files import store
 from trimtab.files.codec import whole_model
 from trimtab.files.finding import is_adapter
@@ -160,11 +161,26 @@ def surrounding(graft: Graft) -> Iterator[None]:
 
 
 def show(graft: Graft, name: str) -> Any:
-    """What a router shows of its own under a name as the model's, or None."""
+    """What a router or another method shows of its own under a name as the model's, or None."""
     for adapter in graft.adapters.values():
         if isinstance(adapter.prompt, Mixture) and name in adapter.prompt.views:
             return getattr(adapter.prompt, name)
+        if adapter.prompt is None and name in adapter.method.acts:
+            return functools.partial(
+                getattr(adapter.method, name), functools.partial(_acting, graft, name), graft.model
+            )
     return None
+
+
+def _acting(graft: Graft, act: str, name: str | None = None) -> Sequence[Any]:
+    """The methods of an adapter that can do `act`; of the active one by default."""
+    able = [a.name for a in graft.adapters.values() if a.prompt is None and act in a.method.acts]
+    active = [n for n in graft.board.route_here(quiet=True).active if n in able]
+    chosen = name or next(iter([*active, *able]))
+    if chosen not in able:
+        raise AdapterNameError(f"Adapter '{chosen}' has no `{act}`: {able} have.")
+    graft.residents.bring([chosen])
+    return graft.adapters[chosen].formulas
 
 
 def place(graft: Graft, tuner: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.config import PeftConfig
-from trimtab.core.io import split_hub_arguments
+from trimtab.core.io import push_to_hub, split_hub_arguments
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
@@ -228,18 +228,7 @@ class PeftModel(Generation):
         """Write the model card, or bring the data of the one that is there up to date."""
         saving.write_card(self, Path(output_dir))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the adapters to a repository on the Hub, made at need; arguments as `save_pretrained` has them."""
-        return saving.push(self, repo_id, commit_message, private, token, revision, create_pr, **kwargs)
+    push_to_hub = push_to_hub
 
     @classmethod
     def from_pretrained(

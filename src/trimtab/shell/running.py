@@ -22,10 +22,12 @@ class Running(nn.Module):
     Attributes:
         model: the model, adapted in place.
         graft: its adapters.
+        added: those whose penalties the last forward has added to its loss.
     """
 
     model: nn.Module
     graft: Graft
+    added: tuple[str, ...] = ()
 
     def extras(
         self, inputs: dict[str, Any], adapter_names: Sequence[Row] | None = None, args: Sequence[Any] = ()
@@ -117,12 +119,15 @@ class Running(nn.Module):
 
     def _penalised(self, outputs: Any) -> Any:
         """Outputs whose loss, in training, has the active adapters' penalties added."""
-        loss = getattr(outputs, "loss", None)
-        if loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled:
-            return outputs
-        for term in self.penalties().values():
+        loss: Any = getattr(outputs, "loss", None)
+        left = loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled
+        terms = {} if left else self.penalties()
+        if terms or self.added:
+            self.added = tuple(terms)
+        for term in terms.values():
             loss = loss + term.to(loss.device)
-        outputs.loss = loss
+        if terms:
+            outputs.loss = loss
         return outputs
 
     def penalties(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -134,6 +139,20 @@ class Running(nn.Module):
             if term is not None:
                 found[name] = term
         return found
+
+    def penalty_left(self, formula: str, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """What adapters of a formula (the active ones by default) add to the loss and the last forward has not added.
+
+        That is nothing where `outputs.loss` has it already, and outside training. It is for loops with losses of their
+        own, as PEFT's users write them (`_get_..._loss`).
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = self.graft.board.route.active if names is None else names
+        known = self.graft.adapters
+        wanted = [
+            n for n in names if n in known and known[n].method.__name__.lower() == formula and n not in self.added
+        ]
+        return sum(self.penalties(wanted).values(), 0.0) if self.training else 0.0
 
 
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_features")

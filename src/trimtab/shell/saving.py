@@ -80,31 +80,3 @@ def write_card(model: Any, root: Path) -> None:
 def _described(model: Any) -> bool:
     """Whether the base model has a config, as transformers' models have."""
     return getattr(model.get_base_model(), "config", None) is not None
-
-
-def push(
-    model: Any,
-    repo_id: str,
-    message: str | None,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
-    **saving: Any,
-) -> Any:
-    """Save to a folder that is thrown away, and upload it to a repository, made at need."""
-    import tempfile
-
-    from huggingface_hub import create_repo, upload_folder
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **saving)
-        url = create_repo(repo_id, private=private, token=token, exist_ok=True)
-        return upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=message or "Upload adapter",
-        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,15 +12,18 @@ from torch import Tensor, nn
 from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
-from trimtab.errors import AdapterNameError
+from trimtab.errors import AdapterNameError, ArgumentError
 from trimtab.graft import steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
+from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import config_class, method_class, prefix_of
 from trimtab.shell import mixtures
 from trimtab.shell.loading import Source
 from trimtab.shell.running import Running
+
+OWN_LOSS = re.compile(r"_get_([a-z]+)_loss")  # what PEFT's users add to the loss of a formula by hand
 
 
 class Tuner(Running):
@@ -37,6 +42,7 @@ class Tuner(Running):
     """
 
     prefix = "lora_"
+    tuner_layer_cls = AdaptedLayer
 
     def __init__(
         self,
@@ -83,6 +89,39 @@ class Tuner(Running):
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
             self.graft._place_biases()
         return adapter
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Build an adapter whose config has been put into `peft_config`; it is not active until `set_adapter`.
+
+        Args:
+            model: this tuner's.
+            autocast_adapter_dtype: half-precision layers have adapters in fp32.
+            low_cpu_mem_usage: build it without storage.
+        """
+        if model is not self.model:
+            raise ArgumentError("inject_adapter(model, ...) is for the tuner's own model: `tuner.model`.")
+        if adapter_name in self.graft.adapters:
+            return
+        config = self.peft_config[adapter_name]
+        self.add(adapter_name, config, autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, trainable=False)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for all that an adapter changes."""
+        layers = [layer for layer in self.graft.layers.values() if adapter_name in layer.adapters]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """{model type: what the first adapter's method adapts there if its config does not say}."""
+        config = next(iter(self.peft_config.values()))
+        known = getattr(method_class(config), "targets", {})
+        return {kind: names if isinstance(names, str) else list(names) for kind, names in known.items()}
 
     def _load_among(self, config: PeftConfig) -> None:
         """Load the adapters that a router works among, where they are not there."""
@@ -214,6 +253,20 @@ class Tuner(Running):
         """
         return self.graft.unload(pristine=pristine)
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        return self.merge_and_unload(progressbar, safe_merge, adapter_names) if merge else self.unload()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        for name in self.active_adapters:
+            self.graft.set_trainable(name, True)
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a model as a dict; of one that has none, `{"model_type": "custom"}`."""
@@ -235,6 +288,8 @@ class Tuner(Running):
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
+        if found := OWN_LOSS.fullmatch(name):
+            return partial(self.penalty_left, found[1])
         shown = mixtures.show(self.graft, name) if "graft" in self.__dict__ else None
         return getattr(self.model, name) if shown is None else shown
 

@@ -130,8 +130,8 @@ class Slot:
         if self.echo:
             if old.device.type != "meta" and not torch.equal(value.to(old.device, old.dtype), old):
                 raise AdapterFileError(
-                    f"'{self.disk}' is not what the file has for the layer that is tied to it, though the config says "
-                    "`ensure_weight_tying`: load it with ensure_weight_tying=False to keep the two apart."
+                    f"'{self.disk}' is not what the file has for the layer that is tied to it, and they are one here. "
+                    "Where the config says `ensure_weight_tying`, ensure_weight_tying=False keeps them apart."
                 )
             return
         if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own

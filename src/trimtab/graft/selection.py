@@ -79,7 +79,7 @@ def by_default(base: Base, config: Any, method: type[Method]) -> None:
         if default == BIASED:
             biased = [n for n, m in base.modules.items() if m._parameters.get("bias") is not None]
             default = [n for n in biased if kind(base.modules[n]) in method.kinds]
-        if default is None and not config.modules_to_save:
+        if default is None and not set(config.modules_to_save or ()) - set(config.__dict__.get("heads", ())):
             raise ConfigError(
                 "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for "
                 f"models of type {model_type!r}."

@@ -32,7 +32,7 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         own = place(layer, alone)
         for method in layer.methods[adapter.name]:
             echo = method.home is not layer
-            if echo and not method.echoes:
+            if echo and not (method.echoes and isinstance(method, adapter.method)):
                 continue
             for leaf, template in method.templates.items():
                 memory, disk = leaf_keys(layer.name, template, adapter.name)

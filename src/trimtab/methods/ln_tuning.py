@@ -46,7 +46,7 @@ class LNTuning(Method):
     when = "adapting norms alone: cheap, for small shifts of domain"
     reads = True
     config, prefix, targets = LNTuningConfig, "ln_tuning_", TARGETS
-    kinds = frozenset({"vector", "linear", "embedding"})
+    kinds = frozenset({"vector", "linear", "conv", "embedding"})
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -65,7 +65,8 @@ class LNTuning(Method):
 
     def weight(self, W: Tensor) -> Tensor:
         theta: Tensor = self.ln_tuning_layers
-        return (theta.mT if self.site.flipped else theta).reshape(W.shape).to(W.dtype)
+        theta = (theta.mT if self.site.flipped else theta).reshape(W.shape[0], -1)
+        return self.site.dense(theta).reshape(W.shape).to(W.dtype)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return self.ln_tuning_layers_bias if self.biased else b

@@ -101,6 +101,8 @@ class LoKr(Method):
     def delta(self) -> Tensor:
         """s·w1 ⊗ w2 (out, in)."""
         w1, w2 = (wide(w) for w in self.factors())
+        if len(self.site.kernel) == 1 and "lokr_w2" in self.declared:  # whole w2 of 1-d convolutions: so files have it
+            return self.site.dense(torch.kron(self.scaling * w1, w2).reshape(self.site.fan_out, -1))
         return self.site.dense(kron(self.scaling * w1, w2).flatten(1))
 
     def weight(self, W: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class TrainableTokens(Method):
     example = {"token_indices": [0]}
     config, prefix, listed = TrainableTokensConfig, "trainable_tokens_", "token_adapter"
     kinds = fused = frozenset({"embedding", "linear"})
-    tied, targets = True, {"*": INPUT_EMBEDDING}
+    tied = echoes = True
+    targets = {"*": INPUT_EMBEDDING}
     views = ("token_indices", "trainable_tokens_original")
 
     @classmethod

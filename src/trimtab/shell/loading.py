@@ -108,8 +108,8 @@ class Source:
         if found.unexpected:
             warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
         memory = {slot.on_disk(): slot.in_memory() for slot in slots}
-        self.result = _IncompatibleKeys([memory[key] for key in found.missing], found.unexpected)
-        misfits = {key for key, _, _ in found.mismatched}
+        misfits = {key: None for key, _, _ in found.mismatched}
+        self.result = _IncompatibleKeys([memory[key] for key in (*found.missing, *misfits)], found.unexpected)
         return {key: tensor for key, tensor in tensors.items() if key not in misfits}
 
     def refill(self, graft: Graft) -> None:

@@ -74,13 +74,13 @@ class PeftModel(Generation):
         if _checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
-    def _completed(self, model: nn.Module, config: PeftConfig) -> Any:
+    def _completed(self, model: nn.Module, given: PeftConfig) -> Any:
         """A copy of the config, completed from the model and the task."""
-        config = config.copy()
+        config: Any = given.copy()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = _name_of(model)
         heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
-        if heads and hasattr(config, "modules_to_save"):
+        if heads and "modules_to_save" in vars(config):  # trained tokens alone train no head
             saved = list(config.modules_to_save or ())
             config.modules_to_save = saved + [h for h in heads if h not in saved]
             config.__dict__["heads"] = heads  # whichever of them the model has

@@ -79,7 +79,8 @@ def set_peft_model_state_dict(
         )
     fill(slots, tensors, prefix)
     complete(adapter)
-    return _IncompatibleKeys([memory[k] for k in found.missing], list(found.unexpected))
+    unfilled = [*found.missing, *(key for key, _, _ in found.mismatched)]
+    return _IncompatibleKeys([memory[k] for k in unfilled], list(found.unexpected))
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

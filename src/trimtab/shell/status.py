@@ -10,7 +10,7 @@ from torch import nn
 from trimtab.core.config import type_name
 from trimtab.errors import ArgumentError
 from trimtab.formats.plain import made_by
-from trimtab.graft.graft import Graft
+from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
 from trimtab.shell.locate import locate_graft, unwrap
@@ -54,6 +54,8 @@ def _graft(model: nn.Module) -> Graft:
     try:
         return locate_graft(model)[0]
     except TypeError:
+        if inside := next(filter(None, map(find_graft, model.modules())), None):  # a part of a larger model
+            return inside
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
             f"injected in the model: this is a {type(model).__name__} without any."
@@ -128,12 +130,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     rows = get_layer_status(model)
     trainable, total = count_parameters(model)
     names = sorted({a for r in rows for a in r.available_adapters})
-    return TunerModelStatus(
-        base_model_type=type(graft.model).__name__,
-        adapter_model_type=type(model._modules.get("base_model", model)).__name__
-        if model is not graft.model
-        else "None",
-        peft_types={a: type_name(graft.adapters[a].config) for a in names},
+    tuner = model._modules.get("base_model")
+    tuner = tuner if getattr(tuner, "model", None) is graft.model else None
+    return TunerModelStatus(  # only a PeftModel tells types, as programs expect that tell one by them
+        base_model_type="other" if tuner is None else type(graft.model).__name__,
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
+        peft_types={} if tuner is None else {a: type_name(graft.adapters[a].config) for a in names},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(rows),

@@ -213,13 +213,13 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    above = [n for n, x in results.items() if "seeds" in x and statistics.mean(x["seeds"]) > results[FIRST]["start"]]
     for name, x in results.items():
-        if "seeds" in x:
+        if "seeds" in x and name not in above:
             y = statistics.mean(x["seeds"])
             error = statistics.stdev(x["seeds"]) if len(x["seeds"]) > 1 else 0
             axes.errorbar(x["trained"], y, error, fmt="o", color="tab:orange" if name == FIRST else "tab:blue", ms=4)
             axes.annotate(name.lower(), (x["trained"], y), xytext=(4, 3), textcoords="offset points", fontsize=6)
-    above = [n for n, x in results.items() if "seeds" in x and statistics.mean(x["seeds"]) > results[FIRST]["start"]]
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats a token)")
     axes.set(ylim=(0, results[FIRST]["start"] * 1.05), title=f"worse than the base, not shown: {', '.join(above)}")
     axes.title.set_fontsize(7)

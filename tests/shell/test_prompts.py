@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from tests.models import classifier
 from trimtab import (
     CartridgeConfig,
+    CPTConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -214,3 +215,17 @@ def test_the_state_of_a_classifier_has_the_keys_of_its_file(kind, tmp_path) -> N
         return
     outcome = set_peft_model_state_dict(get_peft_model(classifier(1), kind(task_type="SEQ_CLS", **fields)), file)
     assert (list(outcome.missing_keys), list(outcome.unexpected_keys)) == ([], [])
+
+
+def test_the_loss_of_context_tuning_comes_first():
+    fields = {
+        "num_virtual_tokens": 3,
+        "cpt_token_ids": [1, 2, 3],
+        "cpt_mask": [1, 1, 1],
+        "cpt_tokens_type_mask": [1, 2, 4],
+    }
+    model = get_peft_model(llama(), CPTConfig(task_type="CAUSAL_LM", **fields)).eval()
+    given = {"input_ids": torch.tensor([[7, 8, 9]]), "input_type_mask": torch.tensor([[4, 4, 4]])}
+    named = model(**given, labels=given["input_ids"])
+    assert list(named)[:2] == ["loss", "logits"]
+    assert model(**given, labels=given["input_ids"], return_dict=False)[0] == named[0] == named.loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tests.models import llama
 from trimtab import LoraConfig, get_layer_status, get_model_status, get_peft_model, prepare_model_for_kbit_training
 
 
@@ -38,3 +39,7 @@ def test_adapted_parameters_are_of_a_kind_of_their_own() -> None:
 def test_preparing_takes_all_of_pefts_arguments() -> None:
     net = prepare_model_for_kbit_training(Net(), use_gradient_checkpointing=False, auto_clear_cache=False)
     assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_preparing_checkpoints_quantised_models_only() -> None:
+    assert not prepare_model_for_kbit_training(llama()).is_gradient_checkpointing

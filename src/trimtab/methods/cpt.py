@@ -97,7 +97,10 @@ class CPT(PromptMethod):
         labels = inputs.pop("labels", None)  # those of the examples are -100 as yet
         outputs = forward(**inputs)
         if labels is not None:
-            outputs.loss = self._loss(outputs.logits, labels, call.extras.get("input_type_mask"))
+            named = not isinstance(outputs, tuple)
+            logits = outputs.logits if named else outputs[0]
+            loss = self._loss(logits, labels, call.extras.get("input_type_mask"))
+            outputs = type(outputs)(**{**outputs, "loss": loss}) if named else (loss, *outputs)
         return outputs
 
     def _loss(self, logits: Tensor, labels: Tensor, own: Tensor | None) -> Tensor:

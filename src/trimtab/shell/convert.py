@@ -60,6 +60,8 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Make a quantised base ready for training: frozen, its norms in fp32, gradient checkpointing on.
 
+    As in PEFT, the last is not done to a base without a quantised layer.
+
     With `auto_clear_cache`, the memory that this leaves unused goes back to the device.
 
     Unlike PEFT, only the norms are upcast (embeddings and heads in half precision stay so, which saves their size
@@ -75,7 +77,7 @@ def prepare_model_for_kbit_training(
             module.register_forward_hook(_narrow)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if use_gradient_checkpointing:
+    if use_gradient_checkpointing and any(map(weights.quantised, model.modules())):
         if not getattr(model, "supports_gradient_checkpointing", False):
             return model
         if hasattr(model, "enable_input_require_grads"):

@@ -160,6 +160,8 @@ def replace_lora_weights_loftq(
     graft = grafted(peft_model)
     if graft is None or adapter_name not in graft.adapters:
         raise ConfigError(f"The model has no adapter '{adapter_name}' to start.")
+    if model_path is None and not graft.configs[adapter_name].base_model_name_or_path:
+        raise ConfigError("The model does not say where it was loaded from: pass `model_path`.")
     path = Path(model_path or resolve_base(graft.configs[adapter_name].base_model_name_or_path))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     where: dict[str, Path] = {}

@@ -125,7 +125,7 @@ class Call:
         must watch.
         """
         seen = self.fact(method, "seen")
-        if not seen or "start" not in seen or getattr(seen["model"].config, "is_encoder_decoder", False):
+        if not seen or "start" not in seen or _encodes(seen["model"]):
             return 0 if given == known else known
         # A forward is given what follows the cache, generation all tokens, those in the cache included.
         seen.setdefault("before", seen["start"] if given == known else 0)
@@ -135,6 +135,11 @@ class Call:
     def fact(self, method: Method, name: str) -> Any:
         """What the method's `facts` found for this forward under `name`, or None."""
         return self.extras.get(f"{method.adapter}.{name}")
+
+
+def _encodes(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder, which see different tokens."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 class Method:

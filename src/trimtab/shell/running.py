@@ -43,12 +43,14 @@ class Running(nn.Module):
         adapters = [self.graft.adapters[n] for n in dict.fromkeys(names) if n in self.graft.adapters]
         found = {name: inputs.pop(name, None) for a in adapters for name in a.method.extras if name in inputs}
         curious = [a for a in adapters if overrides(a.method, "facts")]
+        watching = [a for a in adapters if a.method.watches and a not in curious]
         if curious:
             whole = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **inputs}
             for adapter in curious:
                 facts = adapter.method.facts(adapter.config, whole, self.training)
                 found |= {f"{adapter.name}.{key}": value for key, value in facts.items()}
-        found |= {f"{a.name}.seen": {"model": self.model} for a in adapters if a.method.watches}
+                watching += [adapter] if adapter.method.watches and facts else []
+        found |= {f"{a.name}.seen": {"model": self.model} for a in watching}
         return {name: value for name, value in found.items() if value is not None}
 
     @contextlib.contextmanager

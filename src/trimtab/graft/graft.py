@@ -390,3 +390,8 @@ class Graft:
 def find_graft(model: nn.Module) -> Graft | None:
     """The graft of a model, or None."""
     return model.__dict__.get("_trimtab")
+
+
+def grafted(model: nn.Module) -> Graft | None:
+    """The graft of a model or of what is inside."""
+    return next(filter(None, map(find_graft, model.modules())), None)

@@ -11,7 +11,7 @@ from trimtab.errors import ConfigError
 from trimtab.files.codec import PREFIX
 from trimtab.files.store import load_peft_weights
 from trimtab.formats import weights
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import Graft, grafted
 from trimtab.layer.spelling import first_input, fold
 
 
@@ -97,7 +97,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model: changed in place; nothing may be merged into it.
         dtype: of the new weights; by default what each layer computes in.
     """
-    graft = next(filter(None, map(find_graft, model.modules())), None)
+    graft = grafted(model)
     if graft is not None and graft.merged:
         raise ValueError(f"Adapters {graft.merged} are merged into the quantised base: call unmerge_adapter() first.")
     weights.plain(model, dtype)
@@ -151,7 +151,7 @@ def merge_error(model: nn.Module) -> dict[str, float]:
 
     1.0 means that rounding to the base's number format is as large as all the adapters changed.
     """
-    graft = next(filter(None, map(find_graft, model.modules())), None)
+    graft = grafted(model)
     lost: dict[str, float] = {}
     for path, layer in graft.layers.items() if graft is not None else ():
         if not layer.originals.held:

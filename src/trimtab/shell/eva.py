@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ConfigError
+from trimtab.graft.graft import grafted
 from trimtab.init.eva import Watched, distribute
-from trimtab.shell.starts import evaluating, grafted, hooked, moved, targets
+from trimtab.shell.starts import evaluating, hooked, moved, targets
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:

@@ -16,7 +16,7 @@ from trimtab.errors import AdapterFileError, ConfigError
 from trimtab.files.sources import resolve_base
 from trimtab.formats import weights
 from trimtab.graft.base import Base
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import Graft, grafted
 from trimtab.graft.selection import choose
 from trimtab.init.corda import CordaEigens, components
 from trimtab.init.loftq import low_rank
@@ -198,11 +198,6 @@ def _replace(model: Any, method: Any, W: Tensor, callback: Callable[[Any, str], 
 
 
 # ---------------------------------------------------------------------- shared
-def grafted(model: nn.Module) -> Graft | None:
-    """The graft of a model or of what is inside."""
-    return next(filter(None, map(find_graft, model.modules())), None)
-
-
 def targets(model: nn.Module, graft: Graft | None, config: Any, adapter: str) -> dict[str, Any]:
     """{path: the frozen layer} of the linear layers a config adapts."""
     if graft is not None and adapter in graft.adapters:

@@ -10,7 +10,7 @@ from torch import nn
 from trimtab.core.config import type_name
 from trimtab.errors import ArgumentError
 from trimtab.formats.plain import made_by
-from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.graft import Graft, grafted
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
 from trimtab.shell.locate import locate_graft, unwrap
@@ -54,7 +54,7 @@ def _graft(model: nn.Module) -> Graft:
     try:
         return locate_graft(model)[0]
     except TypeError:
-        if inside := next(filter(None, map(find_graft, model.modules())), None):  # a part of a larger model
+        if inside := grafted(model):  # a part of a larger model
             return inside
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "

@@ -187,6 +187,17 @@ class Site:
         return weights.device(self.layer, self.stored(self.param))
 
 
+def plain_linear(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """W and b of an nn.Linear itself, between which and its product nothing stands; else None."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    parameters = layer._parameters
+    W = parameters["weight"]
+    return (W, parameters["bias"]) if type(W) is nn.Parameter and not W.is_meta else None
+
+
 class LinearSite(Site):
     """nn.Linear and its subclasses: W (out, in)."""
 
@@ -199,14 +210,7 @@ class LinearSite(Site):
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         """W and b of an nn.Linear itself."""
-        layer = self.owner._modules["base_layer"]
-        if type(layer) is not nn.Linear or "forward" in layer.__dict__:
-            return None
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            return None
-        parameters = layer._parameters
-        W = parameters["weight"]
-        return (W, parameters["bias"]) if type(W) is nn.Parameter and not W.is_meta else None
+        return plain_linear(self.owner._modules["base_layer"])
 
     def widens(self, x: Tensor) -> bool:
         """Half-precision activations and factors in fp32 are multiplied exactly (`kernels`), but under autocast."""

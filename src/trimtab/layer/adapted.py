@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.kernels.dense import ONEDNN, frozen_linear
 from trimtab.core.method import Method
-from trimtab.core.site import Site
+from trimtab.core.site import Site, plain_linear
 from trimtab.errors import RouteError
 from trimtab.formats import offload
 from trimtab.layer.leaves import Leaves, set_mode
@@ -138,7 +139,10 @@ class AdaptedLayer(Merging):
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen layer, as it is at rest."""
-        return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        layer = self._modules["base_layer"]
+        own = plain_linear(layer) if ONEDNN is not None and len(args) == 1 and not kwargs else None
+        y = None if own is None else frozen_linear(args[0], *own)
+        return layer(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def read(self, name: str) -> Any:
         """A parameter as the model must see it where it reads the layer's without calling it."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.core.kernels.dense import accumulate, linear, product
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
 from trimtab.core.kernels.usual import autocasts, ordinary, product_dtype, recorded
 
@@ -72,11 +73,11 @@ class _Delta(torch.autograd.Function):
         flat, D = x.reshape(-1, x.shape[-1]).to(dtype), _formed(x, form, tensors)
         b = None if b is None else b.to(dtype)
         if W is None:
-            y = F.linear(flat, D.to(dtype), b)
+            y = linear(flat, D.to(dtype), b)
         elif _sums(W):
-            y = F.linear(flat, (W + D.to(W.dtype)).to(dtype), b)
+            y = linear(flat, (W + D.to(W.dtype)).to(dtype), b)
         else:
-            y = F.linear(flat, W.to(dtype), b).addmm_(flat, D.to(dtype).t())
+            y = accumulate(linear(flat, W.to(dtype), b), flat, D.to(dtype).t())
         trained = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if trained and source is None else None, W, *tensors)
         ctx.form, ctx.source, ctx.dtype, ctx.shape, ctx.autocast = form, source, dtype, x.shape, autocasts(x)
@@ -103,17 +104,17 @@ def _gradients(
     if need[0]:
         M = D.detach()
         if W is None:
-            dx = dy @ M.to(dtype)
+            dx = product(dy, M.to(dtype))
         elif _sums(W):
-            dx = dy @ (W + M.to(W.dtype)).to(dtype)
+            dx = product(dy, (W + M.to(W.dtype)).to(dtype))
         else:
-            dx = (dy @ W.to(dtype)).addmm_(dy, M.to(dtype))
+            dx = accumulate(product(dy, W.to(dtype)), dy, M.to(dtype))
         dx = dx.view(ctx.shape)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found: Any = iter(())
     if wanted:
         assert x is not None
-        dD = dy.t() @ x.reshape(-1, x.shape[-1]).to(dtype)
+        dD = product(dy.t(), x.reshape(-1, x.shape[-1]).to(dtype))
         found = iter(torch.autograd.grad(D, wanted, dD.to(D.dtype)))
     db = dy.sum(0) if need[2] else None
     return (dx, None, db, None, None, None, *(next(found) if n else None for n in need[6:]))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trimtab.core.dropout import Dropout
 from trimtab.core.kernels import half
+from trimtab.core.kernels.dense import accumulate, linear, outer, product
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
-from trimtab.core.kernels.split import joined, product, split
+from trimtab.core.kernels.split import joined, split, split_product
 from trimtab.core.kernels.usual import autocasts, ordinary, product_dtype, recorded
 
 Tensors = Sequence[Any]
@@ -50,8 +51,10 @@ def lora_linear(
     if drop is None and not torch.is_grad_enabled() and x.ndim > 1:
         if x.dtype == W.dtype == A.dtype == B.dtype:  # asks nothing more: a row a step when text is generated
             flat = x if x.ndim == 2 else x.flatten(0, -2)
-            y, u = F.linear(flat, W, b), F.linear(flat, A)
-            plainly = recorded() or autocasts(x) or type(y) is not Tensor
+            plainly = recorded() or autocasts(x) or type(flat) is not Tensor
+            form = F.linear if plainly else linear
+            y, u = form(flat, W, b), form(flat, A)
+            plainly = plainly or type(y) is not Tensor
             add = torch.addmm if plainly else Tensor.addmm_  # y is nobody else's
             y = add(y, u, B.t(), alpha=scale)
             return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -113,12 +116,12 @@ def _exact(x: Tensor, dtype: torch.dtype, A: Tensor) -> bool:
 def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The forward pass alone, in place, of factors in another number format than x."""
     flat = x.flatten(0, -2)
-    y = F.linear(flat, W, b)
+    y = linear(flat, W, b)
     if x.dtype == torch.bfloat16 and A.dtype == torch.float32:
         if max(flat.numel(), y.numel()) <= SMALL:
             y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
         else:
-            y.addmm_(joined(*product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
+            y.addmm_(joined(*split_product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
     else:
         y.addmm_(torch.mm(flat, A.to(x.dtype).t()), B.to(x.dtype).t(), alpha=scale)
     return y.unflatten(0, x.shape[:-1])
@@ -146,7 +149,7 @@ def _factor(M: Tensor, dtype: torch.dtype, dim: int, exact: bool) -> Tensor:
 
 def _down(x: Tensor, M: Tensor, dtype: torch.dtype, exact: bool) -> Pair:
     """x·M, in two parts where it is exact."""
-    return product(x, split(M, 1)) if exact else (torch.mm(x, M.to(dtype)), None)
+    return split_product(x, split(M, 1)) if exact else (product(x, M.to(dtype)), None)
 
 
 def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
@@ -157,7 +160,7 @@ def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
 def _outer(x: Tensor, hi: Tensor, lo: Tensor | None) -> Tensor:
     """x transposed times what `_down` gave (n, r), each the way round that is faster; in fp32 where it is in two."""
     if lo is None:
-        return torch.mm(x.t(), hi)
+        return outer(x, hi)
     both = torch.mm(torch.cat([hi, lo], 1).t(), x)
     return both[: hi.shape[1]].float().add_(both[hi.shape[1] :]).t()
 
@@ -216,7 +219,7 @@ class _LowRank(torch.autograd.Function):
             los.append(lo)
             kept.append(None if places is None or part.drop is None or part.drop.p > SPARSE else _narrow(places, flat))
             for k, cut in _cuts(A, part):
-                y = F.linear(flat, W[k].to(dtype), None if b[k] is None else b[k].to(dtype))
+                y = linear(flat, W[k].to(dtype), None if b[k] is None else b[k].to(dtype))
                 wide = _wide(hi[:, cut], None if lo is None else lo[:, cut])
                 y.addmm_(wide, _factor(B[k], dtype, 1, part.exact).t(), alpha=part.scale)
                 outs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])))  # others may write into it
@@ -256,7 +259,7 @@ def _gradients(
     dx: Tensor | None = None
     if need[0]:
         for k, dy in given.items():
-            dx = torch.mm(dy, W[k].to(dtype)) if dx is None else dx.addmm_(dy, W[k].to(dtype))
+            dx = product(dy, W[k].to(dtype)) if dx is None else accumulate(dx, dy, W[k].to(dtype))
     for part, (u_hi, u_lo, places) in zip(ctx.parts, parts, strict=True):
         cuts = [(k, cut) for k, cut in _cuts(A, part) if k in given]
         if not cuts:

@@ -18,7 +18,7 @@ def split(M: Tensor, dim: int) -> Tensor:
     return torch.cat([hi, (M - hi).bfloat16(), hi], dim)
 
 
-def product(x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+def split_product(x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     """x·M (T, r) as bfloat16 (hi, lo): x (T, k) in bfloat16, M (k, 3r) a factor as `split` gives it."""
     r = M.shape[1] // 3
     both = torch.mm(x, M[:, : 2 * r])  # x·hi and x·lo, reading x once

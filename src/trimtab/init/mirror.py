@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from trimtab.core.site import Site
 from trimtab.errors import ConfigError, RouteError
 
 
 def facts_of(block: nn.Module) -> Any:
-    """The config of a model, as the attention in one of its blocks holds it.
-
-    Raises:
-        ConfigError: it is no block of a decoder of transformers.
-    """
+    """The config of a model of transformers, as the attention in one of its blocks holds it; None of another block."""
     configs = (getattr(module, "config", None) for module in block.modules())
-    found = next((config for config in configs if hasattr(config, "num_hidden_layers")), None)
-    if found is None:
-        raise ConfigError(f"{type(block).__name__} is no block of a decoder of transformers.")
-    return found
+    return next((config for config in configs if hasattr(config, "num_hidden_layers")), None)
 
 
 def facts_at(model_id: str) -> Any:
@@ -88,3 +84,92 @@ def room(cache: Any, h: Tensor, block: nn.Module, small: Any) -> Any:
     if cache.get_seq_length() > (0 if at_start else h.shape[1]):
         raise RouteError("A shadow that starts above the first block, or beside such a cache, needs use_cache=False.")
     return None
+
+
+class Mirror:
+    """A small model of transformers beside another one.
+
+    Args:
+        block: a block of the other.
+        inside: its layers are counted after the other's, in whose cache they have room.
+    """
+
+    project = staticmethod(partial(nn.init.kaiming_uniform_, a=5**0.5))
+
+    def __init__(self, config: Any, block: nn.Module, inside: bool = False) -> None:
+        base = self.base = facts_of(block)
+        before = base.num_hidden_layers if inside else 0
+        self.ready = None if config.shadow_model == "mirror" else config.shadow_model
+        as_wide = self.ready is None and config.shadow_hidden_size in (None, base.hidden_size)
+        self.shares = bool(config.share_embeddings) and as_wide  # it reads the base's embeddings
+        sizes = {
+            "num_hidden_layers": config.shadow_num_hidden_layers or 1,
+            "hidden_size": config.shadow_hidden_size,
+            "num_attention_heads": config.shadow_num_attention_heads,
+            "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
+        }
+        found = (base, sizes, not self.shares) if self.ready is None else (facts_at(self.ready), {}, True)
+        self.module = mirror(*found, before)
+        self.width: int = self.module.config.hidden_size
+        read = self.module.get_input_embeddings()
+        self.reads = next(f"{n}.weight" for n, m in self.module.named_modules() if m is read)
+        self.frozen = frozenset() if self.ready is None else frozenset({self.reads})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its parameters, by name."""
+        found = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+        if self.shares and self.reads == "embed_tokens.weight":  # which PEFT leaves out of its files, and no other
+            del found[self.reads]
+        elif self.shares:
+            found[self.reads] = (self.base.vocab_size, self.base.hidden_size)
+        return found
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """What they start from."""
+        return dict((self.module if self.ready is None else read(self.ready)).named_parameters())
+
+    def say(
+        self, tensors: Mapping[str, Tensor], h: Tensor, given: Mapping[str, Any], seen: Mapping[str, Any], site: Site
+    ) -> Tensor:
+        """Its last hidden states (rows, tokens, width), of the tokens that the base is given."""
+        inputs = seen["inputs"]
+        called = {k: inputs[k] for k in ("attention_mask", "position_ids") if inputs.get(k) is not None}
+        ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if ids is None and not (self.shares and embedded is not None):
+            raise ConfigError("A shadow with embeddings of its own needs `input_ids`.")
+        if self.shares:
+            called["inputs_embeds"] = seen["model"].get_input_embeddings()(ids) if embedded is None else embedded
+        else:
+            called["input_ids"] = ids
+        cache = room(given.get("past_key_values"), h, site.layer, self.module)
+        called |= {"past_key_values": cache, "use_cache": cache is not None}
+        moved = {name: buffer.to(h.device) for name, buffer in self.module.named_buffers()}
+        said: Tensor = functional_call(self.module, {**tensors, **moved}, (), called).last_hidden_state
+        return said
+
+    def alone(self, tensors: Mapping[str, Tensor], projection: Tensor | None, head: Any, model: Any, own: Any) -> Any:
+        """It by itself, with its parameters: see `apart.py`.
+
+        Args:
+            head: of a classifier (labels, dim); else None, and the model's.
+            own: what a tensor or module that it gets is to be, of the one that there is.
+        """
+        from trimtab.init.apart import DetachedShadowModel
+
+        for name, tensor in tensors.items():
+            place, _, last = name.rpartition(".")
+            self.module.get_submodule(place)._parameters[last] = own(tensor)
+        if self.shares:
+            self.module.set_input_embeddings(own(model.get_input_embeddings()))
+            for field in ("vocab_size", "pad_token_id"):
+                setattr(self.module.config, field, getattr(self.base, field))
+        whole = own(model.get_output_embeddings()) if head is None else linear_of(own(head))
+        projected = None if projection is None else linear_of(own(projection))
+        return DetachedShadowModel(self.module.train(model.training), projected, whole, head is not None)
+
+
+def linear_of(W: Tensor) -> nn.Linear:
+    """A linear layer without bias that has W (out, in) for its weight."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = W  # type: ignore[assignment]
+    return layer

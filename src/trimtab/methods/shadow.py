@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.model_method import last_tokens
-from trimtab.core.site import Site
+from trimtab.core.site import Site, Sites
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.mirror import facts_at, facts_of, mirror, read, room
+from trimtab.init.beside import beside
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
@@ -74,39 +74,36 @@ class Shadow(Method):
         if config.target_modules != set():
             return None
         found = blocks(kinds)  # every one
+        if not found:
+            raise ConfigError("There is no one stack of blocks in the model: name some in `target_modules`.")
         config.target_modules = set(found)
         only = config.layers_to_transform
         wanted = {only} if isinstance(only, int) else set(only or found.values())
         return [p for p, i in found.items() if i in wanted and matches(config.exclude_modules, p) is None]
 
     @classmethod
-    def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
-        model, base = small(config, sites), facts_of(sites[0].layer)
-        leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in model.named_parameters()}  # (as it has it)
-        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-        if config.shadow_model != "mirror":
-            read = f"{BACKBONE}.{name}.weight"
-            leaves[read] = replace(leaves[read], train=False)
-        elif shares(config, base):
-            del leaves[f"{BACKBONE}.{name}.weight"]
-            if name != "embed_tokens":  # which PEFT leaves out of its files, and no other
-                leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
-        if model.config.hidden_size != base.hidden_size:
-            leaves[PROJECTION] = Leaf((base.hidden_size, model.config.hidden_size))  # (dim, its width)
+    def share(cls, config: Any, sites: Sites) -> Leaves:
+        small, dim = beside(config, sites, sites.model), sites[0].fan_in
+        own = {
+            name: Leaf(shape, train=name not in small.frozen) for name, shape in small.shapes().items()
+        }  # (as it has it)
+        leaves = {f"{BACKBONE}.{name}": leaf for name, leaf in own.items()}
+        if small.width != dim:
+            leaves[PROJECTION] = Leaf((dim, small.width))  # (dim, its width)
         if config.task_type == "SEQ_CLS":
-            leaves[HEAD] = Leaf((base.num_labels, base.hidden_size))  # (labels, dim)
+            leaves[HEAD] = Leaf((small.base.num_labels, dim))  # (labels, dim)
         return leaves
 
     @classmethod
-    def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
-        ready = config.shadow_model != "mirror"
-        own = dict((read(config.shadow_model) if ready else small(config, sites)).named_parameters())
+    def start_shared(cls, config: Any, sites: Sites, shared: Mapping[str, Tensor]) -> None:
+        small = beside(config, sites, sites.model)
+        values = small.values(sites.model)
         for name, tensor in shared.items():
-            drawn = own.get(name.removeprefix(f"{BACKBONE}."))
-            if drawn is not None and drawn.shape == tensor.shape:
-                tensor.copy_(drawn)
+            value = values.get(name.removeprefix(f"{BACKBONE}."))
+            if value is not None and value.shape == tensor.shape:
+                tensor.copy_(value)
             elif name == PROJECTION:
-                nn.init.kaiming_uniform_(tensor, a=5**0.5)
+                small.project(tensor)
             else:
                 tensor.normal_(std=0.02)
 
@@ -143,15 +140,16 @@ class Shadow(Method):
         seen = call.fact(self, "seen")
         if seen is None or "inputs" not in seen:
             raise RouteError("Shadow reads what the model is called with: call the PeftModel, not a part of it.")
-        given = {**dict(zip(inspect.signature(self.site.layer.forward).parameters, args, strict=False)), **kwargs}
-        h, config = given.pop("hidden_states"), self.options
+        names = list(inspect.signature(self.site.layer.forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        h, config = given.pop(names[0]), self.options
         if self.position == 0:
-            seen["s"] = self.first(seen, h, given.get("past_key_values"))
+            seen["s"] = self.first(seen, h, given)
         s = seen["s"].to(h.dtype)
         down, up = self.shadow_down.to(h.dtype), self.shadow_up.to(h.dtype)
         h = h + config.shadow_alpha * F.linear(F.linear(call.drop(self, h - s, config.shadow_dropout), down), up)
         out = run(h, **given)
-        o = out[0] if isinstance(out, tuple) else out
+        o = hidden(out, h, given)
         g = torch.sigmoid(self.network("shadow_update_gate", o))
         seen["s"] = g * self.network("shadow_update_transform", o) + (1 - g) * s
         return out
@@ -161,29 +159,16 @@ class Shadow(Method):
         W1, b1, W2, b2 = (getattr(self, name + part).to(x.dtype) for part in ("_0", "_0_bias", "_2", "_2_bias"))
         return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
 
-    def first(self, seen: dict[str, Any], h: Tensor, cache: Any) -> Tensor:
+    def first(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The first shadow state (rows, tokens, dim); in training its own loss is noted."""
-        inputs, model, base = seen["inputs"], seen["model"], facts_of(self.site.layer)
         if self.small is None:
-            self.small = small(self.options, self.peers, base.num_hidden_layers)
-        given = {k: inputs[k] for k in ("attention_mask", "position_ids") if inputs.get(k) is not None}
-        if shares(self.options, base):
-            ready = inputs.get("inputs_embeds")
-            given["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]) if ready is None else ready
-        elif inputs.get("input_ids") is None:
-            raise ConfigError("A shadow with embeddings of its own needs `input_ids`.")
-        else:
-            given["input_ids"] = inputs["input_ids"]
-        cache = room(cache, h, self.site.layer, self.small)
-        own = dict(self.commons[BACKBONE][self.adapter].named_parameters())
-        tensors = {n: p.to(h.dtype) for n, p in own.items()}
-        tensors |= {n: b.to(h.device) for n, b in self.small.named_buffers()}
-        given |= {"past_key_values": cache, "use_cache": cache is not None}
-        out = torch.func.functional_call(self.small.train(self.training), tensors, (), given)
-        s: Tensor = out.last_hidden_state
-        if "shadow_projection" in self.commons and self.adapter in self.commons["shadow_projection"]:
+            self.small = beside(self.options, self.peers, seen["model"], inside=True)
+        self.small.module.train(self.training)
+        tensors = {n: p.to(h.dtype) for n, p in self.commons[BACKBONE][self.adapter].named_parameters()}
+        s: Tensor = self.small.say(tensors, h, given, seen, self.site)
+        if self.adapter in self.commons.get("shadow_projection", ()):
             s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
-        self.term = None
+        self.term, inputs, model = None, seen["inputs"], seen["model"]
         if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
             if self.options.task_type == "SEQ_CLS":
                 loss = class_loss(F.linear(s, self.shared(HEAD).to(s.dtype)), inputs, model)
@@ -200,24 +185,15 @@ class Shadow(Method):
             adapter_name: whose; the active adapter's by default.
             copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
         """
-        from trimtab.init.apart import DetachedShadowModel
-
         method = of(adapter_name)[0]
-        config, own = method.options, lambda part: deepcopy(part) if copy else part
-        backbone, base = small(config, method.peers), facts_of(method.site.layer)
-        for name, tensor in method.commons[BACKBONE][method.adapter].named_parameters():
-            place, _, last = name.rpartition(".")
-            backbone.get_submodule(place)._parameters[last] = own(tensor)
-        head, projection = model.get_output_embeddings(), None
-        if shares(config, base):
-            backbone.set_input_embeddings(own(model.get_input_embeddings()))
-            for field in ("vocab_size", "pad_token_id"):
-                setattr(backbone.config, field, getattr(base, field))
-        if method.adapter in method.commons.get("shadow_projection", ()):
-            projection = linear_of(own(method.shared(PROJECTION)))
-        if classifies := config.task_type == "SEQ_CLS":
-            head = linear_of(method.shared(HEAD))
-        return DetachedShadowModel(backbone.train(model.training), projection, own(head), classifies)
+        small = beside(method.options, method.peers, model)
+        if not hasattr(small, "alone"):
+            raise NotImplementedError("The shadow of a diffusion model is no model by itself: it reads hidden states.")
+        tensors = dict(method.commons[BACKBONE][method.adapter].named_parameters())
+        projects = method.adapter in method.commons.get("shadow_projection", ())
+        projection = method.shared(PROJECTION) if projects else None
+        head = method.shared(HEAD) if method.options.task_type == "SEQ_CLS" else None
+        return small.alone(tensors, projection, head, model, deepcopy if copy else lambda part: part)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
@@ -244,28 +220,13 @@ def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
     return loss
 
 
-def shares(config: Any, base: Any) -> bool:
-    """Whether the small model reads the base's embeddings."""
-    own = config.shadow_model != "mirror" or config.shadow_hidden_size not in (None, base.hidden_size)
-    return bool(config.share_embeddings) and not own
-
-
-def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
-    """The small model of a config."""
-    if config.shadow_model != "mirror":
-        return mirror(facts_at(config.shadow_model), {}, True, before)
-    base = facts_of(sites[0].layer)
-    sizes = {
-        "num_hidden_layers": config.shadow_num_hidden_layers or 1,
-        "hidden_size": config.shadow_hidden_size,
-        "num_attention_heads": config.shadow_num_attention_heads,
-        "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
-    }
-    return mirror(base, sizes, not shares(config, base), before)
-
-
-def linear_of(W: Tensor) -> nn.Linear:
-    """A linear layer without bias that has W (out, in) for its weight."""
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = W  # type: ignore[assignment]
-    return layer
+def hidden(out: Any, h: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The hidden states among what a block returns: of h's shape; a diffusion model's text may go beside them."""
+    found = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, Mapping) else out)
+    alike = [x for x in found if isinstance(x, Tensor) and x.shape == h.shape]
+    text = given.get("encoder_hidden_states")
+    if not alike or (len(alike) > 1 and isinstance(text, Tensor) and text.shape == h.shape):
+        raise RouteError(
+            "Which of the things that a block returns are its hidden states cannot be told by their shape."
+        )
+    return alike[0]

@@ -33,6 +33,11 @@ MODULES = {
     " quantization_utils save_and_load transformers_weight_conversion warning",
 }
 
+DIFFUSION = (
+    "DiffusionShadowBackend", "Flux2ShadowBackend", "freeze_flux_stem_embeddings", "get_diffusion_shadow_backend",
+    "validate_pretrained_flux_shadow",
+)  # fmt: skip
+
 # peft's name: where trimtab has it, under which name.
 ALIASES = {
     "BaseTuner": "trimtab.shell.tuner:Tuner",
@@ -81,16 +86,7 @@ ALIASES = {
     "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
     **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
     "DetachedFluxShadowModel": "trimtab.init.flux:DetachedFluxShadowModel",
-    **{
-        name: f"trimtab.as_peft.diffusion:{name}"
-        for name in (
-            "DiffusionShadowBackend",
-            "Flux2ShadowBackend",
-            "freeze_flux_stem_embeddings",
-            "get_diffusion_shadow_backend",
-            "validate_pretrained_flux_shadow",
-        )
-    },  # fmt: skip
+    **{name: f"trimtab.as_peft.diffusion:{name}" for name in DIFFUSION},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 

@@ -106,7 +106,7 @@ def batch(name: str) -> dict[str, Any]:
         return {"hidden_states": image}
     if name in ("flux1", "flux2"):
         axes = 4 if name == "flux2" else 3
-        times = {"timestep": torch.tensor([0.3, 0.6]), "guidance": torch.tensor([4.0, 3.0])}
+        times = {"timestep": torch.tensor([0.3, 0.6])} | ({"guidance": torch.tensor([4.0, 3.0])} if axes == 4 else {})
         places = {"img_ids": torch.arange(6 * axes).view(6, axes) % 5, "txt_ids": torch.arange(5 * axes).view(5, axes)}
         pooled = {} if name == "flux2" else {"pooled_projections": draw(2, 10)}
         return {"hidden_states": image, **text, **times, **places, **pooled}
@@ -123,5 +123,5 @@ def batch(name: str) -> dict[str, Any]:
 
 def out(model: Any, name: str, **more: Any) -> Tensor:
     """What it says of the batch."""
-    said: Tensor = model(**batch(name), return_dict=False, **more)[0] if name != "plain" else model(**batch(name))[0]
+    said: Tensor = model(**batch(name), **({} if name == "plain" else {"return_dict": False}), **more)[0]
     return said

@@ -55,7 +55,7 @@ def test_names_and_starts(case: str) -> None:
         if not parameter.requires_grad:
             continue
         assert held[name].shape == parameter.shape
-        if "shadow_backbone.default.model" in name or "shadow_projection" in name and "flux2" in case:
+        if "shadow_backbone.default.model" in name or ("shadow_projection" in name and "flux2" in case):
             if not (name.endswith("linear_in.weight") and "shadow_intermediate_size" in CASES[case][1]):
                 assert torch.equal(held[name], parameter), name
         elif parameter.std() == 0:

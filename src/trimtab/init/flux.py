@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +113,8 @@ def cut(name: str, W: Tensor, shape: tuple[int, ...], sizes: Mapping[str, tuple[
 
 def of_base(small: Any, base: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every parameter of a smaller model, out of the base."""
-    own, whole = small.config, dict(base.named_parameters())
+    own, around = small.config, re.compile(r"\.(base_layer|original_module)(?=\.)")  # other adapters
+    whole = {around.sub("", name): parameter for name, parameter in base.named_parameters()}
     sizes = {"h": (width(base.config), width(own)), "m": (inside(base.config), inside(own))}
     rows = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     places = {stack: chosen(base.config[count], own[count]) for stack, count in rows.items()}

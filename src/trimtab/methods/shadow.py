@@ -143,9 +143,7 @@ class Shadow(Method):
         names = list(inspect.signature(self.site.layer.forward).parameters)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         h, config = given.pop(names[0]), self.options
-        if self.position == 0:
-            seen["s"] = self.first(seen, h, given)
-        s = seen["s"].to(h.dtype)
+        s = self.state(seen, h, given).to(h.dtype)
         down, up = self.shadow_down.to(h.dtype), self.shadow_up.to(h.dtype)
         h = h + config.shadow_alpha * F.linear(F.linear(call.drop(self, h - s, config.shadow_dropout), down), up)
         out = run(h, **given)
@@ -158,6 +156,20 @@ class Shadow(Method):
         """T or G of x."""
         W1, b1, W2, b2 = (getattr(self, name + part).to(x.dtype) for part in ("_0", "_0_bias", "_2", "_2_bias"))
         return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
+
+    def state(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The shadow state that comes to this block; where its forward is repeated, that of the forward."""
+        repeated, states, term = torch._C._current_graph_task_id() != -1, seen.setdefault("states", {}), self.term
+        if self.position == 0:
+            s = self.first(seen, h, given)
+            self.term = term if repeated else self.term
+            return s
+        if not repeated:
+            states[self.position] = (seen["s"], torch.is_grad_enabled())
+        s, graded = states[self.position]
+        if repeated and not graded:
+            raise RouteError("Whole blocks with a shadow are repeated by checkpointing with use_reentrant=False only.")
+        return s
 
     def first(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The first shadow state (rows, tokens, dim); in training its own loss is noted."""

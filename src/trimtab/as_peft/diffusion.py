@@ -1,6 +1,6 @@
 """What peft's loops ask of a small model beside a diffusion transformer: one class for each architecture.
 
-Here a shadow does it by itself (`trimtab.init.flux`); these are for programs that make and call one on their own.
+Here a shadow does it by itself (`trimtab.init.beside.flux`); these are for programs that make their own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.init.flux import DetachedFluxShadowModel, agree, facts_at, in_stem, is_flux
+from trimtab.init.beside.flux import DetachedFluxShadowModel, agree, facts_at, in_stem, is_flux
 
 
 class DiffusionShadowBackend:

@@ -83,9 +83,9 @@ ALIASES = {
     "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
-    "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
+    "DetachedShadowModel": "trimtab.init.beside.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
     **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
-    "DetachedFluxShadowModel": "trimtab.init.flux:DetachedFluxShadowModel",
+    "DetachedFluxShadowModel": "trimtab.init.beside.flux:DetachedFluxShadowModel",
     **{name: f"trimtab.as_peft.diffusion:{name}" for name in DIFFUSION},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }

@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
-from trimtab.core.model_method import last_tokens
 from trimtab.core.site import Site, Sites
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.beside import beside
+from trimtab.init.beside import alone, beside, hidden, start
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
 
@@ -65,16 +63,13 @@ class Shadow(Method):
 
     when = "a small network beside the model that can be kept apart"
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
-    kinds = frozenset({"block"})
-    acts = ("unload_shadow",)
-    targets = {"*": ()}
+    kinds, acts, targets = frozenset({"block"}), ("unload_shadow",), {"*": ()}
 
     @classmethod
     def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
         if config.target_modules != set():
             return None
-        found = blocks(kinds)  # every one
-        if not found:
+        if not (found := blocks(kinds)):  # every one
             raise ConfigError("There is no one stack of blocks in the model: name some in `target_modules`.")
         config.target_modules = set(found)
         only = config.layers_to_transform
@@ -96,16 +91,8 @@ class Shadow(Method):
 
     @classmethod
     def start_shared(cls, config: Any, sites: Sites, shared: Mapping[str, Tensor]) -> None:
-        small = beside(config, sites, sites.model)
-        values = small.values(sites.model)
-        for name, tensor in shared.items():
-            value = values.get(name.removeprefix(f"{BACKBONE}."))
-            if value is not None and value.shape == tensor.shape:
-                tensor.copy_(value)
-            elif name == PROJECTION:
-                small.project(tensor)
-            else:
-                tensor.normal_(std=0.02)
+        tensors = {name.removeprefix(f"{BACKBONE}."): tensor for name, tensor in shared.items()}
+        start(beside(config, sites, sites.model), sites.model, tensors, tensors.pop(PROJECTION, None))
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -178,16 +165,21 @@ class Shadow(Method):
         self.small.module.train(self.training)
         tensors = {n: p.to(h.dtype) for n, p in self.commons[BACKBONE][self.adapter].named_parameters()}
         s: Tensor = self.small.say(tensors, h, given, seen, self.site)
-        if self.adapter in self.commons.get("shadow_projection", ()):
-            s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
-        self.term, inputs, model = None, seen["inputs"], seen["model"]
-        if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
-            if self.options.task_type == "SEQ_CLS":
-                loss = class_loss(F.linear(s, self.shared(HEAD).to(s.dtype)), inputs, model)
-            else:
-                loss = own_loss(s, inputs, model.get_output_embeddings())
-            self.term = self.options.auxiliary_loss_weight * loss
+        W = self.projection()
+        s = s if W is None else F.linear(s, W.to(s.dtype))
+        weight, inputs = self.options.auxiliary_loss_weight, seen["inputs"]
+        own = self.training and weight and inputs.get("labels") is not None
+        loss = self.small.loss(s, self.head(), inputs, seen["model"]) if own else None
+        self.term = None if loss is None else weight * loss
         return s
+
+    def projection(self) -> Tensor | None:
+        """Of the small model's width to the blocks' (dim, its width), where they differ."""
+        return self.shared(PROJECTION) if self.adapter in self.commons.get("shadow_projection", ()) else None
+
+    def head(self) -> Tensor | None:
+        """What makes labels of a state (labels, dim), of a classifier."""
+        return self.shared(HEAD) if self.options.task_type == "SEQ_CLS" else None
 
     @staticmethod
     def unload_shadow(of: Callable[..., Any], model: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
@@ -198,47 +190,11 @@ class Shadow(Method):
             copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
         """
         method = of(adapter_name)[0]
-        small = beside(method.options, method.peers, model)
-        if not hasattr(small, "alone"):
-            raise NotImplementedError("The shadow of a diffusion model is no model by itself: it reads hidden states.")
         tensors = dict(method.commons[BACKBONE][method.adapter].named_parameters())
-        projects = method.adapter in method.commons.get("shadow_projection", ())
-        projection = method.shared(PROJECTION) if projects else None
-        head = method.shared(HEAD) if method.options.task_type == "SEQ_CLS" else None
-        return small.alone(tensors, projection, head, model, deepcopy if copy else lambda part: part)
+        small, own = beside(method.options, method.peers, model), deepcopy if copy else lambda part: part
+        return alone(small, tensors, method.projection(), method.head(), model, own)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
         return term  # type: ignore[no-any-return]
-
-
-def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
-    """The cross-entropy of what the model's head makes of s, at the places that the call has labels for."""
-    kept = inputs.get("logits_to_keep", 0)
-    s = s[:, kept] if isinstance(kept, Tensor) else s[:, -kept:] if kept else s
-    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(s, head.weight, labels, bias=head.bias)
-    return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
-
-
-def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
-    """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
-    pooled = last_tokens(logits, inputs.get("input_ids"), model.config.pad_token_id)
-    loss: Tensor = model.loss_function(
-        logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
-    )
-    return loss
-
-
-def hidden(out: Any, h: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """The hidden states among what a block returns: of h's shape; a diffusion model's text may go beside them."""
-    found = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, Mapping) else out)
-    alike = [x for x in found if isinstance(x, Tensor) and x.shape == h.shape]
-    text = given.get("encoder_hidden_states")
-    if not alike or (len(alike) > 1 and isinstance(text, Tensor) and text.shape == h.shape):
-        raise RouteError(
-            "Which of the things that a block returns are its hidden states cannot be told by their shape."
-        )
-    return alike[0]

@@ -64,3 +64,6 @@ class Tokens:
         """The first state (rows, tokens, width), of the hidden states that the first block reads."""
         said: Tensor = functional_call(self.module, dict(tensors), (h,))
         return said
+
+    def loss(self, *of: Any) -> None:
+        """None: what it says has no labels."""

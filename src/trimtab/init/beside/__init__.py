@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from trimtab.core.site import Site
-from trimtab.errors import ConfigError
-from trimtab.init.flux import FluxMirror, is_flux
-from trimtab.init.mirror import Mirror, facts_of
-from trimtab.init.tokens import Tokens
+from trimtab.errors import ConfigError, RouteError
+from trimtab.init.beside.flux import FluxMirror, is_flux
+from trimtab.init.beside.mirror import Mirror, facts_of
+from trimtab.init.beside.tokens import Tokens
 
 
 class Small(Protocol):
@@ -52,6 +52,9 @@ class Small(Protocol):
             site: of that block.
         """
 
+    def loss(self, s: Tensor, head: Tensor | None, inputs: Mapping[str, Any], model: nn.Module) -> Tensor | None:
+        """A loss of s by itself, of what the model is called with; None: there is none."""
+
 
 def beside(config: Any, sites: Sequence[Site], model: nn.Module, inside: bool = False) -> Any:
     """The small model (`Small`) that a config has beside the blocks at `sites` of a base model.
@@ -70,3 +73,37 @@ def beside(config: Any, sites: Sequence[Site], model: nn.Module, inside: bool = 
     if config.task_type == "SEQ_CLS":
         raise ConfigError(f"{type(model).__name__} is no classifier of transformers.")
     return FluxMirror(config, block, model) if is_flux(model) else Tokens(config, widths.pop())
+
+
+def start(small: Any, model: nn.Module, tensors: Mapping[str, Tensor], projection: Tensor | None) -> None:
+    """Give a small model's tensors, a projection of what it says and other tensors beside them their values."""
+    values = small.values(model)
+    for name, tensor in tensors.items():
+        value = values.get(name)
+        if value is not None and value.shape == tensor.shape:
+            tensor.copy_(value)
+        else:
+            tensor.normal_(std=0.02)
+    if projection is not None:
+        small.project(projection)
+
+
+def alone(small: Any, *of: Any) -> Any:
+    """A small model by itself, of what `Mirror.parts` takes: a model of transformers."""
+    if not isinstance(small, Mirror):
+        raise NotImplementedError("The shadow of such a model is no model by itself: it reads hidden states.")
+    from trimtab.init.beside.apart import DetachedShadowModel
+
+    return DetachedShadowModel(*small.parts(*of))
+
+
+def hidden(out: Any, h: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The hidden states among what a block returns: of h's shape; a diffusion model's text may go beside them."""
+    found = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, Mapping) else out)
+    alike = [x for x in found if isinstance(x, Tensor) and x.shape == h.shape]
+    text = given.get("encoder_hidden_states")
+    if not alike or (len(alike) > 1 and isinstance(text, Tensor) and text.shape == h.shape):
+        raise RouteError(
+            "Which of the things that a block returns are its hidden states cannot be told by their shape."
+        )
+    return alike[0]

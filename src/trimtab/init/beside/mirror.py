@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from trimtab.core.kernels import linear_cross_entropy
+from trimtab.core.model_method import last_tokens
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, RouteError
 
@@ -147,15 +150,26 @@ class Mirror:
         said: Tensor = functional_call(self.module, {**tensors, **moved}, (), called).last_hidden_state
         return said
 
-    def alone(self, tensors: Mapping[str, Tensor], projection: Tensor | None, head: Any, model: Any, own: Any) -> Any:
-        """It by itself, with its parameters: see `apart.py`.
+    def loss(self, s: Tensor, head: Tensor | None, inputs: Mapping[str, Any], model: Any) -> Tensor | None:
+        """The loss of what a head makes of s, of the labels that the model is called with.
+
+        Args:
+            head: of a classifier (labels, dim); else None, and the model's.
+        """
+        if head is not None:
+            return class_loss(F.linear(s, head.to(s.dtype)), inputs, model)
+        whole = model.get_output_embeddings()
+        return None if whole is None else own_loss(s, inputs, whole)
+
+    def parts(
+        self, tensors: Mapping[str, Tensor], projection: Tensor | None, head: Tensor | None, model: Any, own: Any
+    ) -> tuple[Any, ...]:
+        """What it is made of by itself, with its parameters: `apart.py` puts it together.
 
         Args:
             head: of a classifier (labels, dim); else None, and the model's.
             own: what a tensor or module that it gets is to be, of the one that there is.
         """
-        from trimtab.init.apart import DetachedShadowModel
-
         for name, tensor in tensors.items():
             place, _, last = name.rpartition(".")
             self.module.get_submodule(place)._parameters[last] = own(tensor)
@@ -165,7 +179,26 @@ class Mirror:
                 setattr(self.module.config, field, getattr(self.base, field))
         whole = own(model.get_output_embeddings()) if head is None else linear_of(own(head))
         projected = None if projection is None else linear_of(own(projection))
-        return DetachedShadowModel(self.module.train(model.training), projected, whole, head is not None)
+        return self.module.train(model.training), projected, whole, head is not None
+
+
+def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
+    """The cross-entropy of what the model's head makes of s, at the places that the call has labels for."""
+    kept = inputs.get("logits_to_keep", 0)
+    s = s[:, kept] if isinstance(kept, Tensor) else s[:, -kept:] if kept else s
+    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(s, head.weight, labels, bias=head.bias)
+    return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
+
+
+def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
+    """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
+    pooled = last_tokens(logits, inputs.get("input_ids"), model.config.pad_token_id)
+    loss: Tensor = model.loss_function(
+        logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
+    )
+    return loss
 
 
 def linear_of(W: Tensor) -> nn.Linear:

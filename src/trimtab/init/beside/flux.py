@@ -245,6 +245,9 @@ class FluxMirror:
         said: Tensor = functional_call(self.module, dict(tensors), (), called).last_hidden_state
         return said
 
+    def loss(self, *of: Any) -> None:
+        """None: what it says has no labels."""
+
 
 def in_stem(name: str) -> bool:
     """Whether a parameter of a `DetachedFluxShadowModel` is one of its stem."""

@@ -181,3 +181,13 @@ def test_none_comes_out_as_a_model_by_itself() -> None:
         for model in pair(case):
             with pytest.raises(NotImplementedError):
                 model.unload_shadow()
+
+
+@pytest.mark.parametrize("name", ["flux1", "sd3"])
+def test_blocks_that_return_text_as_well_work_here_alone(name: str) -> None:
+    """What PEFT takes for the image is the text."""
+    ours, theirs = (quiet(library.get_peft_model, build(name), library.ShadowConfig()).eval() for library in BOTH)
+    assert trainable(ours) == trainable(theirs)
+    near(out(ours, name), out(build(name), name))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        out(theirs, name)

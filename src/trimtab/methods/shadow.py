@@ -1,8 +1,8 @@
 """Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
-A small trained model, of the base's kind or one that is there already, reads the same tokens: what it says is the first
-shadow state s. It goes along the blocks: each gets its input h drawn towards it or away, and turns it by its own output
-o, with g = σ(G(o)). T and G are two linear layers with a GELU between them.
+A small trained model, of the base's kind or one that is there already, reads the same tokens (of a diffusion model: what
+the first block reads): what it says is the first shadow state s. It goes along the blocks: each gets its input h drawn
+towards it or away, and turns it by its own output o, with g = σ(G(o)). T and G are two linear layers, a GELU between.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
-A small trained model, of the base's kind or one that is there already, reads the same tokens (of a diffusion model: what
-the first block reads): what it says is the first shadow state s. It goes along the blocks: each gets its input h drawn
-towards it or away, and turns it by its own output o, with g = σ(G(o)). T and G are two linear layers, a GELU between.
+A small trained model, of the base's kind or one that is there already, reads the same tokens (beside a diffusion model,
+the input of its blocks): what it says is the first shadow state s. It goes along the blocks: each has its input h
+drawn towards it or away, and turns it by its output o, with g = σ(G(o)). T and G: two linear layers, a GELU between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
 from trimtab.init.beside import alone, beside, hidden, start
 
-BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
+BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head"
 
 
 @dataclass
@@ -54,8 +54,8 @@ class ShadowConfig(LayerConfig):
         own = [n for n in (f"shadow_{size}" for size in sizes) if getattr(self, n) is not None]
         if self.shadow_model != "mirror" and own:
             raise ConfigError(f"`shadow_model` names a model, which has sizes of its own: leave out {', '.join(own)}.")
-        if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
-            raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
+        if self.task_type == "SEQ_2_SEQ_LM":
+            raise ConfigError("Shadow is for models of one stack of blocks, not for an encoder and a decoder.")
 
 
 class Shadow(Method):
@@ -78,15 +78,13 @@ class Shadow(Method):
 
     @classmethod
     def share(cls, config: Any, sites: Sites) -> Leaves:
-        small, dim = beside(config, sites, sites.model), sites[0].fan_in
-        own = {
-            name: Leaf(shape, train=name not in small.frozen) for name, shape in small.shapes().items()
-        }  # (as it has it)
-        leaves = {f"{BACKBONE}.{name}": leaf for name, leaf in own.items()}
+        small, dim, leaves = beside(config, sites, sites.model), sites[0].fan_in, {}
+        for name, shape in small.shapes().items():
+            leaves[f"{BACKBONE}.{name}"] = Leaf(shape, train=name not in small.frozen)  # (as it has it)
         if small.width != dim:
             leaves[PROJECTION] = Leaf((dim, small.width))  # (dim, its width)
-        if config.task_type == "SEQ_CLS":
-            leaves[HEAD] = Leaf((small.base.num_labels, dim))  # (labels, dim)
+        for name, shape in small.head(sites.model).items() if config.task_type == "SEQ_CLS" else ():
+            leaves[f"{HEAD}.{name}"] = Leaf(shape)  # (as it has it)
         return leaves
 
     @classmethod
@@ -177,9 +175,11 @@ class Shadow(Method):
         """Of the small model's width to the blocks' (dim, its width), where they differ."""
         return self.shared(PROJECTION) if self.adapter in self.commons.get("shadow_projection", ()) else None
 
-    def head(self) -> Tensor | None:
-        """What makes labels of a state (labels, dim), of a classifier."""
-        return self.shared(HEAD) if self.options.task_type == "SEQ_CLS" else None
+    def head(self) -> dict[str, Tensor] | None:
+        """What makes labels of a state, of a classifier: weight (labels, dim), and where its own has one, bias."""
+        return (
+            dict(self.commons[HEAD][self.adapter].named_parameters()) if self.options.task_type == "SEQ_CLS" else None
+        )
 
     @staticmethod
     def unload_shadow(of: Callable[..., Any], model: Any, adapter_name: str | None = None, copy: bool = False) -> Any:

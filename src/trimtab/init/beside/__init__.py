@@ -52,7 +52,9 @@ class Small(Protocol):
             site: of that block.
         """
 
-    def loss(self, s: Tensor, head: Tensor | None, inputs: Mapping[str, Any], model: nn.Module) -> Tensor | None:
+    def loss(
+        self, s: Tensor, head: Mapping[str, Tensor] | None, inputs: Mapping[str, Any], model: nn.Module
+    ) -> Tensor | None:
         """A loss of s by itself, of what the model is called with; None: there is none."""
 
 

@@ -102,6 +102,7 @@ class Mirror:
     def __init__(self, config: Any, block: nn.Module, inside: bool = False) -> None:
         base = self.base = facts_of(block)
         before = base.num_hidden_layers if inside else 0
+        self.task = config.task_type
         self.ready = None if config.shadow_model == "mirror" else config.shadow_model
         as_wide = self.ready is None and config.shadow_hidden_size in (None, base.hidden_size)
         self.shares = bool(config.share_embeddings) and as_wide  # it reads the base's embeddings
@@ -150,24 +151,46 @@ class Mirror:
         said: Tensor = functional_call(self.module, {**tensors, **moved}, (), called).last_hidden_state
         return said
 
-    def loss(self, s: Tensor, head: Tensor | None, inputs: Mapping[str, Any], model: Any) -> Tensor | None:
+    def head(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Shapes of the head of a classifier, as the base model has one: a linear layer, with a bias or without.
+
+        Raises:
+            ConfigError: its own is another.
+        """
+        whole = next((h for name in ("score", "classifier") if (h := getattr(model, name, None)) is not None), None)
+        whole = getattr(whole, "original_module", whole)  # below a copy that an adapter trains
+        if not isinstance(whole, nn.Linear):
+            raise ConfigError(f"{type(model).__name__} has no one linear layer for its head: leave out `task_type`.")
+        shapes = {"weight": (self.base.num_labels, self.base.hidden_size), "bias": (self.base.num_labels,)}
+        return shapes if whole.bias is not None else {"weight": shapes["weight"]}
+
+    def loss(
+        self, s: Tensor, head: Mapping[str, Tensor] | None, inputs: Mapping[str, Any], model: Any
+    ) -> Tensor | None:
         """The loss of what a head makes of s, of the labels that the model is called with.
 
         Args:
-            head: of a classifier (labels, dim); else None, and the model's.
+            head: of a classifier, its weight (labels, dim) and bias (labels,); else None, and the model's.
         """
+        if self.task not in ("CAUSAL_LM", "SEQ_CLS"):
+            return None
         if head is not None:
-            return class_loss(F.linear(s, head.to(s.dtype)), inputs, model)
+            return class_loss(F.linear(s, *(tensor.to(s.dtype) for tensor in head.values())), inputs, model)
         whole = model.get_output_embeddings()
         return None if whole is None else own_loss(s, inputs, whole)
 
     def parts(
-        self, tensors: Mapping[str, Tensor], projection: Tensor | None, head: Tensor | None, model: Any, own: Any
+        self,
+        tensors: Mapping[str, Tensor],
+        projection: Tensor | None,
+        head: Mapping[str, Tensor] | None,
+        model: Any,
+        own: Any,
     ) -> tuple[Any, ...]:
         """What it is made of by itself, with its parameters: `apart.py` puts it together.
 
         Args:
-            head: of a classifier (labels, dim); else None, and the model's.
+            head: of a classifier, its weight (labels, dim) and bias (labels,); else None, and the model's.
             own: what a tensor or module that it gets is to be, of the one that there is.
         """
         for name, tensor in tensors.items():
@@ -177,7 +200,9 @@ class Mirror:
             self.module.set_input_embeddings(own(model.get_input_embeddings()))
             for field in ("vocab_size", "pad_token_id"):
                 setattr(self.module.config, field, getattr(self.base, field))
-        whole = own(model.get_output_embeddings()) if head is None else linear_of(own(head))
+        whole = (
+            own(model.get_output_embeddings()) if head is None else linear_of(**{k: own(t) for k, t in head.items()})
+        )
         projected = None if projection is None else linear_of(own(projection))
         return self.module.train(model.training), projected, whole, head is not None
 
@@ -201,8 +226,8 @@ def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
     return loss
 
 
-def linear_of(W: Tensor) -> nn.Linear:
-    """A linear layer without bias that has W (out, in) for its weight."""
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = W  # type: ignore[assignment]
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer of these (out, in), (out,)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight, layer._parameters["bias"] = weight, bias  # type: ignore[assignment]
     return layer

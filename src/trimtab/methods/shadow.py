@@ -144,10 +144,11 @@ class Shadow(Method):
 
     def state(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The shadow state that comes to this block; where its forward is repeated, that of the forward."""
-        repeated, states, term = torch._C._current_graph_task_id() != -1, seen.setdefault("states", {}), self.term
+        repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        states = seen.setdefault("states", {})
         if self.position == 0:
-            s = self.first(seen, h, given)
-            self.term = term if repeated else self.term
+            s, term = self.first(seen, h, given)
+            self.term = self.term if repeated else term
             return s
         if not repeated:
             states[self.position] = (seen["s"], torch.is_grad_enabled())
@@ -156,8 +157,8 @@ class Shadow(Method):
             raise RouteError("Whole blocks with a shadow are repeated by checkpointing with use_reentrant=False only.")
         return s
 
-    def first(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """The first shadow state (rows, tokens, dim); in training its own loss is noted."""
+    def first(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The first shadow state (rows, tokens, dim), and in training its own loss."""
         if self.small is None:
             self.small = beside(self.options, self.peers, seen["model"], inside=True)
         self.small.module.train(self.training)
@@ -168,8 +169,7 @@ class Shadow(Method):
         weight, inputs = self.options.auxiliary_loss_weight, seen["inputs"]
         own = self.training and weight and inputs.get("labels") is not None
         loss = self.small.loss(s, self.head(), inputs, seen["model"]) if own else None
-        self.term = None if loss is None else weight * loss
-        return s
+        return s, None if loss is None else weight * loss
 
     def projection(self) -> Tensor | None:
         """Of the small model's width to the blocks' (dim, its width), where they differ."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tests.diffusion import Plain, batch, build, out
 from trimtab import LoraConfig, PeftModel, ShadowConfig, get_peft_model
@@ -154,7 +155,17 @@ def test_half_precision_and_another_adapter() -> None:
     assert torch.equal(model(**inputs, return_dict=False)[0], said)
 
 
-def test_the_base_may_be_trained_beside_its_cut_copy() -> None:
+def test_a_quantised_base_is_read_as_numbers() -> None:
+    base, plain = build("flux2"), shadowed("flux2")
+    quantize_(base, Int8WeightOnlyConfig())
+    model = get_peft_model(base, ShadowConfig(init_weights=False)).eval()
+    held = dict(model.base_model.shadow_backbone["default"].named_parameters())
+    for name, parameter in plain.base_model.shadow_backbone["default"].named_parameters():
+        torch.testing.assert_close(held[name], parameter, rtol=0, atol=0.02)
+    assert out(model, "flux2").isfinite().all()
+
+
+def test_a_start_from_the_base_is_a_copy() -> None:
     """A Flux2's start is a copy: nothing of the base moves with it."""
     model = shadowed("flux2")
     before = {n: p.clone() for n, p in model.get_base_model().named_parameters() if "shadow_" not in n}

@@ -39,6 +39,9 @@ class Small(Protocol):
     def project(self, W: Tensor) -> Tensor:
         """Give a projection W (dim, width) of what it says its starting values."""
 
+    def head(self, model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what makes labels of what it says, by name."""
+
     def say(
         self, tensors: Mapping[str, Tensor], h: Tensor, given: Mapping[str, Any], seen: Mapping[str, Any], site: Site
     ) -> Tensor:
@@ -58,8 +61,8 @@ class Small(Protocol):
         """A loss of s by itself, of what the model is called with; None: there is none."""
 
 
-def beside(config: Any, sites: Sequence[Site], model: nn.Module, inside: bool = False) -> Any:
-    """The small model (`Small`) that a config has beside the blocks at `sites` of a base model.
+def beside(config: Any, sites: Sequence[Site], model: nn.Module, inside: bool = False) -> Small:
+    """The small model that a config has beside the blocks at `sites` of a base model.
 
     Args:
         inside: it is to be called in the base's forward, and to share its cache.
@@ -77,7 +80,7 @@ def beside(config: Any, sites: Sequence[Site], model: nn.Module, inside: bool = 
     return FluxMirror(config, block, model) if is_flux(model) else Tokens(config, widths.pop())
 
 
-def start(small: Any, model: nn.Module, tensors: Mapping[str, Tensor], projection: Tensor | None) -> None:
+def start(small: Small, model: nn.Module, tensors: Mapping[str, Tensor], projection: Tensor | None) -> None:
     """Give a small model's tensors, a projection of what it says and other tensors beside them their values."""
     values = small.values(model)
     for name, tensor in tensors.items():
@@ -90,7 +93,7 @@ def start(small: Any, model: nn.Module, tensors: Mapping[str, Tensor], projectio
         small.project(projection)
 
 
-def alone(small: Any, *of: Any) -> Any:
+def alone(small: Small, *of: Any) -> Any:
     """A small model by itself, of what `Mirror.parts` takes: a model of transformers."""
     if not isinstance(small, Mirror):
         raise NotImplementedError("The shadow of such a model is no model by itself: it reads hidden states.")

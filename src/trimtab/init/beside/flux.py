@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, RouteError
+from trimtab.formats import weights
 
 # What turns the model's inputs into hidden states, and tells it the time.
 STEM = ("x_embedder", "context_embedder", "time_guidance_embed", "pos_embed")
@@ -113,8 +114,8 @@ def cut(name: str, W: Tensor, shape: tuple[int, ...], sizes: Mapping[str, tuple[
 
 def of_base(small: Any, base: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of every parameter of a smaller model, out of the base."""
-    own, around = small.config, re.compile(r"\.(base_layer|original_module)(?=\.)")  # other adapters
-    whole = {around.sub("", name): parameter for name, parameter in base.named_parameters()}
+    own, around = small.config, re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # other adapters
+    layers = {around.sub("", path): layer for path, layer in base.named_modules()}
     sizes = {"h": (width(base.config), width(own)), "m": (inside(base.config), inside(own))}
     rows = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     places = {stack: chosen(base.config[count], own[count]) for stack, count in rows.items()}
@@ -122,7 +123,9 @@ def of_base(small: Any, base: Any) -> Iterator[tuple[str, Tensor]]:
         first, _, rest = name.partition(".")
         place, _, last = rest.partition(".")
         source = f"{first}.{places[first][int(place)]}.{last}" if first in places else name
-        yield name, cut(name, whole[source].detach(), tuple(parameter.shape), sizes)
+        path, _, kind = source.rpartition(".")
+        W = weights.read(layers[path], layers[path]._parameters[kind])
+        yield name, cut(name, W.detach(), tuple(parameter.shape), sizes)
 
 
 class Outside(nn.Module):
@@ -236,6 +239,10 @@ class FluxMirror:
             read: Any = type(model)
             return dict(DetachedFluxShadowModel(read.from_pretrained(self.ready)).named_parameters())
         return {f"model.{name}": value for name, value in of_base(self.module.model, model)}
+
+    def head(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """It has none."""
+        return {}
 
     def say(self, tensors: Mapping[str, Tensor], h: Tensor, given: Mapping[str, Any], seen: Any, site: Site) -> Tensor:
         """The first state (rows, tokens, width), of the hidden states that the first block reads."""

@@ -60,6 +60,10 @@ class Tokens:
         """What they start from."""
         return dict(self.module.named_parameters())
 
+    def head(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """It has none."""
+        return {}
+
     def say(self, tensors: Mapping[str, Tensor], h: Tensor, given: Any, seen: Any, site: Site) -> Tensor:
         """The first state (rows, tokens, width), of the hidden states that the first block reads."""
         said: Tensor = functional_call(self.module, dict(tensors), (h,))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.config import PeftConfig
 from trimtab.core.dropout import Dropout, mixed, rows_of
-from trimtab.core.site import Site
+from trimtab.core.site import Site, Sites
 from trimtab.errors import ConfigError, ReadOnlyWeight
 
 INPUT_EMBEDDING = "(input embedding)"  # a default target: wherever the model looks up its tokens
@@ -196,12 +196,12 @@ class Method:
 
     # ------------------------------------------------------------------ to override
     @classmethod
-    def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
+    def share(cls, config: Any, sites: Sites) -> Leaves:
         """Tensors an adapter keeps once for all its sites; a formula reads them by `self.shared`."""
         return {}
 
     @classmethod
-    def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
+    def start_shared(cls, config: Any, sites: Sites, shared: Mapping[str, Tensor]) -> None:
         """Give the shared tensors their starting values."""
 
     @classmethod

@@ -181,13 +181,13 @@ class Graft:
             )
         if tensors is None:
             if not meta:
-                start(adapter, self.commons)
+                start(adapter, self.commons, self.model)
             return
         own = slots.slots(self.base, self.commons, adapter)
         wanted = [*own, *slots.embeddings(self.base, adapter, reading=True)]
         values = tensors(wanted)
         if not meta and (any(s.on_disk() not in values for s in own) or adapter.method.mutates(adapter.config)):
-            start(adapter, self.commons)  # what the file does not say starts as it would anew
+            start(adapter, self.commons, self.model)  # what the file does not say starts as it would anew
         for slot in wanted:
             if slot.on_disk() in values:
                 slot.put(values[slot.on_disk()])

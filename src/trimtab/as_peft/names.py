@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import Any
 
 import trimtab
-from trimtab.as_peft import classes
+from trimtab.as_peft import classes, shown
 from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.methods import METHODS, config_class
+
+shown.show()
 
 # The modules of peft that are no method's. A package answers for what its modules hold, as in peft.
 MODULES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -251,6 +252,8 @@ class Method:
     together: ClassVar[Callable[..., Sequence[Tensor] | None] | None] = None
     # At a site that is a module as a whole: its call, (self, run, call, *args, **kwargs) -> what it returns instead.
     around: ClassVar[Callable[..., Any] | None] = None
+    # Where the layer keeps more than its parameters: (self) -> a block in which it runs with what the method has of it.
+    standing: ClassVar[Callable[..., AbstractContextManager[None]] | None] = None
     # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.

@@ -224,10 +224,10 @@ def start(adapter: Adapter, commons: Mapping[str, Leaves], model: nn.Module) -> 
 
 
 def kind_of(site: Site, autocast: bool) -> Kind:
-    """Number format and device of adapters at a site: fp32 where whole numbers or half precision cannot be trained."""
+    """Number format and device of adapters at a site: fp32 where 8 bits or half precision cannot be trained."""
     stored = site.stored(site.param)
     dtype = torch.float32 if stored is None else stored.dtype
-    wide = (autocast and dtype in HALF) or not dtype.is_floating_point
+    wide = (autocast and dtype in HALF) or not dtype.is_floating_point or dtype.itemsize == 1
     return torch.float32 if wide else dtype, site.device
 
 

@@ -16,7 +16,7 @@ from trimtab.core.io import reading
 from trimtab.core.report import warn
 from trimtab.errors import AdapterFileError, ConfigError, PeftError
 from trimtab.files import experts, store
-from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
+from trimtab.files.codec import PREFIX, Prompt, Slot, aligned, copies_held, fit, unsound
 from trimtab.files.conversion import Names
 from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft, find_graft
@@ -60,6 +60,7 @@ class Source:
     ) -> None:
         self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
         self.result: Any = None
+        self.trainable = trainable
         if (graft := find_graft(model)) is not None:
             graft.look()
         self.names = Names(model, dict(model.named_modules()) if graft is None else graft.base.modules)
@@ -94,6 +95,9 @@ class Source:
         """Check the tensors against the adapter's slots; those that fit, by their keys on disk."""
         from torch.nn.modules.module import _IncompatibleKeys
 
+        parts = [s.holder.method.unfinished for s in slots if isinstance(s.holder, Prompt)] if self.trainable else []
+        if any(parts):
+            raise AdapterFileError(f"The file holds the finished prompt, not {parts[0]}.")
         tensors = aligned(slots, self.tensors, self.adapter, PREFIX, self.names.today)
         found = fit(slots, tensors)
         if self.strict or (found.mismatched and not self.ignore_mismatched):

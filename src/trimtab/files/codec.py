@@ -173,14 +173,12 @@ def sharded(value: Tensor, like: Any) -> Tensor:
 
 def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:
     """(key in memory, key on disk) of a leaf of the layer at `path`, both without prefix."""
-    memory, disk = _endings(template, adapter)
-    return f"{path}.{memory}", f"{path}.{disk}"
+    return f"{path}.{template.format(adapter)}", f"{path}.{_disk(template)}"
 
 
 @lru_cache(1024)
-def _endings(template: str, adapter: str) -> tuple[str, str]:
-    disk = ON_DISK.get(template, template.replace(".{}", ".default" if template.startswith(NAMED) else ""))
-    return template.format(adapter), disk
+def _disk(template: str) -> str:
+    return ON_DISK.get(template, template.replace(".{}", ".default" if template.startswith(NAMED) else ""))
 
 
 def shared_keys(name: str, adapter: str) -> tuple[str, str]:

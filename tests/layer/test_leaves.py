@@ -48,7 +48,6 @@ def test_what_others_put_among_them_is_told_the_mode() -> None:
     model = adapted()
     layer = model.base_model.model.up
     layer.lora_A.add_module("foreign", nn.Sequential(nn.Dropout(0.5)))
-    layer.lora_A.default.add_module("inside", nn.Dropout(0.5))
     layer.other = nn.Dropout(0.5)
     for mode in (False, True):
         model.train(mode)

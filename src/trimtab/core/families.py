@@ -15,7 +15,6 @@ from trimtab.core.kernels import delta_linear, grouped
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError, PeftWarning
-from trimtab.formats import room
 
 
 def wide(M: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ class LowRank(Method):
         """W + s·B·A (..., out, in); one pass over W, which bounds a merge, where formats allow it."""
         A, B = (wide(M) for M in self.matrices)
         if W.ndim == 2 and A.dtype == B.dtype == W.dtype:
-            return torch.addmm(W, B, A, alpha=self.scaling, out=room.spare(W, W.dtype))
+            return torch.addmm(W, B, A, alpha=self.scaling)
         return W + self.delta()
 
     @staticmethod

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ReadOnlyWeight
-from trimtab.formats import room
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,9 +66,7 @@ class Format:
         Raises:
             ReadOnlyWeight: this format cannot be written.
         """
-        own = room.spare(value, old.dtype) if value.dtype != old.dtype and value.device == old.device else None
-        new = value.to(device=old.device, dtype=old.dtype) if own is None else own.copy_(value)
-        return nn.Parameter(new, requires_grad=old.requires_grad)
+        return nn.Parameter(value.to(device=old.device, dtype=old.dtype), requires_grad=old.requires_grad)
 
     def dtype(self, layer: nn.Module, weight: Any) -> torch.dtype | None:
         """What the layer computes in; None: in whatever its input is."""

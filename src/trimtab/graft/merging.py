@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from trimtab.core.report import warn
 from trimtab.errors import NotMergeable
-from trimtab.formats import room
 from trimtab.graft import stack
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
@@ -40,12 +38,10 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
         )
         return False
     done: list[AdaptedLayer] = []
-    layers = list(base.layers.values())
     try:
-        with _room(layers) if len({*merged, *chosen}) == 1 else contextlib.nullcontext():  # what is on the way has none
-            for layer in progress(layers):
-                layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
-                done.append(layer)
+        for layer in progress(list(base.layers.values())):
+            layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
+            done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -55,13 +51,6 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
     if not keep:
         settle(base)
     return untied
-
-
-def _room(layers: Sequence[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
-    """Room for new weights of the format that the first layer's is stored in."""
-    stored = (site.stored(site.param) for layer in layers for site in layer.sites.values())
-    first = next((weight for weight in stored if weight is not None), None)
-    return contextlib.nullcontext() if first is None else room.opened(first.dtype)
 
 
 def settle(base: Base) -> None:

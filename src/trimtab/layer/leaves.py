@@ -183,13 +183,13 @@ CONTAINERS, LEAVES = (Group, Leaves), frozenset({Leaf, LinearLeaf})
 
 
 def strangers(modules: Iterable[Any]) -> list[nn.Module]:
-    """What others have put among the containers of a layer: it has a mode of its own."""
+    """What others have put among the containers of a layer (not inside leaves): it has a mode of its own."""
     found, pending = [], list(modules)
     for module in pending:  # it grows
-        if type(module) in LEAVES or isinstance(module, CONTAINERS):
-            if inside := module._modules:
-                pending += inside.values()
-        elif module is not None:
+        if isinstance(module, CONTAINERS):
+            inside = module._modules.values()
+            pending += () if LEAVES.issuperset(map(type, inside)) else inside
+        elif type(module) not in LEAVES and module is not None:
             found.append(module)
     return found
 

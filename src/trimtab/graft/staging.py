@@ -228,7 +228,7 @@ def kind_of(site: Site, autocast: bool) -> Kind:
     stored = site.stored(site.param)
     dtype = torch.float32 if stored is None else stored.dtype
     wide = (autocast and dtype in HALF) or not dtype.is_floating_point or dtype.itemsize == 1
-    return torch.float32 if wide else dtype, site.device
+    return torch.float32 if wide else dtype, site.device if stored is None else stored.device
 
 
 def trains(leaf: Leaf) -> bool:

@@ -16,8 +16,9 @@ from trimtab.core.io import reading
 from trimtab.core.report import warn
 from trimtab.errors import AdapterFileError, ConfigError, PeftError
 from trimtab.files import experts, store
-from trimtab.files.codec import PREFIX, Prompt, Slot, aligned, copies_held, fit, unsound
+from trimtab.files.codec import PREFIX, Prompt, Slot, aligned, copies_held, fill, fit
 from trimtab.files.conversion import Names
+from trimtab.files.soundness import unsound
 from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell import mixtures
@@ -111,9 +112,10 @@ class Source:
             warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
         if found.unexpected:
             warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
-        memory = {slot.on_disk(): slot.in_memory() for slot in slots}
         misfits = {key: None for key, _, _ in found.mismatched}
-        self.result = _IncompatibleKeys([memory[key] for key in (*found.missing, *misfits)], found.unexpected)
+        lost = [*found.missing, *misfits]
+        memory = {slot.on_disk(): slot.in_memory() for slot in slots} if lost else {}
+        self.result = _IncompatibleKeys([memory[key] for key in lost], found.unexpected)
         return {key: tensor for key, tensor in tensors.items() if key not in misfits}
 
     def refill(self, graft: Graft) -> None:
@@ -124,9 +126,7 @@ class Source:
             values = self(slots)
         if self.config is not None:
             adopt(adapter, self.config)
-        for slot in slots:
-            if slot.on_disk() in values:
-                slot.put(values[slot.on_disk()])
+        fill(slots, values, checked=True)
         complete(adapter)
         self.resume(graft)
 

@@ -75,7 +75,7 @@ fresh:
 	@PYTHON=$(PYTHON) tools/fresh.sh
 
 bench: $(VENV)/.stamp $(ORACLE)/.stamp
-	@set -e; for script in bench/layer_forward.py bench/adapter_count.py bench/method_step.py "bench/method_step.py --all-linear" bench/qlora.py bench/step.py "bench/step.py --dropout 0.05" "bench/step.py --dtype bfloat16" bench/decode.py bench/mixed_generation.py bench/many_jobs.py bench/adapter_store.py bench/end_to_end.py "bench/step.py --grid"; do echo "== $$script"; PYTHONPATH=$(ORACLE) OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python $$script $(ARGS); done
+	@set -e; for script in bench/layer_forward.py bench/adapter_count.py "bench/adapter_count.py --real" bench/method_step.py "bench/method_step.py --all-linear" bench/qlora.py bench/step.py "bench/step.py --dropout 0.05" "bench/step.py --dtype bfloat16" bench/decode.py bench/mixed_generation.py bench/many_jobs.py bench/adapter_store.py bench/end_to_end.py "bench/step.py --grid"; do echo "== $$script"; PYTHONPATH=$(ORACLE) OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python $$script $(ARGS); done
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,12 @@
 """Nothing grows with the number of adapters: 196 LoRA sites, 2 adapters against 100 (law 4).
 
     python bench/adapter_count.py [--few 2] [--many 100] [--blocks 15] [--peft]
-    python bench/adapter_count.py --real [--present 32] [--blocks 15] [--peft]
+    python bench/adapter_count.py --real [--present 2,32,1000] [--blocks 15] [--peft]
 
 `--peft` adds the same figures of Hugging Face PEFT, where it can be imported (slow: it adds adapters in linear time).
 `--real` times the same operations, merging and unmerging on SmolLM2-135M with so many adapters present: r=8 on q and v,
-and r=16 on all linear layers. "among all" switches through all adapters, most of which are not in the module tree.
+r=16 on all linear layers as far as memory allows, r=1 there for as many sites with few numbers. "among all" switches
+through all adapters, most of which are not in the module tree.
 """
 
 from __future__ import annotations
@@ -160,25 +161,32 @@ class Real(Arm):
         return once(self.model.unmerge_adapter)
 
 
-def real(libraries: list[str], present: int, blocks: int) -> str:
-    """The table of the operations on SmolLM2-135M, all libraries interleaved in this process."""
-    acts = [*ACTS[:5], "set_adapter_among_all", "merge_adapter", "unmerge_adapter"]
+SETTINGS = [(8, "qv"), (16, "all"), (1, "all")]  # (rank, targets)
+ROOM = 4e9  # bytes that adapters of one arm may take
+PATIENCE = 32  # adapters that PEFT is given at most: it adds them in linear time
+
+
+def real(libraries: list[str], present: list[int], blocks: int) -> str:
+    """The table of the operations on SmolLM2-135M, libraries and numbers of adapters interleaved in this process."""
+    acts = [*ACTS[:5], "set_adapter_among_all", "train_mode", "merge_adapter", "unmerge_adapter"]
     said = []
-    for rank, targets in ((8, "qv"), (16, "all")):
+    for rank, targets in SETTINGS:
         arms, folders = {}, []
-        for name in libraries:
+        for count, name in [(count, name) for count in present for name in libraries]:
+            one = next(iter(arms.values()), None)
+            size = 0 if one is None else 4 * sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+            if count * size > ROOM or (name == "peft" and count > PATIENCE):
+                continue
             folders.append(tempfile.TemporaryDirectory())
-            arms[name] = Real(importlib.import_module(name), present, folders[-1].name, rank, targets)
+            arms[f"{name}, {count}"] = Real(importlib.import_module(name), count, folders[-1].name, rank, targets)
         rows = []
         for act in acts:
             runs: dict[str, Callable[[], float]] = {name: getattr(arm, act) for name, arm in arms.items()}
             interleaved(runs, 2)  # warm
             found = interleaved(runs, blocks)
-            rows.append([act, *(f"{median_ms(found[name]):.2f}" for name in libraries)])
-        title = (
-            f"r={rank}, {targets} linear layers, {present} adapters present: processor time, ms, medians of {blocks}"
-        )
-        said.append(f"{title}\n\n{table(['', *libraries], rows)}")
+            rows.append([act, *(f"{median_ms(found[name]):.2f}" for name in arms)])
+        title = f"r={rank}, {targets} linear layers, adapters present: processor time, ms, medians of {blocks}"
+        said.append(f"{title}\n\n{table(['', *arms], rows)}")
         for folder in folders:
             folder.cleanup()
     return "\n\n".join(said)
@@ -192,16 +200,17 @@ def main() -> int:
     parser.add_argument("--loaded", type=int, default=300, help="adapters whose memory is measured")
     parser.add_argument("--peft", action="store_true", help="measure PEFT as well (at most 10 adapters)")
     parser.add_argument("--real", action="store_true", help="time the operations on SmolLM2-135M")
-    parser.add_argument("--present", type=int, default=32, help="adapters present there")
+    parser.add_argument("--present", default="2,32,1000", help="adapters present there")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     parser.add_argument("--memory-of", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.real:
-        text_of = real(["trimtab", *(["peft"] if options.peft else [])], options.present, options.blocks)
+        present = [int(count) for count in options.present.split(",")]
+        text_of = real(["trimtab", *(["peft"] if options.peft else [])], present, options.blocks)
         title_of = "Operations on SmolLM2-135M with many adapters present, fp32, one thread"
         if options.write:
-            write("adapter_operations", title_of, text_of)
+            write("adapter_count-real", title_of, text_of)
         else:
             print(f"{title_of}\n\n{text_of}")
         return 0

@@ -10,6 +10,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
+from tests import diffusion
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -248,3 +250,19 @@ def test_a_pipeline_loads_weighs_fuses_and_unloads_files(tmp_path):
     assert torch.equal(run(p), plain)
     p.load_lora_weights(tmp_path / "one", adapter_name="one")
     assert close(run(p), files["one"])
+
+
+def test_a_shadow_beside_a_transformer(tmp_path):
+    from peft import PeftModel, ShadowConfig, get_peft_model
+    from peft.tuners.shadow.diffusion_models import Flux2ShadowBackend, get_diffusion_shadow_backend
+
+    flux = diffusion.build("flux2")
+    assert get_diffusion_shadow_backend(flux) is Flux2ShadowBackend
+    assert get_diffusion_shadow_backend(transformer()) is None
+    for name in ("flux2", "sd3"):
+        model = get_peft_model(diffusion.build(name), ShadowConfig(init_weights=False)).eval()
+        said = diffusion.out(model, name)
+        assert not close(said, diffusion.out(diffusion.build(name), name))
+        model.save_pretrained(tmp_path / name)
+        again = PeftModel.from_pretrained(diffusion.build(name), tmp_path / name)
+        assert close(diffusion.out(again, name), said)

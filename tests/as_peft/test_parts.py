@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, MontecloraConfig, ShiraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, ShiraConfig, get_peft_model
 from peft.auto import check_import_allowlist, get_default_import_allowlist
 from peft.helpers import MontecloraTrainerMixin
 from peft.tuners.shira.mask_functions import random_mask
@@ -105,3 +105,13 @@ def test_monteclora_needs_no_trainer_of_its_own(tmp_path):
         losses.append(trainer.compute_loss(model, batch).detach())
     with model.disable_adapter():
         assert losses[0] == losses[1] != model(**batch).loss.detach()  # the adapter's own term is in it, once
+
+
+def test_a_tuner_shows_the_budget_of_its_ranks():
+    config = AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, tinit=1, tfinal=1, total_step=10)
+    tuner = get_peft_model(llama(), config).base_model
+    assert [tuner.rankallocator.budget_schedule(step)[1] for step in (0, 3, 9)] == [False, True, True]
+    assert tuner.trainable_adapter_name == "default"
+    assert tuner.model.model.layers[0].self_attn.q_proj.quantization_backend is None
+    plain = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model
+    assert not hasattr(plain, "rankallocator")

@@ -7,8 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import Trainer, TrainingArguments
+from peft import (
+    AdaLoraConfig,
+    CPTConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    TrainableTokensConfig,
+    XLoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.as_peft import tiny
 
@@ -96,6 +109,93 @@ def test_the_best_model_comes_back_at_the_end(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = min(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+FAMILIES = {
+    "whole": lambda: LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, modules_to_save=["lm_head"]),
+    "tokens": lambda: LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, trainable_token_indices=[3, 4]),
+    "tokens-alone": lambda: TrainableTokensConfig(task_type=TaskType.CAUSAL_LM, token_indices=list(range(4, 20))),
+    "prompt": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4),
+    "prefix": lambda: PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4),
+    "examples": lambda: CPTConfig(
+        task_type=TaskType.CAUSAL_LM, cpt_token_ids=[5, 9, 3, 8], cpt_tokens_type_mask=[1, 2, 3, 4]
+    ),
+    "ranks": lambda: AdaLoraConfig(
+        task_type=TaskType.CAUSAL_LM, total_step=8, tinit=1, tfinal=2, init_r=4, target_r=2, target_modules=["q_proj"]
+    ),
+}
+NETWORKS = {
+    "projected": lambda: PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
+    ),
+    "encoded": lambda: PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=16),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_resumes_where_it_stopped(tmp_path, family):
+    trained = []
+    for folder, start in (("whole", None), ("again", str(tmp_path / "whole" / "checkpoint-2"))):
+        model = get_peft_model(tiny.llama(), FAMILIES[family]())
+        trainer = Trainer(model=model, args=arguments(tmp_path / folder, learning_rate=0.05), train_dataset=data())
+        trainer.train(resume_from_checkpoint=start)
+        trained.append(get_peft_model_state_dict(model))
+    assert trained[0].keys() == trained[1].keys()
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, atol=2e-6, rtol=0)
+
+
+def test_a_router_among_adapters_resumes_where_it_stopped(tmp_path):
+    for name in ("0", "1"):
+        adapted(init_lora_weights=False).save_pretrained(tmp_path / name)
+    trained = []
+    for folder, start in (("whole", None), ("again", str(tmp_path / "whole" / "checkpoint-2"))):
+        adapters = {name: str(tmp_path / name) for name in ("0", "1")}
+        config = XLoraConfig(task_type=TaskType.CAUSAL_LM, hidden_size=32, adapters=adapters)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.llama(use_cache=False), config)
+        trainer = Trainer(model=model, args=arguments(tmp_path / folder, learning_rate=0.05), train_dataset=data())
+        trainer.train(resume_from_checkpoint=start)
+        trained.append(get_peft_model_state_dict(model))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, atol=2e-6, rtol=0)
+
+
+class FirstIsBest(TrainerCallback):
+    """Whatever the losses say."""
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        metrics["eval_age"] = state.global_step
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NETWORKS])
+def test_the_best_model_of_every_family_comes_back(tmp_path, family):
+    """Also of prompts whose file has what comes out of a network, not the network: they are used from then on."""
+    model = get_peft_model(tiny.llama(), {**FAMILIES, **NETWORKS}[family]())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_age", "greater_is_better": False}
+    settings = arguments(tmp_path, learning_rate=0.5, eval_strategy="steps", eval_steps=2, **best)
+    sets = {"train_dataset": data(), "eval_dataset": data(8)}
+    trainer = Trainer(model=model, args=settings, callbacks=[FirstIsBest()], **sets)
+    trainer.train()
+    first, last = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert first != pytest.approx(last, abs=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(first, abs=1e-5)
+    trainer.save_model(str(tmp_path / "best"))
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path / "best")
+    ids = tiny.batch(2)
+    torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_training_does_not_go_on_from_what_came_out_of_a_network(tmp_path, family):
+    for start in (None, str(tmp_path / "checkpoint-2")):
+        model = get_peft_model(tiny.llama(), NETWORKS[family]())
+        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data())
+        if start is None:
+            trainer.train()
+            continue
+        with pytest.raises(RuntimeError, match=r"not the .* it came from"):
+            trainer.train(resume_from_checkpoint=start)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

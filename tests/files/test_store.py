@@ -375,3 +375,47 @@ def test_a_start_that_changed_the_base_becomes_a_plain_lora(name: str, rslora: b
     assert plain.peft_config["default"].init_lora_weights is True
     torch.testing.assert_close(plain(IDS), model(IDS), rtol=1e-4, atol=1e-5)
     assert torch.equal(plain.base_model.model.up.base_layer.weight, toy().up.weight)
+
+
+# ---------------------------------------------------------------------- reading
+FORMATS = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("odd", [[], [torch.complex64], [torch.float8_e4m3fn]], ids=["plain", "complex", "eight_bits"])
+def test_tensors_are_read_as_safetensors_reads_them(odd: list[torch.dtype], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 5), (), (0, 4), (1,), (7,), (2, 1, 3)]
+    tensors = {f"{d}.{i}": (9 * torch.randn(s)).to(d) for d in [*FORMATS, *odd] for i, s in enumerate(shapes)}
+    save_file(tensors, tmp_path / store.WEIGHTS, metadata={"format": "pt"})
+    own, theirs = load_peft_weights(tmp_path), load_file(tmp_path / store.WEIGHTS)
+    assert own.keys() == theirs.keys() == tensors.keys()
+    for key, value in own.items():
+        assert (value.dtype, value.shape, value.device) == (theirs[key].dtype, theirs[key].shape, theirs[key].device)
+        assert torch.equal(value.reshape(-1).view(torch.uint8), theirs[key].reshape(-1).view(torch.uint8))
+        assert value.is_contiguous()
+
+
+def test_numbers_that_lie_across_the_boundaries_of_their_format_are_read(tmp_path: Path) -> None:
+    """Some programs do not fill up the head to a multiple of eight."""
+    head = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}})
+    head += " " * (3 - len(head) % 4)
+    values = torch.tensor([1.5, -2.0, 3.25])
+    content = len(head).to_bytes(8, "little") + head.encode() + values.numpy().tobytes()
+    (tmp_path / store.WEIGHTS).write_bytes(content)
+    assert torch.equal(load_peft_weights(tmp_path)["a"], values)
+
+
+def test_what_is_read_can_be_changed_and_the_file_stays(folder: Path) -> None:
+    before = (folder / store.WEIGHTS).read_bytes()
+    for tensor in load_peft_weights(folder).values():
+        tensor.fill_(7)
+    assert (folder / store.WEIGHTS).read_bytes() == before

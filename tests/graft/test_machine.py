@@ -277,15 +277,18 @@ class World:
                 parameter.zero_()
 
     def moves(self, rng: random.Random) -> None:
+        self.moves_to(rng.choice([torch.float32, torch.float64]))
+
+    def moves_to(self, dtype: torch.dtype) -> None:
         reference = self.reference
-        reference.dtype = rng.choice([torch.float32, torch.float64])
+        reference.dtype = dtype
         self.model.to(reference.dtype)
         reference.base = {k: v.to(reference.dtype) for k, v in reference.base.items()}
         for known in reference.adapters.values():
             known.to(reference.dtype)
         if reference.merged:  # a merged weight has been rounded by itself: start from the originals again
             names = reference.merged
-            self.unmerge(rng)
+            self.unmerge(random.Random(0))
             self.model.merge_adapter(names)
             reference.merged = names
 
@@ -354,8 +357,21 @@ def test_what_deleted_adapters_of_many_configs_leave_behind_does_not_grow(tmp_pa
     assert counts[3] <= counts[1] + 50, counts
 
 
-def held(world: World) -> tuple[int, int, int]:
-    """(traced bytes, objects of the collector, numbers in parameters) with one adapter of a given size left."""
+@dataclass
+class Held:
+    """What there is with one adapter of a given size left.
+
+    Resident memory tells nothing here: what allocators keep of freed memory differs from run to run.
+    """
+
+    tensors: int  # live ones, of whoever
+    bytes: int  # of their storages, each counted once
+    objects: int  # of the collector
+    numbers: int  # in parameters
+    traced: int  # bytes of Python objects, which the collector does not see all of
+
+
+def held(world: World) -> Held:
     world.unmerge(random.Random(0))
     name = world._new()
     world.model.add_adapter(name, LoraConfig(r=2, target_modules=["up", "down"]))
@@ -365,14 +381,19 @@ def held(world: World) -> tuple[int, int, int]:
         world.model.delete_adapter(other)
         del world.reference.adapters[other]
     world.reference.active, world.saved = [name], []
+    world.moves_to(torch.float64)
     gc.collect()
+    objects = gc.get_objects()
+    tensors = [o for o in objects if issubclass(type(o), Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     numbers = sum(p.numel() for p in world.model.parameters())
-    return tracemalloc.get_traced_memory()[0], len(gc.get_objects()), numbers
+    return Held(len(tensors), sum(storages.values()), len(objects), numbers, tracemalloc.get_traced_memory()[0])
 
 
 @pytest.mark.slow
-def test_two_thousand_operations_leave_memory_flat(tmp_path: Path) -> None:
-    world, rng, seen = World(tmp_path), random.Random(11), []
+@pytest.mark.parametrize("seed", [11, 12])
+def test_two_thousand_operations_leave_memory_flat(seed: int, tmp_path: Path) -> None:
+    world, rng, seen = World(tmp_path), random.Random(seed), []
     tracemalloc.start()
     try:
         for i in range(2001):
@@ -381,7 +402,9 @@ def test_two_thousand_operations_leave_memory_flat(tmp_path: Path) -> None:
             world.do(rng.choice([*OPERATIONS, "add", "add"]), rng.randrange(1 << 30))
     finally:
         tracemalloc.stop()
-    (_, _, first), _, (warm, objects, _), *_, (last, then, numbers) = seen
-    assert numbers == first
-    assert then <= objects + 300, seen  # some of what is kept is bounded, not constant
-    assert last <= warm + 50_000, seen
+    first, warm, *_, last = seen  # what is made once is there after the first 500 operations
+    assert last.numbers == first.numbers
+    assert last.tensors <= warm.tensors + 4, seen  # a leak of one an operation would be 1,500
+    assert last.bytes <= 2 * warm.bytes, seen
+    assert last.objects <= warm.objects + 300, seen  # some of what is kept is bounded, not constant
+    assert last.traced <= warm.traced + 100 * 1500, seen  # 100 bytes an operation

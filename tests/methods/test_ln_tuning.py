@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -46,3 +48,41 @@ def test_of_two_the_outermost_counts() -> None:
     model.add_adapter("b", LNTuningConfig(target_modules=["norm"]))
     model.set_adapter(["b", "default"])
     assert torch.equal(model(image()), alone)
+
+
+class Counted(torch.nn.Module):
+    """A batch norm that has seen some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(6)
+        self.out = torch.nn.Conv2d(6, 2, 1)
+        self.train()
+        self.norm(3 * torch.randn(4, 6, 5, 5) + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x))
+
+
+def test_a_copy_of_a_batch_norm_counts_for_itself() -> None:
+    """In training the copy's statistics move as a norm's by itself would, and the base's stay where they were."""
+    torch.manual_seed(0)
+    base = Counted().double()
+    plain, before = copy.deepcopy(base), {n: b.clone() for n, b in base.norm.named_buffers()}
+    model = adapted(LNTuningConfig(target_modules=["norm"]), base)
+    own = model.get_base_model().norm.ln_tuning_layers["default"]
+    plain.norm.weight.data, plain.norm.bias.data = own.weight.data, own.bias.data
+    for mode in (True, False):
+        model.train(mode), plain.train(mode)
+        same(model(image()), plain(image()))
+    for name, buffer in plain.norm.named_buffers():
+        same(getattr(own, name), buffer)
+        assert torch.equal(getattr(model.get_base_model().norm.base_layer, name), before[name])
+    merging_changes_nothing(model, image())
+    check_gradients(model, image())
+    with model.disable_adapter():
+        off = model(image())
+    merged = model.train().merge_and_unload().eval()
+    same(merged(image()), plain(image()))
+    merged.norm.weight.data.fill_(1), merged.norm.bias.data.zero_()
+    same(merged(image()), off)

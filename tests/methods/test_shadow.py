@@ -155,8 +155,8 @@ def test_in_our_loop_head_and_loss_are_one_step() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ReadOnlyWeight, match="cannot be merged"):
         shadowed().merge_adapter()
-    with pytest.raises(ConfigError, match="causal language models"):
-        ShadowConfig(task_type="TOKEN_CLS")
+    with pytest.raises(ConfigError, match="not for an encoder and a decoder"):
+        ShadowConfig(task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ConfigError, match="no model at 'no/model/here'"):
         get_peft_model(base(), ShadowConfig(shadow_model="no/model/here"))
     with pytest.raises(ConfigError, match="has sizes of its own: leave out shadow_hidden_size"):

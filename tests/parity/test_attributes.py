@@ -12,6 +12,7 @@ from torch import nn
 
 import trimtab
 from tests.parity.models import build
+from tests.parity.pairs import BOTH, adapt, quiet
 
 LORA = [
     "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "in_features",
@@ -219,3 +220,32 @@ def test_private_switches_of_a_layer() -> None:
         merged = inner._unload_and_optionally_merge(merge=True)
         torch.testing.assert_close(merged(ids).logits, before)
     assert found[0] == found[1]
+
+
+def test_what_is_active_is_a_list_at_layers() -> None:
+    found = []
+    for library in BOTH:
+        model = adapt(library, "llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+        model.add_adapter("other", library.LoraConfig(target_modules=["q_proj"]))
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        seen = [layer.active_adapter, model.active_adapter]
+        model.set_adapter("other")
+        found.append([*seen, layer.active_adapter, model.active_adapter, layer.cast_input_dtype_enabled])
+    assert found[0] == found[1] == [["default"], "default", ["other"], "other", True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_of_eight_bit_floats_are_in_fp32(dtype: torch.dtype, autocast: bool) -> None:
+    """Nothing can be computed, and no start drawn, in their own format: PEFT keeps it where it is not asked to upcast."""
+    formats = []
+    for library in BOTH:
+        base = build("llama")
+        layer = base.model.layers[0].self_attn.q_proj
+        layer.weight = torch.nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+        config = library.LoraConfig(target_modules=[r"layers.0.self_attn.q_proj"])
+        model = quiet(library.get_peft_model, base, config, autocast_adapter_dtype=autocast)
+        formats.append({p.dtype for p in model.parameters() if p.requires_grad})
+    ours, theirs = formats
+    assert ours == {torch.float32}
+    assert theirs == ({torch.float32} if autocast else {dtype})

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -204,3 +206,83 @@ def test_a_prompts_model_that_gets_a_lora_gets_a_tuner() -> None:
     assert trimtab.get_peft_model(BASES["llama"][0](), prompt).unload().__class__ is base.__class__
     assert model.unload() is base
     torch.testing.assert_close(base(input_ids=ids).logits, plain)
+
+
+def twins(base_name: str, method: str):
+    """One adapter in both libraries."""
+    base, (name, fields) = sharp(base_name), METHODS[method]
+    models = [
+        lib.get_peft_model(
+            copy.deepcopy(base), getattr(lib, name)(task_type=BASES[base_name][1], num_virtual_tokens=5, **fields)
+        ).eval()
+        for lib in (peft, trimtab)
+    ]
+    own = dict(models[0].prompt_encoder.named_parameters())
+    with torch.no_grad():
+        for key, parameter in models[1].prompt_encoder.named_parameters():
+            parameter.copy_(own[key])
+    return models
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "multitask", "cpt", "cartridge"])
+def test_what_a_pass_of_a_generation_is_given(method: str) -> None:
+    ids, mask = torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.long)
+    extras = {"task_ids": torch.tensor([1])} if method == "multitask" else {}
+    found = []
+    for model in twins("llama", method):
+        prepared = [model.prepare_inputs_for_generation(ids, past_key_values=DynamicCache(), **extras)]
+        cache = model.base_model(**prepared[0], use_cache=True).past_key_values
+        given = {"past_key_values": cache, "attention_mask": mask, "position_ids": torch.arange(3)[None]}
+        prepared.append(model.prepare_inputs_for_generation(ids, next_sequence_length=1, **given, **extras))
+        found.append([{k: v for k, v in p.items() if k not in ("position_ids", "past_key_values")} for p in prepared])
+        found[-1] += [[p["past_key_values"].get_seq_length() for p in prepared]]
+        begun = model.generate(max_new_tokens=3, do_sample=False, bos_token_id=1, **extras)
+        found[-1] += [begun.tolist()]
+    assert found[0][2:] == found[1][2:]
+    for theirs, ours in zip(found[0][:2], found[1][:2], strict=True):
+        assert theirs.keys() == ours.keys()
+        for key in theirs:
+            assert theirs[key] is ours[key] is None or torch.equal(theirs[key].to(ours[key]), ours[key]), key
+
+
+@pytest.mark.parametrize("base_name", ["llama", "gpt2", "bert"])
+def test_positions_behind_a_prefix(base_name: str) -> None:
+    """A row's positions are its own: both count them on from the prefix, as the model does by itself."""
+    ids, places = torch.tensor([[7, 8, 9], [3, 4, 5]]), torch.tensor([[0, 1, 2], [2, 3, 4]])
+    theirs, ours = (m(input_ids=ids, position_ids=places).logits for m in twins(base_name, "prefix"))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("base_name", "method"), [("bert", "prompt"), ("gpt2", "prompt"), ("gpt2", "prefix")])
+def test_positions_and_types_of_tokens_act(base_name: str, method: str) -> None:
+    """PEFT leaves positions out, and for causal models the types; here they are the model's to read."""
+    ids = torch.tensor([[7, 8, 9]])
+    facts = {"token_type_ids": torch.ones_like(ids)} if base_name == "gpt2" else {"position_ids": ids}
+    changes = [
+        (m(input_ids=ids, **facts).logits - m(input_ids=ids).logits).abs().max().item()
+        for m in twins(base_name, method)
+    ]
+    assert changes[0] == 0 < 1e-3 < changes[1]
+
+
+def test_the_loss_of_a_token_classifier() -> None:
+    """That of the row's own tokens, as the model itself forms it; PEFT's has labels of another length."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base, ids = BertForTokenClassification(BertConfig(vocab_size=64, **sizes)), torch.tensor([[7, 8, 9]])
+    labels, models = torch.tensor([[0, 1, 0]]), []
+    for library in (peft, trimtab):
+        config = library.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=5)
+        models.append(library.get_peft_model(copy.deepcopy(base), config).eval())
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        models[0](input_ids=ids, labels=labels)
+    out = models[1](input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits[0, -3:], labels[0]))
+
+
+def test_the_mask_of_a_decoder_s_next_pass_has_the_prefix() -> None:
+    shapes = []
+    for model in twins("t5", "prefix"):
+        mask = torch.ones(1, 3, dtype=torch.long)
+        out = model.prepare_inputs_for_generation(torch.tensor([[0, 8, 9]]), decoder_attention_mask=mask)
+        shapes.append((out["past_key_values"].get_seq_length(), out["decoder_attention_mask"].shape[1]))
+    assert shapes == [(5, 3), (5, 8)]

@@ -352,3 +352,56 @@ def test_fields() -> None:
     assert {f.name for f in dataclasses.fields(trimtab.ShadowConfig)} == {
         f.name for f in dataclasses.fields(peft.ShadowConfig)
     }
+
+
+ENCODERS = {
+    "bert": {}, "bert_token": {"task_type": "TOKEN_CLS"}, "bert_seq": {"task_type": "SEQ_CLS"},
+    "bert_qa": {"task_type": "QUESTION_ANS"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("fields", [{}, {"shadow_hidden_size": 8}, {"share_embeddings": False}])
+def test_encoders(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT must be told their blocks; a classifier's own loss is one of its last token in both."""
+    models = []
+    for library in BOTH:
+        torch.manual_seed(11)
+        fields = {"target_modules": r".*layer\.\d+", "shadow_dropout": 0.0, **ENCODERS[name], **fields}
+        config = library.ShadowConfig(**fields)
+        models.append(quiet(library.get_peft_model, build(name), config).eval())
+    ours, theirs = models
+    assert trainable(ours) == trainable(theirs)
+    stir(theirs, 0.1)
+    held = dict(ours.named_parameters())
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                held[key].copy_(parameter)
+    inputs = batch(name)
+    if name == "bert_seq":
+        inputs["labels"] = torch.arange(len(inputs["input_ids"])) % 2
+        inputs["attention_mask"] = (inputs["input_ids"] != build(name).config.pad_token_id).long()
+    found = []
+    for model in (ours.train(), theirs):  # theirs has its own loss in evaluation, too
+        out = model(**inputs)
+        (out.loss if "labels" in inputs else out[0].square().mean()).backward()
+        found.append((out[0], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    near(found[0][0], found[1][0])
+    all_near(found[0][1], found[1][1])
+    alone = [model.unload_shadow().eval()(**inputs) for model in (ours.eval(), theirs)]
+    near(*(out if isinstance(out, torch.Tensor) else out.logits for out in alone))
+    for model, folder in ((ours, "0"), (theirs, "1")):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert weights_file(tmp_path / "0").keys() == weights_file(tmp_path / "1").keys()
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    for folder in "01":
+        for library in BOTH:
+            read = quiet(library.PeftModel.from_pretrained, build(name), str(tmp_path / folder)).eval()
+            near(read(**inputs)[1 if "labels" in inputs else 0], theirs(**inputs)[1 if "labels" in inputs else 0])
+
+
+def test_the_first_state_has_a_loss_of_its_own_in_two_tasks_only() -> None:
+    ours, theirs = (quiet(lib.get_peft_model, build("llama"), lib.ShadowConfig(shadow_dropout=0.0)) for lib in BOTH)
+    inputs = batch("llama")
+    near(ours.train()(**inputs, labels=inputs["input_ids"]).loss, theirs(**inputs, labels=inputs["input_ids"]).loss)

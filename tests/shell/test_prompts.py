@@ -7,7 +7,15 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from tests.models import classifier
 from trimtab import (
@@ -229,3 +237,60 @@ def test_the_loss_of_context_tuning_comes_first():
     named = model(**given, labels=given["input_ids"])
     assert list(named)[:2] == ["loss", "logits"]
     assert model(**given, labels=given["input_ids"], return_dict=False)[0] == named[0] == named.loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
+@torch.no_grad()
+def test_a_loop_by_hand_generates_what_generate_does(kind, told):
+    """What is prepared for each pass has the prompt until the cache has it; the mask and positions count it always."""
+    model, ids = adapted(kind), torch.tensor([[0, 7, 8, 9], [20, 3, 31, 5]])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    mask = (ids != 0).long()
+    want = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    cache = DynamicCache(config=model.config)
+    for step in range(5):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        fresh = {"next_sequence_length": ids.shape[1] if step == 0 else 1} if told else {}
+        prepared = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, attention_mask=mask, position_ids=places, use_cache=True, **fresh
+        )
+        out = model.base_model(**prepared)
+        cache = out.past_key_values
+        ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    assert torch.equal(ids, want)
+    with model.disable_adapter():
+        assert model.prepare_inputs_for_generation(ids)["input_ids"].shape == ids.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generation_without_inputs_begins_with_the_models_first_token(kind):
+    model = adapted(kind)
+    begun = model.generate(input_ids=torch.tensor([[2]]), max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(bos_token_id=2, max_new_tokens=4, do_sample=False), begun)
+    model.generation_config.bos_token_id = 2
+    assert torch.equal(model.generate(max_new_tokens=4, do_sample=False), begun)
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match="`bos_token_id` has to be defined"):
+        model.generate(max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_positions_are_the_inputs_own_and_move_behind_the_prompt(name, kind):
+    """Given as the model would count them by itself, they change nothing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    if name == "llama":
+        base, start = llama(), 0
+    elif name == "bert":
+        base, start = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)), 0
+    else:
+        base, start = RobertaForSequenceClassification(RobertaConfig(vocab_size=64, **sizes)), 2
+    model = get_peft_model(base, kind(task_type=None, num_virtual_tokens=4)).eval()
+    ids = torch.tensor([[7, 8, 9], [5, 6, 7]])
+    places = torch.arange(start, start + 3).expand(2, -1)
+    torch.testing.assert_close(model(input_ids=ids, position_ids=places).logits, model(input_ids=ids).logits)

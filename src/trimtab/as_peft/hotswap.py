@@ -119,7 +119,7 @@ def _put(slot: Slot, value: Tensor | None, compiled: bool) -> None:
         return
     if value.shape == own.shape:
         own.copy_(value)
-    elif _within(value, own) and (compiled or getattr(slot.method, "padded", False)):
+    elif _within(value, own) and (compiled or slot.method.padded):
         own.zero_()[tuple(slice(n) for n in value.shape)].copy_(value)
     else:
         own.data, own.grad = value.to(own).clone(), None

@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import Any
 
 import trimtab
-from trimtab.as_peft import classes
+from trimtab.as_peft import classes, shown
 from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.methods import METHODS, config_class
+
+shown.show()
 
 # The modules of peft that are no method's. A package answers for what its modules hold, as in peft.
 MODULES = {
@@ -23,7 +25,7 @@ MODULES = {
     "peft.tuners.shira": "mask_functions",
     "peft.tuners.adamss": "asa_callback utils",
     "peft.tuners.poly": "router",
-    "peft.tuners.shadow": "layers",
+    "peft.tuners.shadow": "diffusion_models layers",
     "peft.tuners.waveft": "constants waverec2d wavelet",
     "peft.tuners.xlora": "classifier",
     **{f"peft.tuners.{method}": "utils" for method in ("adaption_prompt", "c3a", "cartridge", "osf")},
@@ -32,6 +34,11 @@ MODULES = {
     "peft.utils": "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types"
     " quantization_utils save_and_load transformers_weight_conversion warning",
 }
+
+DIFFUSION = (
+    "DiffusionShadowBackend", "Flux2ShadowBackend", "freeze_flux_stem_embeddings", "get_diffusion_shadow_backend",
+    "validate_pretrained_flux_shadow",
+)  # fmt: skip
 
 # peft's name: where trimtab has it, under which name.
 ALIASES = {
@@ -78,8 +85,10 @@ ALIASES = {
     "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
-    "DetachedShadowModel": "trimtab.init.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
+    "DetachedShadowModel": "trimtab.init.beside.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
     **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
+    "DetachedFluxShadowModel": "trimtab.init.beside.flux:DetachedFluxShadowModel",
+    **{name: f"trimtab.as_peft.diffusion:{name}" for name in DIFFUSION},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
 }
 

@@ -117,6 +117,7 @@ class PromptMethod(ModelMethod):
     """
 
     cached: ClassVar[bool] = False
+    unfinished: str = ""  # while the prompt comes out of a network: how one trains on from a file, which lacks that
 
     def prompt(self, call: Call) -> Tensor:
         """The prompt: (virtual tokens, dim), or (virtual tokens, layers · 2 · dim) where `cached`.
@@ -130,7 +131,7 @@ class PromptMethod(ModelMethod):
         return {PROMPT: self.prompt(Call())}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Take what a file has under a key as the parameters."""
+        """Take what a file has under a key as the parameters; a network it came out of is let go."""
         raise NotImplementedError
 
 

@@ -5,6 +5,7 @@ A kind of layer is one class: how its weight lies in memory, and how the layer m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -270,6 +271,14 @@ class EmbeddingSite(Site):
         """Looked-up rows as the layer's own output scales them (Gemma's embed_scale)."""
         scale = getattr(self.layer, "embed_scale", None)
         return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
+
+
+class Sites(list[Site]):
+    """The sites of one adapter in the model's order, and the model they are in."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
+        super().__init__(sites)
+        self.model = model
 
 
 # One line a kind of layer: the first that fits is it. Parameters without a layer of their own are named, not found.

@@ -59,10 +59,17 @@ def inside(names: Collection[str] | None, name: str) -> bool:
 
 
 def blocks(paths: Iterable[str]) -> dict[str, int]:
-    """Of the paths of a model's modules, those of the blocks of its one stack, and their places in it."""
-    expression = re.compile(r"(?:\D*\.)?(?:layers|h|blocks)\.(\d+)")
-    found = ((path, expression.fullmatch(path)) for path in paths)
-    return {path: int(match.group(1)) for path, match in found if match}
+    """Of the paths of a model's modules, those of the blocks of its one stack, and their places in it.
+
+    Of a diffusion model's two, the one whose blocks see text and image as one sequence.
+    """
+    paths = list(paths)
+    for names in ("layers|h|blocks", "single_transformer_blocks", "transformer_blocks"):
+        expression = re.compile(rf"(?:\D*\.)?(?:{names})\.(\d+)")
+        found = ((path, expression.fullmatch(path)) for path in paths)
+        if stack := {path: int(match.group(1)) for path, match in found if match}:
+            return stack
+    return {}
 
 
 def layer_index(name: str, pattern: Collection[str] | str | None) -> int | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.fields import LARGEST
-from trimtab.core.method import leaf_template
+from trimtab.core.method import Method, leaf_template
 from trimtab.core.targets import matches
 from trimtab.errors import AdapterFileError
 from trimtab.formats import offload
@@ -45,7 +46,7 @@ class Prompt:
     method: Any
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """One tensor of an adapter: its key in the model's state dict, its key on disk, and where it lives.
 
@@ -64,11 +65,11 @@ class Slot:
     state: bool = False  # of the state of training: kept in checkpoints, not in the adapter's file
     echo: bool = False  # a tied layer keeps the tensor, and its file has it there, too
 
-    def on_disk(self, prefix: str = "base_model.model.") -> str:
+    def on_disk(self, prefix: str = PREFIX) -> str:
         """The whole key on disk; `prefix` is what stands before a module's path."""
-        return self._prefix(prefix) + self.disk
+        return (self._prefix(prefix) if self.bare or self.shared else prefix) + self.disk
 
-    def in_memory(self, prefix: str = "base_model.model.") -> str:
+    def in_memory(self, prefix: str = PREFIX) -> str:
         """The whole key in a state dict of the object whose keys have `prefix`."""
         return self._prefix(prefix) + self.memory
 
@@ -90,20 +91,26 @@ class Slot:
         """The tensor, or one that stands for it, in its shape on disk."""
         if self.method is None:
             return tensor
-        if getattr(self.method, "padded", False):  # held in more room than its rank, for hot-swapping
+        if self.method.padded:  # held in more room than its rank, for hot-swapping
             tensor = tensor[tuple(slice(n) for n in self.method.declared[self.leaf].shape)]
         packed: Tensor = self.method.pack(self.leaf, tensor)
         return packed if (times := self._times) == 1 else packed / times
 
     def unpacked(self, value: Tensor) -> Tensor:
         """A value from disk in the shape it has here."""
-        if self.method is None:
+        if self._as_it_is:
             return value
         unpacked: Tensor = self.method.unpack(self.leaf, value)
-        if getattr(self.method, "padded", False) and unpacked.ndim == (own := self.get()).ndim:
+        if self.method.padded and unpacked.ndim == (own := self.get()).ndim:
             room = [max(n - m, 0) for n, m in zip(own.shape, unpacked.shape, strict=True)]
             unpacked = nn.functional.pad(unpacked, [side for n in reversed(room) for side in (0, n)])
         return unpacked if (times := self._times) == 1 else unpacked * times
+
+    @property
+    def _as_it_is(self) -> bool:
+        """Whether a value from disk is the tensor, number for number: so it is with most."""
+        method = self.method
+        return method is None or (type(method).unpack is Method.unpack and not (method.padded or method.site.reads))
 
     @property
     def _times(self) -> int:
@@ -113,16 +120,16 @@ class Slot:
     def takes(self, value: Tensor) -> bool:
         """Whether a value from disk fits; nothing is changed."""
         own = self.get()
-        return value.is_complex() == own.is_complex() and self.unpacked(value.to("meta")).shape == own.shape
+        shape = value.shape if self._as_it_is else self.unpacked(value.to("meta")).shape
+        return shape == own.shape and value.is_complex() == own.is_complex()
 
     @property
     def trains(self) -> bool:
         """Whether it is numbers of the adapter's own, or trained ones: a copied module may hold a mask as well."""
         return self.method is not None or self.shared or self.bare or isinstance(self.get(), nn.Parameter)
 
-    @torch.no_grad()
     def put(self, value: Tensor) -> None:
-        """Copy a value into the tensor; one that was built without storage takes the value itself."""
+        """Copy a value into the tensor, outside autograd; one that was built without storage takes the value itself."""
         if isinstance(self.holder, Prompt):
             self.holder.method.restore(self.name, value)
             return
@@ -138,7 +145,7 @@ class Slot:
         if isinstance(self.holder, nn.Module) and offload.hook(self.holder) is not None:  # the base's own
             offload.install(self.holder, {self.name: nn.Parameter(value.to(old.dtype), requires_grad=False)})
             return
-        if old.device.type != "meta":
+        if not old.is_meta:
             old.copy_(sharded(value, old))
             return
         new = value.to(dtype=old.dtype, device=value.device if self.method is None else self.method.site.device)
@@ -157,7 +164,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sharded(value: Tensor, like: Any) -> Tensor:
     """A whole value cut as `like` is, where that is sharded over processes; each process has the value, none sends."""
-    if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
+    if type(like) is nn.Parameter or not hasattr(like, "device_mesh") or hasattr(value, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -166,8 +173,12 @@ def sharded(value: Tensor, like: Any) -> Tensor:
 
 def leaf_keys(path: str, template: str, adapter: str) -> tuple[str, str]:
     """(key in memory, key on disk) of a leaf of the layer at `path`, both without prefix."""
-    disk = ON_DISK.get(template, template.replace(".{}", ".default" if template.startswith(NAMED) else ""))
-    return f"{path}.{template.format(adapter)}", f"{path}.{disk}"
+    return f"{path}.{template.format(adapter)}", f"{path}.{_disk(template)}"
+
+
+@lru_cache(1024)
+def _disk(template: str) -> str:
+    return ON_DISK.get(template, template.replace(".{}", ".default" if template.startswith(NAMED) else ""))
 
 
 def shared_keys(name: str, adapter: str) -> tuple[str, str]:
@@ -362,26 +373,12 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
     )
 
 
-def unsound(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> list[str]:
-    """The keys of tensors that are NaN, infinite or beyond all measure somewhere (fp16 ends at 65,504)."""
-    held: dict[str, Tensor] = {}
-    for slot in slots:
-        value = tensors.get(key := slot.on_disk(prefix))
-        if value is not None and value.is_floating_point() and value.numel() and slot.trains:
-            held[key] = value.float() if value.element_size() == 1 else value  # 8-bit floats have no operations
-    if not held:
-        return []
-    place = next(iter(held.values())).device  # a model may lie on several
-    extremes = [extreme.to(place, torch.float32) for value in held.values() for extreme in value.aminmax()]
-    sound = (torch.stack(extremes).view(-1, 2).abs() <= LARGEST).all(1).tolist()  # NaN is not, either
-    return [key for key, good in zip(held, sound, strict=True) if not good]
-
-
-def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
-    """Copy every tensor that has a slot of its shape."""
+@torch.no_grad()
+def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREFIX, checked: bool = False) -> None:
+    """Copy every tensor that has a slot of its shape; those that were `checked` all have."""
     for slot in slots:
         value = tensors.get(slot.on_disk(prefix))
-        if value is not None and slot.takes(value):
+        if value is not None and (checked or slot.takes(value)):
             slot.put(value)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +20,10 @@ from trimtab.errors import AdapterFileError, AdapterNameError
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 STATE = "training_state.safetensors"  # of a method that keeps more in training than its file has
+MAPPED = {  # number formats of safetensors that are read where they lie; the others are left to its own loader
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def check_name(adapter: str) -> None:
@@ -152,13 +159,42 @@ def rename(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) ->
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
+        if device == "cpu":
+            with safe_open(path, "pt"):  # which checks the head, and that the numbers are all there
+                pass
+            if (tensors := _mapped(path)) is not None:
+                return tensors
         return load_file(path, device=device)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(_unreadable(path, error)) from error
+
+
+def _mapped(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a sound safetensors file, as views of the file mapped into memory.
+
+    Adapters have hundreds of small tensors: safetensors' own loader takes three times as long for them. None where it
+    must do: formats that are rare, or numbers that lie across the boundaries of their format.
+    """
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written stays in this process
+    start = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:start])
+    head.pop("__metadata__", None)
+    numbers: dict[torch.dtype, Tensor] = {}  # the whole file in a format
+    tensors = {}
+    for key, entry in head.items():
+        dtype, shape = MAPPED.get(entry["dtype"]), entry["shape"]
+        begin = start + entry["data_offsets"][0]
+        if dtype is None or begin % dtype.itemsize:
+            return None
+        if dtype not in numbers:
+            numbers[dtype] = torch.frombuffer(content, dtype=dtype, count=len(content) // dtype.itemsize)
+        tensors[key] = numbers[dtype].narrow(0, begin // dtype.itemsize, math.prod(shape)).view(shape)
+    return tensors
 
 
 def _unreadable(path: Path, error: Exception) -> str:

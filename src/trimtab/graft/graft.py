@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from trimtab.core.model_method import ModelMethod, PromptMethod
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, NoMatchingPeftModuleError
-from trimtab.files.codec import Slot
+from trimtab.files.codec import Slot, fill
 from trimtab.files.store import check_name
 from trimtab.formats import weights
 from trimtab.graft import merging, prompts, slots
 from trimtab.graft.adapters import Adapter, Layout, complete, install, require_gradients
 from trimtab.graft.base import Base
-from trimtab.graft.nesting import Detours, chains, place
+from trimtab.graft.nesting import Detours, Named, rename
 from trimtab.graft.residents import Residents
 from trimtab.graft.staging import Stage, start
 from trimtab.layer.adapted import AdaptedLayer
@@ -41,6 +41,7 @@ class Graft:
         self.layouts: dict[str, Layout] = {}
         self.detours = Detours()
         self.untied = False  # a merge gave tied layers weights of their own
+        self.named: Named = []  # the layers as they were when they were told their names
         self.base = Base(model)
         weights.pin(model)
 
@@ -95,8 +96,9 @@ class Graft:
         lost = any(id(x) not in live for x in (*before.layers.values(), *before.saved.values()))
         stand = {id(x) for x in self.residents.layouts() if any(id(layer) in live for layer in x.layers)}
         for name, adapter in list(self.adapters.items()):
-            parts: list[Any] = [] if adapter.parked else [x for x in adapter.parts if id(x) in live]
-            here = id(adapter.layout) in stand if adapter.parked else any(name in x.adapters for x in parts)
+            parts = [] if adapter.parked else adapter.parts
+            held = (name in (x.methods if isinstance(x, AdaptedLayer) else x.adapters) for x in parts if id(x) in live)
+            here = id(adapter.layout) in stand if adapter.parked else any(held)
             if not here and adapter.prompt is None:
                 self._forget(adapter)
         return not lost or bool(live or self.adapters)
@@ -111,6 +113,7 @@ class Graft:
         trainable: bool | None = None,
         strict: bool = False,
         meta: bool = False,
+        looked: bool = False,
     ) -> Adapter:
         """Add an adapter.
 
@@ -123,13 +126,15 @@ class Graft:
             trainable: whether it starts trainable; by default unless the config says `inference_mode`.
             strict: targets that fit nothing are errors even when others fit.
             meta: build the tensors without storage; a state dict is loaded into them later.
+            looked: the model was read just now, and is as it was.
         """
         self._check_name(name)
         config = config.copy()
         config.check()
         method: Any = method_class(config)
         method.admit(config, [a.config for a in self.adapters.values() if a.method is method])
-        self.look()
+        if not looked:
+            self.look()
         stage = Stage(self.base, self.board)
         free = [] if self.adapters else [p for p in self.model.parameters() if p.requires_grad]
         trainable = not config.inference_mode if trainable is None else trainable
@@ -181,16 +186,14 @@ class Graft:
             )
         if tensors is None:
             if not meta:
-                start(adapter, self.commons)
+                start(adapter, self.commons, self.model)
             return
         own = slots.slots(self.base, self.commons, adapter)
         wanted = [*own, *slots.embeddings(self.base, adapter, reading=True)]
         values = tensors(wanted)
         if not meta and (any(s.on_disk() not in values for s in own) or adapter.method.mutates(adapter.config)):
-            start(adapter, self.commons)  # what the file does not say starts as it would anew
-        for slot in wanted:
-            if slot.on_disk() in values:
-                slot.put(values[slot.on_disk()])
+            start(adapter, self.commons, self.model)  # what the file does not say starts as it would anew
+        fill(wanted, values, checked=True)
         complete(adapter)
 
     def _commit(self, stage: Stage, adapter: Adapter) -> None:
@@ -213,10 +216,7 @@ class Graft:
 
     def _rename(self, new: Mapping[str, AdaptedLayer]) -> None:
         """Tell the layers their paths, which change when others come to stand around them."""
-        layers = [*self.base.layers.values(), *new.values()]
-        around = chains(layers)
-        for layer in layers:
-            layer.name = place(layer, around)
+        self.named = rename([*self.base.layers.values(), *new.values()], self.named)
 
     # ------------------------------------------------------------------ tensors by name
     def slots(self, adapter: Adapter) -> list[Slot]:

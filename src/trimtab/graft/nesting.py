@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from trimtab.graft import stack
 from trimtab.layer.adapted import AdaptedLayer
 
 Chains = dict[str, list[AdaptedLayer]]  # path of a module -> the layers around it, innermost first
+Named = list[tuple[AdaptedLayer, str]]  # layers, and the paths of their modules
 
 
 def chains(layers: Iterable[AdaptedLayer], adapter: str | None = None) -> Chains:
@@ -40,6 +41,20 @@ def place(layer: AdaptedLayer, around: Chains) -> str:
         outside = len(wrappers) - 1 - wrappers.index(layer) if path == layer.path else len(wrappers)
         segments += ["base_layer"] * outside
     return ".".join(segments)
+
+
+def rename(layers: Sequence[AdaptedLayer], before: Named) -> Named:
+    """Tell all adapted layers of a model their paths, which change when others come to stand around them.
+
+    Args:
+        before: what this gave last: where nothing has changed since, there is nothing to tell.
+    """
+    now = [(layer, layer.path) for layer in layers]
+    if now != before:
+        around = chains(layers)
+        for layer in layers:
+            layer.name = place(layer, around)
+    return now
 
 
 SHORT_WAYS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

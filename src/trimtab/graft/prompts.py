@@ -111,8 +111,8 @@ def complete(config: Any, model: Any, cached: bool) -> None:
 def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Call) -> Inputs:
     """A forward call's inputs with the prompt in front."""
     inputs = dict(inputs)
-    rows, device = _shape(inputs)
     count, decodes = config.num_virtual_tokens, bool(getattr(base.config, "is_encoder_decoder", False))
+    rows, device = _shape(inputs, *(("decoder_input_ids",) if decodes and method.cached else ()))
     if method.cached:
         if inputs.get("past_key_values") is not None:
             raise ValueError("A prefix fills the cache: `past_key_values` cannot be passed as well.")
@@ -120,6 +120,8 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Ca
             require_cache(config, base)
         inputs["past_key_values"] = prefilled(method.prompt(call), config, base, rows)
         _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
+        if inputs.get("position_ids") is not None:  # as the model itself counts on from a cache
+            inputs["position_ids"] = inputs["position_ids"] + count
         return inputs
     tokens = inputs.pop("input_ids", None)
     embeds = inputs.get("inputs_embeds")
@@ -134,8 +136,30 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Ca
         _extend(inputs, "labels", count, -100)
     places = inputs.get("position_ids")
     if places is not None:
-        ahead = torch.arange(count, device=device).expand(len(places), -1)
+        ahead = torch.arange(count, device=device) + places.amin(1, keepdim=True)  # some models count from 2
         inputs["position_ids"] = torch.cat([ahead, places + count], 1)
+    return inputs
+
+
+def prepared(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], kwargs: Inputs, call: Call) -> Inputs:
+    """What `base` prepares for the next pass of a generation; the prompt is in it until the cache has it."""
+    inputs: Inputs = base.prepare_inputs_for_generation(*args, **kwargs)
+    decodes, cache = bool(getattr(base.config, "is_encoder_decoder", False)), inputs.get("past_key_values")
+    if decodes and not method.cached:  # the encoder has had it
+        return inputs
+    held = 0 if cache is None else cache.get_seq_length()
+    if not held:
+        if method.cached:
+            inputs["past_key_values"] = None
+        return ({} if method.cached else {"input_ids": None}) | enter(method, config, base, inputs, call)
+    count = config.num_virtual_tokens
+    _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + count
+    if kwargs.get("next_sequence_length") is None:  # else the model has taken the new tokens
+        for name in ("decoder_input_ids",) if decodes else ("input_ids", "position_ids"):
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name][:, min(held - count, inputs[name].shape[1] - 1) :]
     return inputs
 
 
@@ -148,13 +172,15 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     if "inputs" in inputs:
         inputs["input_ids"] = inputs.pop("inputs")
     decodes, count = bool(getattr(base.config, "is_encoder_decoder", False)), config.num_virtual_tokens
+    settings = inputs.get("generation_config") or base.generation_config
+    if not decodes and inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        inputs["input_ids"] = _begin(inputs, settings, base, call)
     if not method.cached and (decodes or inputs.get("input_ids") is None):
         rows, device = _shape(inputs)
         ids: Any = inputs.get("input_ids", inputs.get("inputs_embeds"))
         inputs.setdefault("attention_mask", torch.ones(ids.shape[:2], dtype=torch.long, device=device))
         return base.generate(*args, **enter(method, config, base, inputs, call))
     field, mask = ("decoder_input_ids", "decoder_attention_mask") if decodes else ("input_ids", "attention_mask")
-    settings = inputs.get("generation_config") or base.generation_config
     _refuse(inputs, settings)
     rows, device = _shape(inputs)
     embedded = not decodes and inputs.get(field) is None
@@ -244,11 +270,22 @@ def _setting(name: str, inputs: Inputs, settings: Any) -> int:
     return int((getattr(settings, name, None) if value is None else value) or 1)
 
 
-def _shape(inputs: Inputs) -> tuple[int, torch.device]:
-    given = inputs.get("input_ids")
-    given = inputs.get("inputs_embeds") if given is None else given
+def _begin(inputs: Inputs, settings: Any, base: Any, call: Call) -> Tensor:
+    """The token (rows, 1) that a generation without inputs starts from."""
+    token = inputs.get("bos_token_id", settings.bos_token_id)
+    if token is None:
+        raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
+    tensors = [v for v in (*inputs.values(), *call.extras.values()) if isinstance(v, Tensor) and v.ndim]
+    return torch.full((len(tensors[0]) if tensors else 1, 1), token, dtype=torch.long, device=base.device)
+
+
+def _shape(inputs: Inputs, *others: str) -> tuple[int, torch.device]:
+    given = next((inputs[n] for n in ("input_ids", "inputs_embeds", *others) if inputs.get(n) is not None), None)
     if given is None:
-        raise ValueError("A prompt needs `input_ids` or `inputs_embeds` to stand in front of.")
+        raise ValueError(
+            "input_ids must be provided for Peft model generation: a prompt stands in front of them, or of "
+            "`inputs_embeds`."
+        )
     return len(given), given.device
 
 

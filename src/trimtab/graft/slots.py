@@ -27,9 +27,10 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         homes = {id(m.home) for x in layers if id(x) in there for m in x.methods[adapter.name]}
         layers = [x for x in layers if id(x) in there or id(x) in homes]
         saved = [x for x in saved if id(x) in there]
-    alone = chains(layers, adapter.name)
+    nested = any(layer.name != layer.path for layer in layers)
+    alone = chains(layers, adapter.name) if nested else {}
     for layer in layers:
-        own = place(layer, alone)
+        own = place(layer, alone) if nested else layer.name
         for method in layer.methods[adapter.name]:
             echo = method.home is not layer
             if echo and not (method.echoes and isinstance(method, adapter.method)):

@@ -11,7 +11,7 @@ from torch import nn
 
 from trimtab.core.method import Leaf, Method, leaf_template
 from trimtab.core.report import warn
-from trimtab.core.site import Site, site_class
+from trimtab.core.site import Site, Sites, site_class
 from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
@@ -78,7 +78,7 @@ class Stage:
         params = {t.name: t.param for t in targets if t.param}
         sites = {path: self._site(path, params.get(path, "")) for path in plans}
         own = [sites[path] for path, wanted in plans.items() if any(cls is method for cls, _, _ in wanted)]
-        layout.shared = method.share(config, own)
+        layout.shared = method.share(config, Sites(self.base.model, own))
         homes: dict[int, int] = {}
         keepers, at = method.joint(config, own), []  # at: the place of each of `own`
         for path, wanted in plans.items():
@@ -210,11 +210,11 @@ class Stage:
 
 
 @torch.no_grad()
-def start(adapter: Adapter, commons: Mapping[str, Leaves]) -> None:
+def start(adapter: Adapter, commons: Mapping[str, Leaves], model: nn.Module) -> None:
     """Give an adapter's tensors their starting values."""
     if adapter.layout.shared:
         shared = {name: common(commons, name, adapter.name) for name in adapter.layout.shared}
-        adapter.method.start_shared(adapter.config, [m.site for m in adapter.methods], shared)
+        adapter.method.start_shared(adapter.config, Sites(model, (m.site for m in adapter.methods)), shared)
     for layer in adapter.layers:
         for method in layer.methods[adapter.name]:
             if method.home is layer and (W := method.reset(method.options)) is not None:
@@ -224,11 +224,11 @@ def start(adapter: Adapter, commons: Mapping[str, Leaves]) -> None:
 
 
 def kind_of(site: Site, autocast: bool) -> Kind:
-    """Number format and device of adapters at a site: fp32 where whole numbers or half precision cannot be trained."""
+    """Number format and device of adapters at a site: fp32 where 8 bits or half precision cannot be trained."""
     stored = site.stored(site.param)
     dtype = torch.float32 if stored is None else stored.dtype
-    wide = (autocast and dtype in HALF) or not dtype.is_floating_point
-    return torch.float32 if wide else dtype, site.device
+    wide = (autocast and dtype in HALF) or not dtype.is_floating_point or dtype.itemsize == 1
+    return torch.float32 if wide else dtype, site.device if stored is None else stored.device
 
 
 def trains(leaf: Leaf) -> bool:

@@ -14,7 +14,7 @@ from trimtab.core.method import Method
 from trimtab.core.site import Site, plain_linear
 from trimtab.errors import RouteError
 from trimtab.formats import offload
-from trimtab.layer.leaves import Leaves, set_mode
+from trimtab.layer.leaves import Leaves, strangers
 from trimtab.layer.merging import Merging
 from trimtab.layer.mixed import Step, mixed_step
 from trimtab.layer.originals import Originals
@@ -44,6 +44,7 @@ class AdaptedLayer(Merging):
         self.methods: dict[str, tuple[Method, ...]] = {}  # of the adapters that are in the module tree
         self.shown: Mapping[str, Any] = {}  # attributes that methods, here now or before, show: {name: what makes it}
         self.containers: dict[str, Leaves] = {}  # by path below this layer
+        self.leaves_mode = [self.training]  # of all in them
         self.merged_adapters: list[str] = []
         self.originals = Originals(self)
         self.kept: tuple[Route, Step] | None = None  # how the last route was computed
@@ -82,7 +83,7 @@ class AdaptedLayer(Merging):
 
     def changed(self) -> None:
         """Adapters, merges or the base are others: how to compute is to be chosen anew."""
-        self.kept, self.company, self.alone = None, (), False
+        self.__dict__.update(kept=None, company=(), alone=False)
 
     def join(self, other: AdaptedLayer) -> None:
         """Note that another layer was called with this one's input, right after it."""
@@ -200,8 +201,9 @@ class AdaptedLayer(Merging):
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Training or evaluation mode."""
         self.base_layer.train(mode)
-        self.training = mode
-        set_mode([child for name, child in self.named_children() if name != "base_layer"], mode)
+        self.training = self.leaves_mode[0] = mode
+        for module in strangers(m for name, m in self._modules.items() if name != "base_layer"):
+            module.train(mode)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

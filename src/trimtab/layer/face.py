@@ -30,7 +30,10 @@ class Face(Switched):
         sites: the frozen layer's adapted parameters, by name.
         methods: of the adapters that are in the module tree.
         merged_adapters: those that are part of the base's weights now.
+        cast_input_dtype_enabled: accepted for PEFT's sake; an input is never copied into an adapter's number format.
     """
+
+    cast_input_dtype_enabled = True
 
     base_layer: nn.Module
     param: str

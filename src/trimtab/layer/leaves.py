@@ -9,24 +9,45 @@ from torch import Tensor, nn
 
 from trimtab.layer.views import View
 
-BLANK = nn.Module().__dict__
+BLANK = {name: value for name, value in nn.Module().__dict__.items() if name != "training"}
 FRESH = [(name, type(value)) for name, value in BLANK.items() if isinstance(value, dict | set)]
+
+
+def _training(module: nn.Module) -> bool:
+    mode: bool = module.__dict__["mode"][0]
+    return mode
+
+
+def _train(module: nn.Module, mode: bool) -> None:
+    module.__dict__.setdefault("mode", [mode])[0] = mode
+
+
+# Training or evaluation mode, one for all that a layer has of adapters: `mode` is a list of one that they share. To
+# switch it costs the same however many adapters there are.
+MODE: Any = property(_training, _train)
 
 
 class Leaf(nn.Module):
     """Holds the tensors of one leaf of one adapter under their own names."""
 
-    def __init__(self) -> None:
+    training = MODE
+
+    def __init__(self, mode: list[bool]) -> None:
         # What nn.Module's own start leaves: that takes ten times as long, and adapters come with hundreds of these.
-        self.__dict__.update(BLANK)
-        self.__dict__.update({name: kind() for name, kind in FRESH})
+        own = self.__dict__
+        own.update(BLANK)
+        for name, kind in FRESH:
+            own[name] = kind()
+        own["mode"] = mode
 
 
 class LinearLeaf(nn.Linear):
     """A leaf whose weight is a matrix: to other libraries a Linear layer like any other."""
 
-    def __init__(self, weight: Tensor) -> None:
-        Leaf.__init__(self)  # type: ignore[arg-type]
+    training = MODE
+
+    def __init__(self, mode: list[bool], weight: Tensor) -> None:
+        Leaf.__init__(self, mode)  # type: ignore[arg-type]
         self.__dict__["out_features"], self.__dict__["in_features"] = weight.shape
         self._parameters.update(weight=None, bias=None)  # in the order every Linear layer has them
 
@@ -34,9 +55,11 @@ class LinearLeaf(nn.Linear):
 class Group(nn.Module):
     """What stands between a layer and containers of it; it shows the settings of adapters as the layer does."""
 
+    training = MODE
+
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer
+        self.__dict__.update(layer=layer, mode=layer.leaves_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -57,9 +80,13 @@ class Leaves(nn.Module):
         layer: the layer that the container belongs to, or None; it knows the adapters that are parked.
     """
 
+    training = MODE
+
     def __init__(self, layer: Any = None) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # past nn.Module's setattr: a parent is no child
+        if layer is not None:
+            self.__dict__["mode"] = layer.leaves_mode
 
     @staticmethod
     def at(layer: nn.Module, path: str) -> Leaves:
@@ -81,14 +108,15 @@ class Leaves(nn.Module):
         Returns:
             Where it is registered, and its key there.
         """
-        trained = isinstance(tensor, nn.Parameter)
+        trained = type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)  # whose own check is slow
         if not name:
             store: dict[str, Any] = self._parameters if trained else self._buffers
             store[adapter] = tensor
             return store, adapter
         leaf = self._modules.get(adapter)
         if leaf is None:
-            leaf = LinearLeaf(tensor) if name == "weight" and tensor.ndim == 2 else Leaf()
+            mode = self.__dict__["mode"]
+            leaf = LinearLeaf(mode, tensor) if name == "weight" and tensor.ndim == 2 else Leaf(mode)
             self._modules[adapter] = leaf
         if trained:
             leaf._parameters[name] = tensor  # type: ignore[assignment]
@@ -151,16 +179,27 @@ class Leaves(nn.Module):
         return [self[name] for name in self]
 
 
-OURS = frozenset({Leaf, LinearLeaf, Group, Leaves})
+CONTAINERS, LEAVES = (Group, Leaves), frozenset({Leaf, LinearLeaf})
 
 
-def set_mode(modules: Iterable[nn.Module], mode: bool) -> None:
-    """`module.train(mode)` for containers of adapters, which are many; what others have put there does it by itself."""
-    pending = list(modules)
-    while pending:
-        module = pending.pop()
-        if type(module) not in OURS:
-            module.train(mode)
-            continue
-        module.__dict__["training"] = mode
-        pending += module._modules.values()  # type: ignore[arg-type]
+def strangers(modules: Iterable[Any]) -> list[nn.Module]:
+    """What others have put among the containers of a layer (not inside leaves): it has a mode of its own."""
+    found, pending = [], list(modules)
+    for module in pending:  # it grows
+        if isinstance(module, CONTAINERS):
+            inside = module._modules.values()
+            pending += () if LEAVES.issuperset(map(type, inside)) else inside
+        elif type(module) not in LEAVES and module is not None:
+            found.append(module)
+    return found
+
+
+def in_training(module: nn.Module) -> bool:
+    """Whether a module or one inside is in training mode."""
+    pending = [module]
+    for each in pending:  # it grows
+        if each.training:
+            return True
+        if inside := each._modules:
+            pending += [m for m in inside.values() if m is not None]
+    return False

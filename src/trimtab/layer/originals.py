@@ -46,9 +46,10 @@ class Originals:
         if param in self.held:
             taker = self.takers.get(param)
             return self.pristine[param] if taker is not None and taker not in self.merged else self.held[param]
-        return offload.parameters(self.layer).get(param) if param in self.layer._parameters else getattr(
-            self.layer, param, None
-        )  # fmt: skip
+        layer = self.layer
+        if param not in layer._parameters:
+            return getattr(layer, param, None)
+        return layer._parameters[param] if offload.hook(layer) is None else offload.parameters(layer)[param]
 
     def others(self, active: Collection[str], enabled: bool = True) -> dict[str, Any]:
         """The parameters to compute with instead of those at rest, where these adapters are active; mostly none."""

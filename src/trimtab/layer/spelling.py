@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -96,8 +97,10 @@ def fold(stack: Stack) -> dict[Site, tuple[Tensor, Tensor | None]]:
 
 def weighed(stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The layer run with the stack's weights: the spelling that every method has."""
-    ((site, (W, b)),) = fold(stack).items()
-    return site.run(W, b, *args, **kwargs)
+    stands = [m for m in stack if m.standing is not None]
+    with stands[-1].standing() if stands else contextlib.nullcontext():  # type: ignore[misc]
+        ((site, (W, b)),) = fold(stack).items()
+        return site.run(W, b, *args, **kwargs)
 
 
 def surrounded(stack: Stack, base: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> Any:

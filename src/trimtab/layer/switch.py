@@ -45,10 +45,9 @@ class Switched(nn.Module):
         return list(self.standing().at(self.own)[0])
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter in use here, or the list of them where there are several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+    def active_adapter(self) -> list[str]:
+        """The adapters in use here; in PEFT's layers, too, this is a list even of one."""
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:

@@ -68,7 +68,8 @@ class CPT(PromptMethod):
     def reset(self, config: Any, base: Any) -> None:
         table = base.get_input_embeddings()
         C = table(torch.tensor(config.cpt_token_ids, device=table.weight.device))
-        self.restore("", C.detach())
+        self.embedding.weight.data.copy_(C.detach())
+        self.delta_embedding.weight.data.zero_()
 
     def prompt(self, call: Call) -> Tensor:
         delta, moves = self.delta_embedding.weight, self._types() % 4 != 0
@@ -90,8 +91,13 @@ class CPT(PromptMethod):
         return torch.where(limits > LEAST, limits * scale, limits)
 
     def restore(self, name: str, value: Tensor) -> None:
-        self.embedding.weight.data.copy_(value)
-        self.delta_embedding.weight.data.zero_()
+        """Training goes on inside the balls around the examples' own embeddings, where the file's prompt is in them."""
+        delta = value.to(self.embedding.weight) - self.embedding.weight.data
+        inside = bool((delta.norm(dim=1) <= self._limits().to(delta) * (1 + 1e-3)).all())
+        if self.options.inference_mode or not inside:
+            self.embedding.weight.data.copy_(value)
+            delta = torch.zeros_like(delta)
+        self.delta_embedding.weight.data.copy_(delta)
 
     def around(self, forward: Callable[..., Any], inputs: dict[str, Any], call: Call) -> Any:
         labels = inputs.pop("labels", None)  # those of the examples are -100 as yet

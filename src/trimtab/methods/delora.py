@@ -17,6 +17,7 @@ from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
+from trimtab.errors import ConfigError
 
 LEAST = 1e-4  # norms below count as this
 
@@ -40,6 +41,8 @@ class DeloraConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DELORA
+        if self.r <= 0:
+            raise ConfigError(f"`r` must be a positive integer; got {self.r}.")
 
     def resolve(self, name: str) -> DeloraConfig:
         """This config with the rank and λ that the patterns give the module `name`."""

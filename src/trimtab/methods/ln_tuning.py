@@ -1,10 +1,17 @@
-"""LN tuning (Zhao et al. 2023, https://arxiv.org/abs/2312.11420).   W' = θ,   b' = φ: a copy of a norm's own."""
+"""LN tuning (Zhao et al. 2023, https://arxiv.org/abs/2312.11420).   W' = θ,   b' = φ: a copy of a norm's own.
+
+A norm that keeps means m and variances v of batches is copied with these (μ, σ²), counted for itself in training. That
+is the norm with its own statistics and   W' = θ √(v + ε) / √(σ² + ε),   b' = φ + θ (m - μ) / √(σ² + ε).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trimtab.core.config import LayerConfig, PeftType
@@ -40,6 +47,9 @@ class LNTuningConfig(LayerConfig):
         self.peft_type = PeftType.LN_TUNING
 
 
+MEAN, VARIANCE, COUNT = "running_mean", "running_var", "num_batches_tracked"
+
+
 class LNTuning(Method):
     """The layer's weight and bias in its own layout; of several active copies the outermost counts."""
 
@@ -53,20 +63,60 @@ class LNTuning(Method):
         leaves = {"ln_tuning_layers.weight": Leaf(tuple(site.store(site.matrix()).shape))}  # (...)
         if site.bias() is not None:
             leaves["ln_tuning_layers.bias"] = Leaf((site.fan_out,))  # (out,)
+        if counts(site):
+            for name in (MEAN, VARIANCE):
+                leaves[f"ln_tuning_layers.{name}"] = Leaf((site.fan_out,), train=False, buffer=True)  # (out,)
+            leaves[f"ln_tuning_layers.{COUNT}"] = Leaf((), train=False, dtype=torch.int64)  # ()
         return leaves
 
     def setup(self, config: Any) -> None:
         self.biased = self.site.bias() is not None
+        self.counts = counts(self.site)
 
     def reset(self, config: Any) -> None:
         self.ln_tuning_layers.copy_(self.site.store(self.site.matrix()))
         if self.biased:
             self.ln_tuning_layers_bias.copy_(self.site.bias())
+        if self.counts:
+            for name in (MEAN, VARIANCE, COUNT):
+                getattr(self, f"ln_tuning_layers_{name}").copy_(self.site.layer._buffers[name])
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """A block in which the layer, in training, has the copy's statistics for its own."""
+        held = self.site.layer._buffers
+        own = dict(held)
+        if self.counts and self.training:
+            held.update({n: self.places[f"ln_tuning_layers_{n}"][0][n] for n in (MEAN, VARIANCE, COUNT)})
+        try:
+            yield
+        finally:
+            held.update(own)
+
+    def ratio(self) -> Tensor | int:
+        """√(v + ε) / √(σ² + ε), (out,)."""
+        if not self.counts:
+            return 1
+        layer: Any = self.site.layer
+        ratio: Tensor = (layer._buffers[VARIANCE] + layer.eps) / (self.ln_tuning_layers_running_var + layer.eps)
+        return ratio.sqrt()
 
     def weight(self, W: Tensor) -> Tensor:
-        theta: Tensor = self.ln_tuning_layers
+        theta: Tensor = self.ln_tuning_layers * self.ratio()
         theta = (theta.mT if self.site.flipped else theta).reshape(W.shape[0], -1)
         return self.site.dense(theta).reshape(W.shape).to(W.dtype)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
-        return self.ln_tuning_layers_bias if self.biased else b
+        if not self.biased:
+            return b
+        phi: Tensor = self.ln_tuning_layers_bias
+        if not self.counts:
+            return phi
+        layer: Any = self.site.layer
+        moved = layer._buffers[MEAN] - self.ln_tuning_layers_running_mean
+        return phi + self.ln_tuning_layers * moved / (self.ln_tuning_layers_running_var + layer.eps).sqrt()
+
+
+def counts(site: Site) -> bool:
+    """Whether the layer is a norm that keeps statistics of batches."""
+    return site.kind == "vector" and site.layer._buffers.get(VARIANCE) is not None

@@ -16,7 +16,6 @@ from trimtab.core.config import PeftType, PromptLearningConfig, help_field
 from trimtab.core.method import Call
 from trimtab.core.model_method import PromptMethod
 from trimtab.core.report import warn
-from trimtab.errors import AdapterFileError
 
 LAYERS = 2  # the default number of LSTM layers
 
@@ -60,6 +59,9 @@ class PTuning(PromptMethod):
         self.encoded = not config.inference_mode
         if not self.encoded:
             return
+        self.unfinished = (
+            "the encoder it came from: load it without is_trainable=True, or train it further as a PromptTuningConfig's"
+        )
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP:
             sizes = [dim, width, width, dim]
         else:
@@ -84,9 +86,7 @@ class PTuning(PromptMethod):
         return out
 
     def restore(self, name: str, value: Tensor) -> None:
-        if self.encoded:
-            raise AdapterFileError(
-                "The file holds the finished prompt, not the encoder it came from: load it without is_trainable=True, "
-                "or train it further as a PromptTuningConfig's."
-            )
+        for part in ("mlp_head", "lstm_head"):
+            self._modules.pop(part, None)
+        self.encoded, self.unfinished = False, ""
         self.embedding.weight.data.copy_(value)

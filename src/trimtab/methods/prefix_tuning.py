@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftType, PromptLearningConfig, help_field
 from trimtab.core.method import Call
 from trimtab.core.model_method import PromptMethod
-from trimtab.errors import AdapterFileError
 
 
 @dataclass
@@ -43,6 +42,10 @@ class PrefixTuning(PromptMethod):
             config.num_virtual_tokens, config.token_dim if self.projected else width
         )  # (n, dim)
         if self.projected:
+            self.unfinished = (
+                "the MLP it came from: load it without is_trainable=True, or train it further with "
+                "prefix_projection=False"
+            )
             self.transform = nn.Sequential(
                 nn.Linear(config.token_dim, config.encoder_hidden_size),  # (hidden, dim)
                 nn.Tanh(),
@@ -59,8 +62,9 @@ class PrefixTuning(PromptMethod):
 
     def restore(self, name: str, value: Tensor) -> None:
         if self.projected:
-            raise AdapterFileError(
-                "The file holds the finished prefix, not the MLP it came from: load it without is_trainable=True, or "
-                "with prefix_projection=False to train the prefix itself further."
-            )
+            before, (count, width) = self.embedding.weight, value.shape
+            self.embedding = nn.Embedding(count, width, device=before.device)  # (n, layers·2·dim)
+            self.embedding.requires_grad_(before.requires_grad)
+            del self.transform
+            self.projected, self.unfinished = False, ""
         self.embedding.weight.data.copy_(value)

@@ -1,8 +1,8 @@
 """Shadow (Li et al. 2026, https://arxiv.org/abs/2604.19254).   h' = h + α U D (h - s);   s' = g T(o) + (1 - g) s.
 
-A small trained model, of the base's kind or one that is there already, reads the same tokens: what it says is the first
-shadow state s. It goes along the blocks: each gets its input h drawn towards it or away, and turns it by its own output
-o, with g = σ(G(o)). T and G are two linear layers with a GELU between them.
+A small trained model, of the base's kind or one that is there already, reads the same tokens (beside a diffusion model,
+the input of its blocks): what it says is the first shadow state s. It goes along the blocks: each has its input h
+drawn towards it or away, and turns it by its output o, with g = σ(G(o)). T and G: two linear layers, a GELU between.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.kernels import linear_cross_entropy
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
-from trimtab.core.model_method import last_tokens
-from trimtab.core.site import Site
+from trimtab.core.site import Site, Sites
 from trimtab.core.targets import blocks, matches
 from trimtab.errors import ConfigError, RouteError
-from trimtab.init.mirror import facts_at, facts_of, mirror, read, room
+from trimtab.init.beside import alone, beside, hidden, start
 
-BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head.weight"
+BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection.weight", "shadow_head"
 
 
 @dataclass
@@ -56,8 +54,8 @@ class ShadowConfig(LayerConfig):
         own = [n for n in (f"shadow_{size}" for size in sizes) if getattr(self, n) is not None]
         if self.shadow_model != "mirror" and own:
             raise ConfigError(f"`shadow_model` names a model, which has sizes of its own: leave out {', '.join(own)}.")
-        if self.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
-            raise ConfigError(f"Shadow is for causal language models and classifiers here, not for {self.task_type}.")
+        if self.task_type == "SEQ_2_SEQ_LM":
+            raise ConfigError("Shadow is for models of one stack of blocks, not for an encoder and a decoder.")
 
 
 class Shadow(Method):
@@ -65,50 +63,34 @@ class Shadow(Method):
 
     when = "a small network beside the model that can be kept apart"
     config, prefix, mergeable, watches = ShadowConfig, "shadow_", False, True
-    kinds = frozenset({"block"})
-    acts = ("unload_shadow",)
-    targets = {"*": ()}
+    kinds, acts, targets = frozenset({"block"}), ("unload_shadow",), {"*": ()}
 
     @classmethod
     def chosen(cls, config: Any, kinds: Mapping[str, str | None]) -> list[str] | None:
         if config.target_modules != set():
             return None
-        found = blocks(kinds)  # every one
+        if not (found := blocks(kinds)):  # every one
+            raise ConfigError("There is no one stack of blocks in the model: name some in `target_modules`.")
         config.target_modules = set(found)
         only = config.layers_to_transform
         wanted = {only} if isinstance(only, int) else set(only or found.values())
         return [p for p, i in found.items() if i in wanted and matches(config.exclude_modules, p) is None]
 
     @classmethod
-    def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
-        model, base = small(config, sites), facts_of(sites[0].layer)
-        leaves = {f"{BACKBONE}.{name}": Leaf(tuple(p.shape)) for name, p in model.named_parameters()}  # (as it has it)
-        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-        if config.shadow_model != "mirror":
-            read = f"{BACKBONE}.{name}.weight"
-            leaves[read] = replace(leaves[read], train=False)
-        elif shares(config, base):
-            del leaves[f"{BACKBONE}.{name}.weight"]
-            if name != "embed_tokens":  # which PEFT leaves out of its files, and no other
-                leaves[f"{BACKBONE}.{name}.weight"] = Leaf((base.vocab_size, base.hidden_size))  # (vocabulary, dim)
-        if model.config.hidden_size != base.hidden_size:
-            leaves[PROJECTION] = Leaf((base.hidden_size, model.config.hidden_size))  # (dim, its width)
-        if config.task_type == "SEQ_CLS":
-            leaves[HEAD] = Leaf((base.num_labels, base.hidden_size))  # (labels, dim)
+    def share(cls, config: Any, sites: Sites) -> Leaves:
+        small, dim, leaves = beside(config, sites, sites.model), sites[0].fan_in, {}
+        for name, shape in small.shapes().items():
+            leaves[f"{BACKBONE}.{name}"] = Leaf(shape, train=name not in small.frozen)  # (as it has it)
+        if small.width != dim:
+            leaves[PROJECTION] = Leaf((dim, small.width))  # (dim, its width)
+        for name, shape in small.head(sites.model).items() if config.task_type == "SEQ_CLS" else ():
+            leaves[f"{HEAD}.{name}"] = Leaf(shape)  # (as it has it)
         return leaves
 
     @classmethod
-    def start_shared(cls, config: Any, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
-        ready = config.shadow_model != "mirror"
-        own = dict((read(config.shadow_model) if ready else small(config, sites)).named_parameters())
-        for name, tensor in shared.items():
-            drawn = own.get(name.removeprefix(f"{BACKBONE}."))
-            if drawn is not None and drawn.shape == tensor.shape:
-                tensor.copy_(drawn)
-            elif name == PROJECTION:
-                nn.init.kaiming_uniform_(tensor, a=5**0.5)
-            else:
-                tensor.normal_(std=0.02)
+    def start_shared(cls, config: Any, sites: Sites, shared: Mapping[str, Tensor]) -> None:
+        tensors = {name.removeprefix(f"{BACKBONE}."): tensor for name, tensor in shared.items()}
+        start(beside(config, sites, sites.model), sites.model, tensors, tensors.pop(PROJECTION, None))
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -143,15 +125,14 @@ class Shadow(Method):
         seen = call.fact(self, "seen")
         if seen is None or "inputs" not in seen:
             raise RouteError("Shadow reads what the model is called with: call the PeftModel, not a part of it.")
-        given = {**dict(zip(inspect.signature(self.site.layer.forward).parameters, args, strict=False)), **kwargs}
-        h, config = given.pop("hidden_states"), self.options
-        if self.position == 0:
-            seen["s"] = self.first(seen, h, given.get("past_key_values"))
-        s = seen["s"].to(h.dtype)
+        names = list(inspect.signature(self.site.layer.forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        h, config = given.pop(names[0]), self.options
+        s = self.state(seen, h, given).to(h.dtype)
         down, up = self.shadow_down.to(h.dtype), self.shadow_up.to(h.dtype)
         h = h + config.shadow_alpha * F.linear(F.linear(call.drop(self, h - s, config.shadow_dropout), down), up)
         out = run(h, **given)
-        o = out[0] if isinstance(out, tuple) else out
+        o = hidden(out, h, given)
         g = torch.sigmoid(self.network("shadow_update_gate", o))
         seen["s"] = g * self.network("shadow_update_transform", o) + (1 - g) * s
         return out
@@ -161,36 +142,44 @@ class Shadow(Method):
         W1, b1, W2, b2 = (getattr(self, name + part).to(x.dtype) for part in ("_0", "_0_bias", "_2", "_2_bias"))
         return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
 
-    def first(self, seen: dict[str, Any], h: Tensor, cache: Any) -> Tensor:
-        """The first shadow state (rows, tokens, dim); in training its own loss is noted."""
-        inputs, model, base = seen["inputs"], seen["model"], facts_of(self.site.layer)
-        if self.small is None:
-            self.small = small(self.options, self.peers, base.num_hidden_layers)
-        given = {k: inputs[k] for k in ("attention_mask", "position_ids") if inputs.get(k) is not None}
-        if shares(self.options, base):
-            ready = inputs.get("inputs_embeds")
-            given["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]) if ready is None else ready
-        elif inputs.get("input_ids") is None:
-            raise ConfigError("A shadow with embeddings of its own needs `input_ids`.")
-        else:
-            given["input_ids"] = inputs["input_ids"]
-        cache = room(cache, h, self.site.layer, self.small)
-        own = dict(self.commons[BACKBONE][self.adapter].named_parameters())
-        tensors = {n: p.to(h.dtype) for n, p in own.items()}
-        tensors |= {n: b.to(h.device) for n, b in self.small.named_buffers()}
-        given |= {"past_key_values": cache, "use_cache": cache is not None}
-        out = torch.func.functional_call(self.small.train(self.training), tensors, (), given)
-        s: Tensor = out.last_hidden_state
-        if "shadow_projection" in self.commons and self.adapter in self.commons["shadow_projection"]:
-            s = F.linear(s, self.shared(PROJECTION).to(s.dtype))
-        self.term = None
-        if self.training and self.options.auxiliary_loss_weight and inputs.get("labels") is not None:
-            if self.options.task_type == "SEQ_CLS":
-                loss = class_loss(F.linear(s, self.shared(HEAD).to(s.dtype)), inputs, model)
-            else:
-                loss = own_loss(s, inputs, model.get_output_embeddings())
-            self.term = self.options.auxiliary_loss_weight * loss
+    def state(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The shadow state that comes to this block; where its forward is repeated, that of the forward."""
+        repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        states = seen.setdefault("states", {})
+        if self.position == 0:
+            s, term = self.first(seen, h, given)
+            self.term = self.term if repeated else term
+            return s
+        if not repeated:
+            states[self.position] = (seen["s"], torch.is_grad_enabled())
+        s, graded = states[self.position]
+        if repeated and not graded:
+            raise RouteError("Whole blocks with a shadow are repeated by checkpointing with use_reentrant=False only.")
         return s
+
+    def first(self, seen: dict[str, Any], h: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The first shadow state (rows, tokens, dim), and in training its own loss."""
+        if self.small is None:
+            self.small = beside(self.options, self.peers, seen["model"], inside=True)
+        self.small.module.train(self.training)
+        tensors = {n: p.to(h.dtype) for n, p in self.commons[BACKBONE][self.adapter].named_parameters()}
+        s: Tensor = self.small.say(tensors, h, given, seen, self.site)
+        W = self.projection()
+        s = s if W is None else F.linear(s, W.to(s.dtype))
+        weight, inputs = self.options.auxiliary_loss_weight, seen["inputs"]
+        own = self.training and weight and inputs.get("labels") is not None
+        loss = self.small.loss(s, self.head(), inputs, seen["model"]) if own else None
+        return s, None if loss is None else weight * loss
+
+    def projection(self) -> Tensor | None:
+        """Of the small model's width to the blocks' (dim, its width), where they differ."""
+        return self.shared(PROJECTION) if self.adapter in self.commons.get("shadow_projection", ()) else None
+
+    def head(self) -> dict[str, Tensor] | None:
+        """What makes labels of a state, of a classifier: weight (labels, dim), and where its own has one, bias."""
+        return (
+            dict(self.commons[HEAD][self.adapter].named_parameters()) if self.options.task_type == "SEQ_CLS" else None
+        )
 
     @staticmethod
     def unload_shadow(of: Callable[..., Any], model: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
@@ -200,72 +189,12 @@ class Shadow(Method):
             adapter_name: whose; the active adapter's by default.
             copy: of tensors of its own; else they are the adapter's and, of embeddings and head, the model's.
         """
-        from trimtab.init.apart import DetachedShadowModel
-
         method = of(adapter_name)[0]
-        config, own = method.options, lambda part: deepcopy(part) if copy else part
-        backbone, base = small(config, method.peers), facts_of(method.site.layer)
-        for name, tensor in method.commons[BACKBONE][method.adapter].named_parameters():
-            place, _, last = name.rpartition(".")
-            backbone.get_submodule(place)._parameters[last] = own(tensor)
-        head, projection = model.get_output_embeddings(), None
-        if shares(config, base):
-            backbone.set_input_embeddings(own(model.get_input_embeddings()))
-            for field in ("vocab_size", "pad_token_id"):
-                setattr(backbone.config, field, getattr(base, field))
-        if method.adapter in method.commons.get("shadow_projection", ()):
-            projection = linear_of(own(method.shared(PROJECTION)))
-        if classifies := config.task_type == "SEQ_CLS":
-            head = linear_of(method.shared(HEAD))
-        return DetachedShadowModel(backbone.train(model.training), projection, own(head), classifies)
+        tensors = dict(method.commons[BACKBONE][method.adapter].named_parameters())
+        small, own = beside(method.options, method.peers, model), deepcopy if copy else lambda part: part
+        return alone(small, tensors, method.projection(), method.head(), model, own)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
         return term  # type: ignore[no-any-return]
-
-
-def own_loss(s: Tensor, inputs: Mapping[str, Any], head: Any) -> Tensor:
-    """The cross-entropy of what the model's head makes of s, at the places that the call has labels for."""
-    kept = inputs.get("logits_to_keep", 0)
-    s = s[:, kept] if isinstance(kept, Tensor) else s[:, -kept:] if kept else s
-    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(s, head.weight, labels, bias=head.bias)
-    return F.cross_entropy(head(s).flatten(0, 1).float(), labels.flatten())
-
-
-def class_loss(logits: Tensor, inputs: Mapping[str, Any], model: Any) -> Tensor:
-    """The model's own loss of logits (rows, tokens, labels), each row's at its last token that is no padding."""
-    pooled = last_tokens(logits, inputs.get("input_ids"), model.config.pad_token_id)
-    loss: Tensor = model.loss_function(
-        logits=logits, labels=inputs["labels"], pooled_logits=pooled, config=model.config
-    )
-    return loss
-
-
-def shares(config: Any, base: Any) -> bool:
-    """Whether the small model reads the base's embeddings."""
-    own = config.shadow_model != "mirror" or config.shadow_hidden_size not in (None, base.hidden_size)
-    return bool(config.share_embeddings) and not own
-
-
-def small(config: Any, sites: Sequence[Site], before: int = 0) -> Any:
-    """The small model of a config."""
-    if config.shadow_model != "mirror":
-        return mirror(facts_at(config.shadow_model), {}, True, before)
-    base = facts_of(sites[0].layer)
-    sizes = {
-        "num_hidden_layers": config.shadow_num_hidden_layers or 1,
-        "hidden_size": config.shadow_hidden_size,
-        "num_attention_heads": config.shadow_num_attention_heads,
-        "intermediate_size" if hasattr(base, "intermediate_size") else "n_inner": config.shadow_intermediate_size,
-    }
-    return mirror(base, sizes, not shares(config, base), before)
-
-
-def linear_of(W: Tensor) -> nn.Linear:
-    """A linear layer without bias that has W (out, in) for its weight."""
-    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    layer.weight = W  # type: ignore[assignment]
-    return layer

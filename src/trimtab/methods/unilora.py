@@ -20,6 +20,7 @@ from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
+from trimtab.errors import ConfigError
 
 
 @dataclass
@@ -41,6 +42,8 @@ class UniLoraConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.UNILORA
+        if self.bias not in ("none", "all", "unilora_only"):
+            raise ConfigError(f"`bias` should be 'none', 'all', or 'unilora_only', got {self.bias}.")
         require_rank(self.r)
         require_rank(self.theta_d_length, "theta_d_length")
 

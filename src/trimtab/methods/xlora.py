@@ -47,6 +47,8 @@ class XLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.XLORA
+        if self.adapters is None:
+            warn("No value was provided for `adapters`: name those that it is to work among, {name: folder}.")
         self.adapters = dict(sorted((self.adapters or {}).items()))  # the order they have in a file
         require_rank(self.xlora_depth, "xlora_depth")
         if self.top_k_lora is not None:
@@ -54,7 +56,10 @@ class XLoraConfig(PeftConfig):
         elif self.enable_softmax_topk:
             raise ConfigError("`enable_softmax_topk` needs `top_k_lora`: how many adapters are kept.")
         if self.enable_softmax and self.enable_softmax_topk:
-            warn("`enable_softmax` and `enable_softmax_topk` take the softmax of a softmax: set one of them to False.")
+            warn(
+                "`enable_softmax_topk` and `enable_softmax` are both enabled: the softmax of a softmax. Set one of "
+                "them to False."
+            )
 
 
 class XLora(Logged, Mixture):

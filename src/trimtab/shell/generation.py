@@ -45,6 +45,14 @@ class Generation(Facts):
         with self.tuner.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base model is given in the next pass of a generation, the active prompt included."""
+        adapter, base = self._prompt(None), self.get_base_model()
+        if adapter is None:
+            return base.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+        call = Call(extras=self.tuner.extras(kwargs, None, args))
+        return prompts.prepared(adapter.prompt, adapter.config, base, args, kwargs, call)
+
     def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
         """The active adapter that is a prompt, or None."""
         route = self.graft.board.route_here(quiet=adapter_names is not None)

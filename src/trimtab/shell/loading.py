@@ -16,8 +16,9 @@ from trimtab.core.io import reading
 from trimtab.core.report import warn
 from trimtab.errors import AdapterFileError, ConfigError, PeftError
 from trimtab.files import experts, store
-from trimtab.files.codec import PREFIX, Slot, aligned, copies_held, fit, unsound
+from trimtab.files.codec import PREFIX, Prompt, Slot, aligned, copies_held, fill, fit
 from trimtab.files.conversion import Names
+from trimtab.files.soundness import unsound
 from trimtab.graft.adapters import Adapter, complete
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell import mixtures
@@ -60,6 +61,7 @@ class Source:
     ) -> None:
         self.model_id, self.adapter, self.strict, self.ignore_mismatched = model_id, adapter, strict, ignore_mismatched
         self.result: Any = None
+        self.trainable = trainable
         if (graft := find_graft(model)) is not None:
             graft.look()
         self.names = Names(model, dict(model.named_modules()) if graft is None else graft.base.modules)
@@ -94,6 +96,9 @@ class Source:
         """Check the tensors against the adapter's slots; those that fit, by their keys on disk."""
         from torch.nn.modules.module import _IncompatibleKeys
 
+        parts = [s.holder.method.unfinished for s in slots if isinstance(s.holder, Prompt)] if self.trainable else []
+        if any(parts):
+            raise AdapterFileError(f"The file holds the finished prompt, not {parts[0]}.")
         tensors = aligned(slots, self.tensors, self.adapter, PREFIX, self.names.today)
         found = fit(slots, tensors)
         if self.strict or (found.mismatched and not self.ignore_mismatched):
@@ -107,9 +112,10 @@ class Source:
             warn(f"Found missing adapter keys while loading the checkpoint: {found.missing}.")
         if found.unexpected:
             warn(f"Found unexpected keys while loading the checkpoint; they are left out: {found.unexpected}.")
-        memory = {slot.on_disk(): slot.in_memory() for slot in slots}
         misfits = {key: None for key, _, _ in found.mismatched}
-        self.result = _IncompatibleKeys([memory[key] for key in (*found.missing, *misfits)], found.unexpected)
+        lost = [*found.missing, *misfits]
+        memory = {slot.on_disk(): slot.in_memory() for slot in slots} if lost else {}
+        self.result = _IncompatibleKeys([memory[key] for key in lost], found.unexpected)
         return {key: tensor for key, tensor in tensors.items() if key not in misfits}
 
     def refill(self, graft: Graft) -> None:
@@ -120,9 +126,7 @@ class Source:
             values = self(slots)
         if self.config is not None:
             adopt(adapter, self.config)
-        for slot in slots:
-            if slot.on_disk() in values:
-                slot.put(values[slot.on_disk()])
+        fill(slots, values, checked=True)
         complete(adapter)
         self.resume(graft)
 

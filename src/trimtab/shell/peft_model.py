@@ -15,6 +15,7 @@ from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
 from trimtab.graft.graft import find_graft
+from trimtab.layer.leaves import in_training
 from trimtab.shell import saving
 from trimtab.shell.arguments import require_config, require_model, require_source
 from trimtab.shell.generation import Generation
@@ -162,10 +163,10 @@ class PeftModel(Generation):
             config.inference_mode = not is_trainable
             with source.blamed():
                 config = self._completed(base, config)
-                self.tuner.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source)
+                self.tuner.add(adapter_name, config, autocast=autocast_adapter_dtype, tensors=source, looked=True)
             self._stand()
             source.resume(self.graft)
-        if not is_trainable:
+        if not is_trainable and in_training(self):
             self.eval()
         return source.result
 

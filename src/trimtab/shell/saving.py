@@ -67,7 +67,7 @@ def saved_config(graft: Graft, name: str) -> Any:
     """A copy of an adapter's config, with the ranks that its file has where its factors were padded to a larger one."""
     adapter = graft.require(name)
     config = adapter.config.copy()
-    if any(getattr(m, "padded", False) for layer in adapter.layers for m in layer.methods[name]):
+    if any(m.padded for layer in adapter.layers for m in layer.methods[name]):
         config.r, config.rank_pattern = adapter.layout.config.r, dict(adapter.layout.config.rank_pattern)
     return config
 

@@ -48,7 +48,8 @@ def accumulate(y: Tensor, x: Tensor, M: Tensor) -> Tensor:
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """xᵀ·y (m, r) of x (n, m), y (n, r), r few."""
-    return product(y.t(), x).t() if ONEDNN is not None and _pays(y.t(), x.t()) else torch.mm(x.t(), y)
+    pays = ONEDNN is not None and x.numel() * y.shape[1] >= 4 * LEAST and _pays(y.t(), x.t())
+    return product(y.t(), x).t() if pays else torch.mm(x.t(), y)
 
 
 def _pays(x: Tensor, W: Tensor) -> bool:

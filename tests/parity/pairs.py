@@ -74,6 +74,23 @@ def copy_state(source: nn.Module, target: nn.Module) -> None:
             parameter.copy_(wanted[name])
 
 
+def copy_trained(source: nn.Module, target: nn.Module) -> None:
+    """Copy every trained parameter by its name; the target may have others besides."""
+    held = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if parameter.requires_grad:
+                held[name].copy_(parameter)
+
+
+def starts_alike(found: Tensor, wanted: Tensor, name: str) -> None:
+    """Constants are the same, and what is drawn is as wide."""
+    if wanted.std() == 0:
+        assert torch.equal(found, wanted), name
+    elif wanted.numel() > 100:
+        assert 0.7 < found.std() / wanted.std() < 1.4, name
+
+
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter}, a tied one once.
 

@@ -15,7 +15,19 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassif
 import trimtab
 from tests.parity.alias import find
 from tests.parity.models import batch, build
-from tests.parity.pairs import BOTH, all_near, config_file, copy_state, near, quiet, stir, trainable, weights_file
+from tests.parity.pairs import (
+    BOTH,
+    all_near,
+    config_file,
+    copy_state,
+    copy_trained,
+    near,
+    quiet,
+    starts_alike,
+    stir,
+    trainable,
+    weights_file,
+)  # fmt: skip
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -51,10 +63,7 @@ def test_names_and_starts(case: str) -> None:
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
             assert held[name].shape == parameter.shape
-            if parameter.std() == 0:
-                assert torch.equal(held[name], parameter), name
-            elif parameter.numel() > 100:
-                assert 0.7 < held[name].std() / parameter.std() < 1.4, name
+            starts_alike(held[name], parameter, name)
 
 
 @every
@@ -118,11 +127,7 @@ def classifiers() -> tuple[Any, Any]:
     ours, theirs = found
     assert trainable(ours) == trainable(theirs)
     stir(theirs, 0.1)
-    held = dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                held[name].copy_(parameter)
+    copy_trained(theirs, ours)
     return ours, theirs
 
 
@@ -373,11 +378,7 @@ def test_encoders(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = models
     assert trainable(ours) == trainable(theirs)
     stir(theirs, 0.1)
-    held = dict(ours.named_parameters())
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                held[key].copy_(parameter)
+    copy_trained(theirs, ours)
     inputs = batch(name)
     if name == "bert_seq":
         inputs["labels"] = torch.arange(len(inputs["input_ids"])) % 2

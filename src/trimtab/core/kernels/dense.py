@@ -30,10 +30,7 @@ ONEDNN = _found()
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b (n, out) of x (n, in), W (out, in), b (out,), outside autograd."""
-    if ONEDNN is not None and _pays(x, W) and (b is None or b.dtype == torch.float32):
-        y: Tensor = ONEDNN(x, W, b, "none", [], "")
-        return y
-    return F.linear(x, W, b)
+    return _asked(x, W, b) if _pays(x, W) and (b is None or b.dtype == torch.float32) else F.linear(x, W, b)
 
 
 def product(x: Tensor, M: Tensor) -> Tensor:
@@ -43,20 +40,26 @@ def product(x: Tensor, M: Tensor) -> Tensor:
 
 def accumulate(y: Tensor, x: Tensor, M: Tensor) -> Tensor:
     """y (n, k) with x·M added in place."""
-    return y.add_(product(x, M)) if ONEDNN is not None and _pays(x, M.t()) else y.addmm_(x, M)
+    return y.add_(_asked(x, M.t())) if _pays(x, M.t()) else y.addmm_(x, M)
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """xᵀ·y (m, r) of x (n, m), y (n, r), r few."""
-    pays = ONEDNN is not None and x.numel() * y.shape[1] >= 4 * LEAST and _pays(y.t(), x.t())
-    return product(y.t(), x).t() if pays else torch.mm(x.t(), y)
+    pays = x.numel() * y.shape[1] >= 4 * LEAST and _pays(y.t(), x.t())
+    return _asked(y.t(), x.t()).t() if pays else torch.mm(x.t(), y)
+
+
+def _asked(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b by oneDNN."""
+    y: Tensor = ONEDNN(x, W, b, "none", [], "")
+    return y
 
 
 def _pays(x: Tensor, W: Tensor) -> bool:
-    """Whether oneDNN is to be asked: plain matrices in fp32 on the processor, and many of them."""
-    if x.dtype != torch.float32 or W.dtype != torch.float32 or x.ndim != 2 or W.ndim != 2 or len(x) < 2:
+    """Whether oneDNN is to be asked for x·Wᵀ: plain matrices in fp32 on the processor, and many of them."""
+    if ONEDNN is None or x.dtype != torch.float32 or W.dtype != torch.float32 or x.ndim != 2 or W.ndim != 2:
         return False
-    if len(x) * W.numel() < LEAST or not (x.is_cpu and W.is_cpu) or not torch._C._get_mkldnn_enabled():
+    if len(x) < 2 or len(x) * W.numel() < LEAST or not (x.is_cpu and W.is_cpu) or not torch._C._get_mkldnn_enabled():
         return False
     return _dense(x) and _dense(W) and torch._C._len_torch_dispatch_stack() == 0  # (who counts operations sees torch's)
 

@@ -1,4 +1,7 @@
-"""Writes a benchmark's table into docs/benchmarks.md, between the markers of its section."""
+"""Writes a benchmark's table into docs/benchmarks.md, between the markers of its section.
+
+A section belongs to a table and a kind of processor: what one processor measured is not written over by another.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,31 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # what decides how products are formed
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name and which of FLAGS it has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    said = {key: next((x.split(":")[1] for x in lines if x.startswith(key)), "") for key in ("model name", "flags")}
+    has = set(said["flags"].split())
+    return said["model name"].strip() or platform.processor(), [flag for flag in FLAGS if flag in has]
+
+
 def machine() -> str:
     """A line that says what was measured on."""
     import torch
 
-    model = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
-        platform.processor(),
-    )
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}"
+    name, flags = processor()
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}"
+    return f"{name} ({', '.join(flags)}), {threads}"
+
+
+def short_name() -> str:
+    """The processor's maker and family, as the page's sections name it: amd-epyc."""
+    words = re.sub(r"\(.*?\)", "", processor()[0]).lower().split()
+    return "-".join(words[:2])
 
 
 def table(head: list[str], rows: list[list[object]]) -> str:
@@ -30,6 +49,7 @@ def table(head: list[str], rows: list[list[object]]) -> str:
 def write(section: str, title: str, text: str) -> None:
     """Put `text` under `title` in the page, in place of what the section held."""
     script = f"bench/{section.partition('-')[0]}.py"
+    section = f"{section} {short_name()}"
     block = f"<!-- {section} -->\n## {title}\n\n{text}\n\n`{script}`; {machine()}.\n<!-- /{section} -->"
     page = (
         PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n\nEach table is written by its script.\n"

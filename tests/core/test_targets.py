@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab import LoraConfig
+from trimtab import LoraConfig, PeftConfig
 from trimtab.core.targets import condense, inside, layer_index, matches, nearest, select, unused_patterns
 from trimtab.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning
+from trimtab.methods import METHODS, config_class
 
 KINDS: dict[str, str | None] = {
     "model": None,
@@ -220,6 +222,24 @@ def test_a_pattern_needs_layers() -> None:
     with pytest.raises(ConfigError, match="`layers_to_transform` must also be specified"):
         LoraConfig(target_modules=["q_proj"], layers_pattern=["h"])
     LoraConfig(target_modules=["q_proj"], layers_pattern=["h"], layers_to_transform=0)
+
+
+REQUIRED = {"ADALORA": {"total_step": 10}}
+NARROWED = [
+    name for name in METHODS if "layers_to_transform" in {f.name for f in dataclasses.fields(config_class(name))}
+]
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_files_that_narrow_down_what_cannot_be_narrowed_load(name: str) -> None:
+    fields = {"peft_type": name, "target_modules": r".*q_proj", "layers_to_transform": [1]}
+    with pytest.warns(PeftWarning, match="`layers_to_transform` in .* is ignored"):
+        config = PeftConfig.from_dict(fields | REQUIRED.get(name, {}))
+    assert (config.target_modules, config.layers_to_transform) == (r".*q_proj", None)
+    fields = {"peft_type": name, "target_modules": ["q_proj"], "layers_pattern": ["h"]}
+    with pytest.warns(PeftWarning, match="`layers_pattern` in .* is ignored"):
+        config = PeftConfig.from_dict(fields | REQUIRED.get(name, {}))
+    assert (config.target_modules, config.layers_pattern) == ({"q_proj"}, None)
 
 
 # ---------------------------------------------------------------------- what was meant

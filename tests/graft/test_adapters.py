@@ -10,8 +10,8 @@ import torch
 
 from tests.contract.cases import move, tensors
 from tests.models import assert_untouched, classifier, gpt2, llama, logits, snapshot, tokens, toy
-from trimtab import LoraConfig, get_layer_status, get_model_status, get_peft_model
-from trimtab.errors import PeftWarning
+from trimtab import HRAConfig, LoraConfig, get_layer_status, get_model_status, get_peft_model
+from trimtab.errors import ConfigError, PeftWarning
 from trimtab.graft.residents import LIMIT
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "head"])
@@ -132,6 +132,14 @@ def test_biases_of_the_base_train_and_go_away(kind: str) -> None:
     model.unload()
     assert_untouched(base, before)
     assert torch.equal(base(IDS), expected)
+
+
+def test_biases_that_are_none_we_know_are_refused() -> None:
+    base = toy()
+    before = snapshot(base)
+    with pytest.raises(ConfigError, match="Requested bias: 'hra'"):
+        get_peft_model(base, HRAConfig(r=2, target_modules=["up"], bias="hra"))
+    assert_untouched(base, before)
 
 
 def test_heads_are_trained_whole_and_each_adapter_has_its_own() -> None:

@@ -14,7 +14,7 @@ from tests.contract.cases import move
 from tests.core.test_config import VALUES
 from tests.models import assert_untouched, llama, logits, snapshot, tokens, toy
 from trimtab import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
-from trimtab.core.config import default_of
+from trimtab.core.fields import default_of
 from trimtab.errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "head"])

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from trimtab.core.fields import check as check_fields
+from trimtab.core.fields import default_of
 from trimtab.core.fields import nested as settled
 from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
 from trimtab.core.io import advice, locate, push_to_hub, reading, split_hub_arguments, write_whole
 from trimtab.core.report import warn
-from trimtab.core.targets import COMPILED
+from trimtab.core.targets import COMPILED, idle
 from trimtab.errors import AdapterFileError, ConfigError
 
 FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
@@ -342,12 +343,16 @@ class LayerConfig(PeftConfig):
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
         self.exclude_modules = as_set(self.exclude_modules)
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
-            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        for reason in idle(vars(self)).values():
+            raise ConfigError(reason)
+
+    @classmethod
+    def _from_fields(cls, attributes: dict[str, Any], source: str) -> Any:
+        # PEFT's configs of many methods take and ignore them: the adapter was trained without
+        for name, reason in idle(attributes).items():
+            warn(f"`{name}` in {source} is ignored. {reason}")
+            del attributes[name]
+        return super()._from_fields(attributes, source)
 
 
 @dataclass
@@ -374,13 +379,6 @@ class PromptLearningConfig(PeftConfig):
     def is_prompt_learning(self) -> bool:
         """Always true."""
         return True
-
-
-def default_of(f: dataclasses.Field[Any]) -> Any:
-    """The default value of a dataclass field."""
-    if f.default_factory is not dataclasses.MISSING:
-        return f.default_factory()
-    return f.default
 
 
 def help_field(text: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:

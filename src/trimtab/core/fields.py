@@ -30,6 +30,13 @@ class Misfit(Exception):
     """A value that is not of a type."""
 
 
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default value of a dataclass field."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
 def check(config: Any) -> None:
     """Hold every field's value against its annotation, and write it in its plain form (numpy's numbers as numbers).
 

@@ -82,6 +82,19 @@ def layer_index(name: str, pattern: Collection[str] | str | None) -> int | None:
     return None
 
 
+def idle(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Which of a config's fields that narrow down its layers cannot act beside its others, and why."""
+    found: dict[str, str] = {}
+    if fields.get("layers_pattern") and fields.get("layers_to_transform") in (None, []):
+        reason = "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+        found["layers_pattern"] = reason
+    if isinstance(targets := fields.get("target_modules"), str) and targets != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if fields.get(name) is not None:
+                found[name] = f"`{name}` cannot be used when `target_modules` is a str."
+    return found
+
+
 def select(
     kinds: Mapping[str, str | None],
     config: Any,

@@ -191,6 +191,10 @@ class Stage:
         kind = getattr(adapter.config, "bias", "none")
         if kind == "none" or not isinstance(kind, str) or not hasattr(adapter.config, "bias"):
             return
+        if kind != "all" and not kind.endswith("_only"):
+            raise ConfigError(
+                f"Requested bias: {kind!r}, is not implemented: it is 'none', 'all' or ends with '_only'."
+            )
         if any(a.biases for a in others.values()):
             raise ConfigError(
                 f"{adapter.method.__name__}Model supports only 1 adapter with bias. "

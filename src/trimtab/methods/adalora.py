@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
-from trimtab.core.config import PeftType, default_of, help_field
+from trimtab.core.config import PeftType, help_field
 from trimtab.core.families import wide
+from trimtab.core.fields import default_of
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site

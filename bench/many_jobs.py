@@ -6,7 +6,8 @@ SmolLM2-135M in fp32, r=16 on all linear layers, each job with rows of its own, 
 and our own trainer have a model for each job over the same weights, so that nothing is switched between turns; a step
 is forward, backward, clipping and AdamW. All arms run in one process, interleaved (ABBA). What `train_many` sets up
 before the first step and takes down after the last is in its time. That jobs come out as they do alone is tested in
-tests/train/test_many.py.
+tests/train/test_many.py. Where the processor multiplies bfloat16 faster, so that `--precision auto` takes it for the base,
+both are also run with such a base.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     options = parser.parse_args()
+    from trimtab.train.precision import choose
+
     base, _ = load(SimpleNamespace(dtype="float32", tokens=256))
     data = rows(options.jobs, options.tokens, options.steps)
     arms: dict[str, Callable[[], None]] = {}
@@ -106,6 +109,11 @@ def main() -> None:
         arms["PEFT, in turns"] = turns_of_peft(base, data)
     arms["trimtab, in turns"] = turns_of_ours(base, data)
     arms["trimtab, at once"] = together(base, data, options.pass_tokens)
+    if choose("auto", torch.device("cpu")).name == "bf16":
+        half, _ = load(SimpleNamespace(dtype="bfloat16", tokens=256))
+        if importlib.util.find_spec("peft"):
+            arms["PEFT, in turns, bf16 base"] = turns_of_peft(half, data)
+        arms["trimtab, at once, bf16 base"] = together(half, data, options.pass_tokens)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for block in range(options.blocks + 1):
         for name in arms if block % 2 else list(arms)[::-1]:
@@ -123,7 +131,7 @@ def main() -> None:
     from report import table, write
 
     head = ["", "tokens/s", f"over {first}", "tokens per processor second", f"over {first}"]
-    title = f"{options.jobs} adapters trained, {options.tokens} tokens a step each, SmolLM2-135M, fp32, r=16 everywhere"
+    title = f"{options.jobs} adapters trained, {options.tokens} tokens a step each, SmolLM2-135M, r=16 everywhere"
     if options.write:
         write(f"many_jobs-{options.jobs}x{options.tokens}", title, table(head, table_rows))
     else:

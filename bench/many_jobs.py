@@ -6,8 +6,8 @@ SmolLM2-135M in fp32, r=16 on all linear layers, each job with rows of its own, 
 and our own trainer have a model for each job over the same weights, so that nothing is switched between turns; a step
 is forward, backward, clipping and AdamW. All arms run in one process, interleaved (ABBA). What `train_many` sets up
 before the first step and takes down after the last is in its time. That jobs come out as they do alone is tested in
-tests/train/test_many.py. Where the processor multiplies bfloat16 faster, so that `--precision auto` takes it for the base,
-both are also run with such a base.
+tests/train/test_many.py. Where the processor multiplies bfloat16 faster, so that `--precision auto` takes it for the
+base, both are also run with such a base.
 """
 
 from __future__ import annotations

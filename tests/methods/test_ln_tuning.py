@@ -98,7 +98,9 @@ def test_a_file_without_statistics_says_what_it_lacks(tmp_path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if k.endswith(("weight", "bias"))}, path)
-    with pytest.raises(AdapterFileError, match=r"running_mean.*None of these is trained.*earlier version.*strict=False"):
+    with pytest.raises(
+        AdapterFileError, match=r"running_mean.*None of these is trained.*earlier version.*strict=False"
+    ):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     with pytest.warns(UserWarning, match="running_mean"):
         model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, strict=False)

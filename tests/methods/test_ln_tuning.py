@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-
 from safetensors.torch import load_file, save_file
 
 from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, same

@@ -345,8 +345,8 @@ class Fit:
             advice = "Check that the base model is the one it was trained on, or pass strict=False to load what fits."
             if len(faults) == 1 and not self.trained:
                 advice = (
-                    "None of these is trained: the file may be of an earlier version. With strict=False they are what a "
-                    "new adapter starts with."
+                    "None of these is trained: the file may be of an earlier version. With strict=False they are what "
+                    "a new adapter starts with."
                 )
             raise AdapterFileError(f"The adapter in {source} does not fit the model: {'; '.join(faults)}. {advice}")
 

@@ -121,6 +121,36 @@ def test_after_the_last_adapter_nothing_is_left(which: str) -> None:
     assert_untouched(base.requires_grad_(True), before)
 
 
+def test_a_layer_that_is_switched_inside_a_block_is_on_after_it() -> None:
+    """Inside `disable_adapter()` it stays the plain layer; what it was switched to holds from then on."""
+    x = torch.ones(1, toy().up.in_features)
+
+    def two() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = get_peft_model(toy(), LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+        return model.eval(), model.base_model.model.up
+
+    _, wanted = two()
+    plain, first = wanted.base_layer(x), wanted(x)
+    wanted.set_adapter("b")
+    second = wanted(x)
+    for change, before, after in (
+        (lambda layer: layer.delete_adapter("default"), None, second),
+        (lambda layer: layer.set_adapter("b"), None, second),
+        (lambda layer: layer.delete_adapter("b"), "b", first),
+        (lambda layer: layer.enable_adapters(True), "b", second),
+    ):
+        model, layer = two()
+        if before is not None:
+            layer.set_adapter(before)
+        with model.disable_adapter():
+            change(layer)
+            assert torch.equal(layer(x), plain)
+        assert not layer.disable_adapters
+        assert torch.equal(layer(x), after)
+
+
 def test_after_the_last_one_another_can_come() -> None:
     model = get_peft_model(toy(), LoraConfig(r=2, target_modules=["up"]))
     model.delete_adapter("default")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.methods.nets import Net, adapted, check_gradients, image, merged, merging_changes_nothing, numbers, same
-from tests.models import gpt2, llama, tokens
+from tests.models import gpt2, llama, t5, tokens
 from trimtab import BitFitConfig, BottleneckConfig, DyLoraConfig, LoReFTConfig, PeftModel, get_peft_model
+from trimtab.errors import RouteError
 
 
 def dot(a: list, b: list) -> float:
@@ -75,6 +76,60 @@ def test_a_parallel_adapter_of_a_whole_block() -> None:
     same(logits(model, x, adapter_names=["default", "__base__"] * 2)[::2], plain(x[::2]).logits)
     same(logits(model, x, adapter_names=["default", "__base__"] * 2)[1::2], llama().double()(x[1::2]).logits)
     assert base.model.layers[1].mlp.down_proj is block.base_layer.down_proj
+
+
+class Masked(nn.Module):
+    """A block that is given a table of all tokens by tokens, as torch's own layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return mask @ self.down(torch.tanh(self.up(x)))
+
+
+class Blocks(nn.Module):
+    """One of those, with a mask that looks back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = Masked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, torch.ones(x.shape[1], x.shape[1]).tril())
+
+
+def test_a_table_that_may_be_rows_or_tokens_is_refused() -> None:
+    """Each row its own adapter: a mask cut to one line would be spread over all tokens, silently."""
+    model = get_peft_model(Blocks(), BottleneckConfig(target_modules=["block"], r=3, init_weights=False))
+    model.add_adapter("b", BottleneckConfig(target_modules=["block"], r=3, init_weights=False))
+    model.eval()
+    names = ["default", "b", "__base__"]
+    with pytest.raises(RouteError, match=r"given mask of shape \[3, 3\] for 3 rows of 3 tokens"):
+        model(torch.randn(3, 3, 6), adapter_names=names)
+    x = torch.randn(3, 4, 6)
+    found = model(x, adapter_names=names)
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        same(found[row], model(x)[row], 1e-6)
+    same(found[2], Blocks()(x)[2], 1e-6)
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_rows_that_differ_at_blocks_which_hand_on_what_all_rows_share(length: int) -> None:
+    """T5's first block makes the bias of positions that the others take, one for all rows without padding."""
+    config = BottleneckConfig(target_modules=r".*\.block\.\d", r=3, init_weights=False)
+    model = get_peft_model(t5(), config)
+    model.add_adapter("b", config)
+    model.eval()
+    x = tokens(3, length, vocabulary=20)
+    given = {"decoder_input_ids": x, "use_cache": False}
+    found = logits(model, x, adapter_names=["default", "b", "b"], **given)
+    for row, name in enumerate(["default", "b", "b"]):
+        model.set_adapter(name)
+        same(found[row], logits(model, x, **given)[row], 1e-5)
 
 
 def test_defaults_are_houlsbys() -> None:

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, same
 from tests.models import gpt2, llama
-from trimtab import LNTuningConfig, get_peft_model
+from trimtab import LNTuningConfig, PeftModel, get_peft_model
+from trimtab.errors import AdapterFileError
 
 
 def test_the_copy_stands_for_the_norm() -> None:
@@ -86,3 +88,23 @@ def test_a_copy_of_a_batch_norm_counts_for_itself() -> None:
     same(merged(image()), plain(image()))
     merged.norm.weight.data.fill_(1), merged.norm.bias.data.zero_()
     same(merged(image()), off)
+
+
+def test_a_file_without_statistics_says_what_it_lacks(tmp_path) -> None:
+    """So it was saved before copies had statistics of their own: the base's are what it was trained with."""
+    base = Counted()
+    adapted(LNTuningConfig(target_modules=["norm"]), copy.deepcopy(base)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if k.endswith(("weight", "bias"))}, path)
+    with pytest.raises(
+        AdapterFileError, match=r"running_mean.*None of these is trained.*earlier version.*strict=False"
+    ):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with pytest.warns(UserWarning, match="running_mean"):
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, strict=False)
+    own = model.get_base_model().norm.ln_tuning_layers["default"]
+    assert all(torch.equal(getattr(own, name), buffer) for name, buffer in base.norm.named_buffers())
+    save_file({k: v for k, v in tensors.items() if "bias" not in k and "running" not in k}, path)
+    with pytest.raises(AdapterFileError, match="Check that the base model"):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)

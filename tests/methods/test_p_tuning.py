@@ -6,6 +6,8 @@ import warnings
 from math import exp, tanh
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.methods.nets import numbers, same
 from tests.models import llama
@@ -57,6 +59,16 @@ def test_lstm() -> None:
         ahead, back = lstm(own.lstm_head, f"l{layer}", xs), lstm(own.lstm_head, f"l{layer}_reverse", xs[::-1])[::-1]
         xs = [a + b for a, b in zip(ahead, back)]
     same(adapted.get_prompt(1)[0], [mlp([own.mlp_head[0], own.mlp_head[2]], x) for x in xs])
+
+
+def test_the_prompt_that_is_saved_in_training_has_no_dropout(tmp_path) -> None:
+    adapted = model(encoder_reparameterization_type="LSTM", encoder_dropout=0.5)
+    wanted = adapted.get_prompt(1)[0].detach()
+    before = torch.get_rng_state()
+    adapted.train().save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], wanted)
+    assert adapted.prompt_encoder["default"].lstm_head.training
 
 
 def test_layers_of_the_lstm_are_no_layers_of_the_mlp() -> None:

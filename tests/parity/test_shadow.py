@@ -216,12 +216,8 @@ def test_a_shadow_that_is_there_already(ready: str, tmp_path: Path) -> None:
 def test_a_classifiers_shadow_that_is_there_already(ready: str) -> None:
     ours, theirs = with_ready(ready, "SEQ_CLS")
     assert trainable(ours) == trainable(theirs)
-    held = dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
-                held[name].copy_(parameter)
+    stir(theirs, 0.1)
+    copy_trained(theirs, ours)
     inputs = batch("llama")
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     near(ours(**inputs).logits, theirs(**inputs).logits)

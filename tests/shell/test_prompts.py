@@ -161,7 +161,7 @@ def test_what_cannot_go_on_from_a_cache_with_a_prompt_in_it_is_refused():
     empty = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, past_key_values=DynamicCache())
     assert torch.equal(empty, wanted)
     filled = model.get_base_model()(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="fills the cache"):
+    with pytest.raises(ValueError, match="first in the cache"):
         model.generate(input_ids=ids, max_new_tokens=3, past_key_values=filled)
     for given in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": llama()}):
         with pytest.raises(ValueError, match=next(iter(given))):
@@ -237,6 +237,18 @@ def test_the_loss_of_context_tuning_comes_first():
     named = model(**given, labels=given["input_ids"])
     assert list(named)[:2] == ["loss", "logits"]
     assert model(**given, labels=given["input_ids"], return_dict=False)[0] == named[0] == named.loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_takes_an_empty_cache_and_none_with_tokens(kind):
+    """Behind tokens a prompt would be read in the wrong place, silently."""
+    model, ids = adapted(kind), torch.tensor([[7, 8, 9, 10]])
+    wanted = model(input_ids=ids).logits[:, -4:]
+    first = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    assert torch.equal(first.logits[:, -4:], wanted)
+    assert first.past_key_values.get_seq_length() == 4 + model.active_peft_config.num_virtual_tokens
+    with pytest.raises(ValueError, match="first in the cache"):
+        model(input_ids=ids[:, -1:], past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize("kind", KINDS)

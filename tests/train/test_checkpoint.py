@@ -118,6 +118,38 @@ def test_every_method_resumes_exactly(method, settings, tmp_path) -> None:
     same_files(tmp_path / "whole", tmp_path / "broken")
 
 
+# What a run has beside the numbers of its file: networks, draws, counts, averages, clusters that are left.
+BESIDE: dict[str, dict] = {
+    "lstm": {"method": "P_TUNING", "encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.3},
+    "projection": {"method": "PREFIX_TUNING", "prefix_projection": True},
+    "examples": {"method": "CPT", "cpt_token_ids": [40, 41, 42, 43], "cpt_tokens_type_mask": [1, 2, 3, 4]},
+    "draws": {"method": "PVERA", "r": 4, "sample_at_inference": True, "generator_seed": 3},
+    "sampled": {"monteclora_config": {"num_samples": 3}},
+    "direction": {"velora_config": {"num_groups": 4}},
+    "clusters": {
+        "method": "ADAMSS", "r": 8, "use_asa": True, "asa_target_subspaces": 5, "init_warmup": 1, "final_warmup": 4,
+        "mask_interval": 1,
+    },
+    "biases": {"bias": "all", "use_dora": True},
+    "modules": {"modules_to_save": ["lm_head"], "trainable_token_indices": [16, 17]},
+    "tied": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_an_adapters_file_lacks_is_in_the_checkpoint(case, at, settings, tmp_path) -> None:
+    """Also where checkpoints are written in between: writing one changes nothing; and after the last step."""
+    plain = {k: v for k, v in settings.items() if k != "lora_dropout"}
+    short = plain | {"max_steps": 4, "save_steps": 1, "eval_steps": 1} | BESIDE[case]
+    whole = run(short, tmp_path / "whole")
+    run({**short, "save_steps": -1}, tmp_path / "broken", StopAt(at))
+    resumed = run({}, tmp_path / "broken", resume=True)
+    assert resumed.result.losses == whole.result.losses
+    assert resumed.result.scores == whole.result.scores
+    same_files(tmp_path / "whole", tmp_path / "broken")
+
+
 PRUNED = {"method": "adalora", "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "lora_dropout": 0}
 
 

@@ -110,6 +110,24 @@ def test_jobs_stop_together_and_go_on_where_each_was(tmp_path, common) -> None:
         ]
 
 
+def test_jobs_go_on_with_what_their_files_lack(tmp_path, common) -> None:
+    clusters = {"use_asa": True, "asa_target_subspaces": 5, "init_warmup": 1, "final_warmup": 4, "mask_interval": 1}
+    own = {
+        "draws": {"method": "pvera", "r": 4, "sample_at_inference": True, "generator_seed": 3},
+        "clusters": {"method": "adamss", "r": 8, **clusters},
+    }
+    settings = {**common, "max_steps": 4, "eval_steps": 1, "jobs": own}
+    paths = [write(tmp_path / f"{n}.yaml", {**settings, "output": str(tmp_path / n)}) for n in ("whole", "parts")]
+    run_jobs(read_jobs(paths[0]))
+    run_jobs(read_jobs(paths[1]), events=[StopAfter(2)])
+    run_jobs(read_jobs(paths[1], {"resume": True}))
+    for name in own:
+        found, wanted = weights(tmp_path / "parts" / name), weights(tmp_path / "whole" / name)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        parts, whole = ([{**m, "tokens_per_second": 0} for m in lines(tmp_path / n / name)] for n in ("parts", "whole"))
+        assert parts == whole
+
+
 def test_one_that_diverges_is_said_and_leaves_the_others_alone(tmp_path, common) -> None:
     own = {**OWN, "mad": {"learning_rate": 1e30, "lr_scheduler_type": "constant"}}
     path = write(tmp_path / "jobs.yaml", {**common, "output": str(tmp_path / "out"), "jobs": own})

@@ -127,8 +127,12 @@ class PromptMethod(ModelMethod):
         raise NotImplementedError
 
     def saved(self) -> dict[str, Tensor]:
-        """What goes into the file, by key: the finished prompt, whatever it came out of."""
-        return {PROMPT: self.prompt(Call())}
+        """What goes into the file, by key: the finished prompt, whatever it came out of, without dropout."""
+        training = self.training
+        try:
+            return {PROMPT: self.eval().prompt(Call())}
+        finally:
+            self.train(training)
 
     def restore(self, name: str, value: Tensor) -> None:
         """Take what a file has under a key as the parameters; a network it came out of is let go."""

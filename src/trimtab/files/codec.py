@@ -329,6 +329,7 @@ class Fit:
     missing: list[str]
     unexpected: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    trained: bool = True  # whether any of the missing is
 
     def raise_for_faults(self, source: str, ignore_mismatched: bool = False) -> None:
         """Raise one `AdapterFileError` that lists everything that does not fit."""
@@ -341,10 +342,13 @@ class Fit:
             shapes = [f"{k} is {found} in the file and {wanted} in the model" for k, found, wanted in self.mismatched]
             faults.append(f"size mismatch: {_some(shapes)}")
         if faults:
-            raise AdapterFileError(
-                f"The adapter in {source} does not fit the model: " + "; ".join(faults) + ". Check that the base model "
-                "is the one it was trained on, or pass strict=False to load what fits."
-            )
+            advice = "Check that the base model is the one it was trained on, or pass strict=False to load what fits."
+            if len(faults) == 1 and not self.trained:
+                advice = (
+                    "None of these is trained: the file may be of an earlier version. With strict=False they are what "
+                    "a new adapter starts with."
+                )
+            raise AdapterFileError(f"The adapter in {source} does not fit the model: {'; '.join(faults)}. {advice}")
 
 
 def whole_model(keys: Iterable[str]) -> bool:
@@ -362,14 +366,17 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
         for key, slot in wanted.items()
         if key in tensors and not slot.takes(tensors[key])
     ]
+    missing = [k for k, slot in wanted.items() if k not in tensors and not (slot.optional or slot.echo)]
+    slots = [wanted[k] for k in missing]
     return Fit(
-        missing=[k for k, slot in wanted.items() if k not in tensors and not (slot.optional or slot.echo)],
+        missing=missing,
         unexpected=[
             k
             for k in tensors
             if k not in wanted and k.rpartition(".")[2] not in once and not any(part in k for part in IGNORED)
         ],
         mismatched=mismatched,
+        trained=not slots or any(s.method is None or s.method.declared[s.leaf].train for s in slots),
     )
 
 

@@ -112,10 +112,10 @@ def enter(method: PromptMethod, config: Any, base: Any, inputs: Inputs, call: Ca
     """A forward call's inputs with the prompt in front."""
     inputs = dict(inputs)
     count, decodes = config.num_virtual_tokens, bool(getattr(base.config, "is_encoder_decoder", False))
+    if method.cached or not decodes:  # else the prompt is the encoder's, and the cache the decoder's
+        _refuse_tokens(inputs)
     rows, device = _shape(inputs, *(("decoder_input_ids",) if decodes and method.cached else ()))
     if method.cached:
-        if inputs.get("past_key_values") is not None:
-            raise ValueError("A prefix fills the cache: `past_key_values` cannot be passed as well.")
         if base.training:
             require_cache(config, base)
         inputs["past_key_values"] = prefilled(method.prompt(call), config, base, rows)
@@ -149,8 +149,6 @@ def prepared(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
         return inputs
     held = 0 if cache is None else cache.get_seq_length()
     if not held:
-        if method.cached:
-            inputs["past_key_values"] = None
         return ({} if method.cached else {"input_ids": None}) | enter(method, config, base, inputs, call)
     count = config.num_virtual_tokens
     _extend(inputs, "decoder_attention_mask" if decodes else "attention_mask", count, 1)
@@ -222,11 +220,19 @@ def generate(method: PromptMethod, config: Any, base: Any, args: Sequence[Any], 
     return out
 
 
-def _refuse(inputs: Inputs, settings: Any) -> None:
-    """Raise for what cannot go on from a cache that holds the prompt already."""
+def _refuse_tokens(inputs: Inputs) -> None:
+    """Raise for a cache with tokens in it: the prompt stands before them, and none can be put behind."""
     given = inputs.get("past_key_values")
     if given is not None and getattr(given, "get_seq_length", lambda: 1)():
-        raise ValueError("The prompt fills the cache: `past_key_values` with tokens in it cannot be passed as well.")
+        raise ValueError(
+            "The prompt comes first in the cache: `past_key_values` with tokens in it cannot be passed as well. Use "
+            "generate(), or go on by `prepare_inputs_for_generation` and the base model."
+        )
+
+
+def _refuse(inputs: Inputs, settings: Any) -> None:
+    """Raise for what cannot go on from a cache that holds the prompt already."""
+    _refuse_tokens(inputs)
     for name in ASSISTED:
         if inputs.get(name) is not None or getattr(settings, name, None) is not None:
             raise ValueError(

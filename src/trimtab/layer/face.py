@@ -85,9 +85,7 @@ class Face(Switched):
             raise ValueError(f"Adapter '{adapter_name}' is merged into the base: call unmerge_adapter() first.")
         self.originals.give_back(adapter_name)
         self.detach(adapter_name)
-        if adapter_name in self.active_adapters:
-            self.switch(self.active_adapters, not self.disable_adapters)
-            self.left(adapter_name)
+        self.without(adapter_name)
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer."""

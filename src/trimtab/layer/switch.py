@@ -40,6 +40,11 @@ class Switched(nn.Module):
         return self.board.route_here(quiet=True)
 
     @property
+    def outside(self) -> tuple[tuple[str, ...], bool]:
+        """(active, enabled) here outside all blocks: what a switch of this module starts from, as it outlives them."""
+        return self.board.route.at(self.own)
+
+    @property
     def active_adapters(self) -> list[str]:
         """The adapters in use here, innermost first."""
         return list(self.standing().at(self.own)[0])
@@ -61,7 +66,7 @@ class Switched(nn.Module):
 
     @_active_adapter.setter
     def _active_adapter(self, names: str | Sequence[str]) -> None:
-        self.switch((names,) if isinstance(names, str) else names, not self.disable_adapters)
+        self.switch((names,) if isinstance(names, str) else names, self.outside[1])
 
     @property
     def _disable_adapters(self) -> bool:
@@ -69,7 +74,7 @@ class Switched(nn.Module):
 
     @_disable_adapters.setter
     def _disable_adapters(self, off: bool) -> None:
-        self.switch(self.active_adapters, not off)
+        self.switch(self.outside[0], not off)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
@@ -89,14 +94,21 @@ class Switched(nn.Module):
             self.bring(name)
         for name in self.adapters:
             self.set_requires_grad(name, name in names and not inference_mode)
-        self.switch(names, not self.disable_adapters)
+        self.switch(names, self.outside[1])
 
     def left(self, adapter: str, inference_mode: bool = False) -> None:
-        """An adapter is gone; where this module was switched to it by itself, the others stay or the first comes."""
-        if self.own is not None and self.own[0] == self.board.route.epoch and adapter in self.own[1]:
-            self.set_adapter([n for n in self.own[1] if n != adapter] or self.adapters[:1], inference_mode)
+        """An adapter is gone from the model: a module that was switched to it by itself goes on without."""
+        if self.own is not None and self.own[0] == self.board.route.epoch:
+            self.without(adapter, inference_mode)
+
+    def without(self, adapter: str, inference_mode: bool = False) -> None:
+        """Where an adapter that is gone from here was in use, the others stay or the first comes."""
+        active = self.outside[0]
+        if adapter in active:
+            self.set_adapter([n for n in active if n != adapter] or self.adapters[:1], inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters here on or off, and with them whether they train."""
-        self.set_requires_grad(self.active_adapters, enabled)
-        self.switch(self.active_adapters, enabled)
+        active = self.outside[0]
+        self.set_requires_grad(active, enabled)
+        self.switch(active, enabled)

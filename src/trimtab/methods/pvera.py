@@ -61,14 +61,16 @@ class Pvera(Method):
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        return {
+        leaves = {
             "pvera_lambda_b": Leaf((site.fan_out,)),  # (out,)
             "pvera_lambda_d": Leaf((2 * config.r,)),  # (2 · r,)
         }
+        if config.generator_seed is not None:  # how many samples were drawn with it
+            leaves["pvera_drawn"] = Leaf((), train=False, file=False, state=True, dtype=torch.int64)  # ()
+        return leaves
 
     def setup(self, config: Any) -> None:
         self.r = config.r
-        self.drawn = 0  # samples drawn by `generator_seed`
 
     def reset(self, config: Any) -> None:
         if config.init_weights:
@@ -77,6 +79,8 @@ class Pvera(Method):
         else:
             self.pvera_lambda_b.fill_(1)
             self.pvera_lambda_d.normal_()
+        if config.generator_seed is not None:
+            self.pvera_drawn.zero_()
 
     @classmethod
     def admit(cls, config: Any, others: list[Any]) -> None:
@@ -129,7 +133,7 @@ class Pvera(Method):
         if self.training or seed is None:
             generator = call.generator(self, "sample", like.device)
         else:
-            own = zlib.crc32(f"{self.site.name}/{self.drawn}".encode())
+            own = zlib.crc32(f"{self.site.name}/{int(self.pvera_drawn)}".encode())
             generator = torch.Generator(like.device).manual_seed(mixed(seed, own))
-            self.drawn += 1
+            self.pvera_drawn.add_(1)
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)

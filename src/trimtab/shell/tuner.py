@@ -68,7 +68,7 @@ class Tuner(Running):
         """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
         graft = self.graft
         parts = [*graft.base.layers.values(), *graft.base.saved.values()]
-        off = [x for x in parts if x.disable_adapters] if graft.board.route.enabled else []
+        off = [x for x in parts if not x.outside[1]] if graft.board.route.enabled else []
         graft.set_active([name], trainable=None)
         for part in off:
             part.switch([name], False)

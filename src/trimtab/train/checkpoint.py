@@ -94,10 +94,12 @@ def save_checkpoint(target: Path, run: Run, identity: Mapping[str, Any]) -> None
         TrainError: it cannot be written. What was there before is as it was.
     """
     processes, model = run.processes, run.processes.unwrap(run.model)
+    own = own_tensors(model, run.adapter)
     state = {
         "identity": dict(identity),
         "result": asdict(run.result),
-        "tensors": {n: whole(t) for n, t in own_tensors(model, run.adapter).items()},
+        "tensors": {n: whole(t) for n, t in own.items()},
+        "trained": [n for n, t in own.items() if t.requires_grad],
         "adapters": _reached(model, run.adapter),
         "optimizer": processes.optimizer_state(run.model, run.optimizer),
         "random": processes.gather(random_state()),
@@ -158,6 +160,9 @@ def load_checkpoint(
     def restore(prepared: nn.Module, optimizer: Any, processes: Alone) -> None:
         processes.load_optimizer_state(prepared, optimizer, state["optimizer"])
         set_random_state(state["random"][min(processes.rank, len(state["random"]) - 1)])
+        own = own_tensors(model, adapter)
+        for name in own.keys() - set(state.get("trained", own)):
+            own[name].requires_grad_(False)  # its training had ended (AdaMSS): it counts in no norm of gradients
 
     return TrainResult(**_tuples(state["result"])), restore
 

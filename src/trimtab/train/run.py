@@ -150,10 +150,6 @@ def _train(
     """Train, from a checkpoint or from the start, and save what came out; `chosen`: a sweep has found the rank."""
     config, batches, group = run.config, run.batches, run.group
     result, restore = TrainResult(), None
-    if checkpoint is not None:
-        result, restore = load_checkpoint(checkpoint, run.model, run.identity())
-    if config.resume:
-        console.print(_where(result, len(batches)))
     progress = Progress()
     own: list[Event] = [Schedule(config.lr_scheduler_type, run.warmup)]
     own += run.events([Interrupt(progress.note), progress], progress.note)
@@ -161,6 +157,10 @@ def _train(
     try_longest(run.model, batches)
     if run.data.held_out:
         try_evaluation(run.model, run.data.held_out, config.eval_batch_size, run.base.pad_id)
+    if checkpoint is not None:  # after these trials: methods keep what they draw and count in a forward
+        result, restore = load_checkpoint(checkpoint, run.model, run.identity())
+    if config.resume:
+        console.print(_where(result, len(batches)))
     if group.main:  # nothing of an earlier run is touched before this
         if not config.resume:
             files.clear(config, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from trimtab.core.site import Arguments, LinearSite, Site, site_class
 from trimtab.errors import ConfigError, RouteError
 
+# Arguments of transformers' blocks that have a row for each of the batch's, where they have as many.
+BY_ROW = ("attention_mask", "encoder_attention_mask", "position_ids")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -57,25 +60,56 @@ class BlockSite(Site):
         return x.shape[0], x.device
 
     def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Arguments:
-        """These rows of every tensor that has as many, in tuples too."""
-        count = self.rows(args, kwargs)[0]
+        """These rows of every tensor that has as many, in tuples too.
 
-        def part(value: Any) -> Any:
+        Raises:
+            RouteError: a cache, or a table whose first axis may be rows or tokens, where there are as many of both.
+        """
+        x: Any = args[0] if args else next(iter(kwargs.values()))
+        count, square = len(x), x.ndim == 3 and x.shape[1] == len(x)
+        names = inspect.signature(self.layer.forward).parameters if square else ()
+
+        def part(value: Any, name: str = "") -> Any:
             if isinstance(value, tuple):
-                return tuple(part(v) for v in value)
+                return tuple(part(v, name) for v in value)
             if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != count:
                 if hasattr(value, "get_seq_length"):
                     raise RouteError(f"'{self.name}' is given a cache, whose rows cannot be cut: pass use_cache=False.")
                 return value
+            if square and value.ndim < 3 and name not in BY_ROW:
+                raise RouteError(
+                    f"'{self.name}' is given {name or 'a table'} of shape {list(value.shape)} for {count} rows of "
+                    f"{count} tokens: which of them its first axis is cannot be known. Pad the rows by a token."
+                )
             return value.index_select(0, rows)
 
-        return tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}
+        named = [*names, *[""] * len(args)]
+        return tuple(map(part, args, named)), {k: part(v, k) for k, v in kwargs.items()}
 
     def join(self, parts: Any, order: Tensor) -> Any:
-        """Outputs of groups of rows as one."""
+        """Outputs of groups of rows as one; what a group has for all of its rows at once, each row gets.
+
+        Raises:
+            RouteError: what comes out does not have the rows that went in.
+        """
+        first = [p[0] if isinstance(p, tuple) else p for p in parts]
+        if not all(isinstance(x, Tensor) for x in first):
+            raise RouteError(f"'{self.name}' gives back no hidden states: the outputs of rows cannot be joined.")
+        return self._joined(parts, [len(x) for x in first], order)
+
+    def _joined(self, parts: Any, sizes: list[int], order: Tensor) -> Any:
         if isinstance(parts[0], tuple):
-            return tuple(self.join(column, order) for column in zip(*parts, strict=True))
-        return torch.cat(list(parts)).index_select(0, order) if isinstance(parts[0], Tensor) else parts[0]
+            return tuple(self._joined(column, sizes, order) for column in zip(*parts, strict=True))
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if all(p.ndim and len(p) == 1 for p in parts):
+            parts = [p.expand(n, *p.shape[1:]) for p, n in zip(parts, sizes, strict=True)]
+        if sum(sizes) != len(order) or [p.shape[:1] for p in parts] != [(n,) for n in sizes]:
+            shapes = [list(p.shape) for p in parts]
+            raise RouteError(
+                f"'{self.name}' gives back {shapes} for groups of {len(order)} rows: not theirs, row by row."
+            )
+        return torch.cat(list(parts)).index_select(0, order)
 
 
 class Stand:

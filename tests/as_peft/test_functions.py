@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.functional import delete_adapter
 from peft.helpers import DoraCaching, check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules
 from torch import nn
@@ -61,3 +62,12 @@ def test_configs_of_models_and_endings_of_names():
                                   (["a.b"], ["a.b"], "common elements")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             _find_minimal_target_modules(targets, others)
+
+
+def test_an_injected_adapter_that_is_deleted_again_is_none_and_says_who_is_active():
+    model = toy()
+    for name in ("one", "two"):
+        inject_adapter_in_model(LoraConfig(target_modules=["up"]), model, name)
+    assert delete_adapter(model, "one", "lora_") == ["two"]
+    assert delete_adapter(model, "one", "lora_") == ["two"]
+    assert delete_adapter(model, "two", "lora_") == []

@@ -66,11 +66,15 @@ def set_adapter(
     locate_graft(model)[0].set_active(names, trainable=not inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """Forget an adapter; returns the adapters that are active afterwards."""
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str]:
+    """Forget an adapter; returns the adapters that are active afterwards. As in PEFT, an unknown name does nothing.
+
+    transformers' `delete_adapter(["one", "one"])` asks for the same name twice.
+    """
     graft = locate_graft(model)[0]
-    graft.delete(adapter_name)
-    return list(graft.board.route.active) or None
+    if adapter_name in graft.adapters:
+        graft.delete(adapter_name)
+    return list(graft.board.route.active)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

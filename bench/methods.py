@@ -229,9 +229,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     head = ["method", "held-out loss", "rate", "runs", "trained", "step / LoRA's", "memory / LoRA's", "file"]
     start = f"The base's loss is {done[FIRST]['start']:.3f}. " if FIRST in done else ""
     marks = (
-        f"{start}Mean and standard deviation over the seeds. ↓, ↑: the best rate is the least, or the greatest, of the grid: "
-        "one beyond it might be better. *Runs*: those of a method are trained at once, in shared passes, or one by one, "
-        "where a batch cannot have rows of several. Step and memory are those of the method alone."
+        f"{start}Mean and standard deviation over the seeds. ↓, ↑: the best rate is the least, or the greatest, of the "
+        "grid, and one beyond it might be better. *Runs*: those of a method are trained at once, in shared passes, or "
+        "one by one, where a batch cannot have rows of several. Step and memory are those of the method alone."
     )
     if any(x["targets"] for x in done.values()):
         marks += " \\*: on all linear layers, since its own targets are none in this base."
@@ -244,7 +244,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def short(name: str) -> str:
     """A method's name in the plot: a variant's class."""
     kind, _, field = name.partition(" ")
-    return load(METHODS[kind][0], "VARIANTS")[field.strip("()")].split(":")[1] if field else kind.lower()
+    return load(METHODS[kind][0], "VARIANTS")[field.strip("()")].split(":")[1].lower() if field else kind.lower()
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -260,11 +260,17 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     shown = {n: x for n, x in done.items() if x[1] < start}
     for name, (trained, y, seeds) in shown.items():
         axes.vlines(trained, min(seeds), max(seeds), color="0.75", lw=1, zorder=1)
-        axes.plot(trained, y, "o", color="tab:orange" if name == FIRST else "tab:blue", ms=4, zorder=2)
+        axes.plot(
+            trained, y, "o", color="tab:orange" if name == FIRST else "tab:blue", ms=4, zorder=3 if name == FIRST else 2
+        )
     axes.axhline(start, color="0.5", lw=0.8, ls="--")
-    axes.annotate("the base", (0.005, start), ("axes fraction", "data"), va="bottom", fontsize=8, color="0.4")
+    axes.annotate(
+        "the base", (0.995, start), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4"
+    )
     axes.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="held-out loss (nats a token)")
-    ticks = [t for t in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2) if t < start * 1.1]
+    least = min(y for _, y, _ in shown.values())
+    axes.set_ylim(least * 0.93, start * 1.07)
+    ticks = [t for t in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3) if least * 0.93 < t < start * 1.07]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_yticks([], minor=True)
     above = [short(n) for n in done if n not in shown]

@@ -14,6 +14,8 @@ from tests.methods.nets import Net, adapted, check_gradients, image, merged, mer
 from tests.models import gpt2, llama, t5, tokens
 from trimtab import BitFitConfig, BottleneckConfig, DyLoraConfig, LoReFTConfig, PeftModel, get_peft_model
 from trimtab.errors import RouteError
+from trimtab.train.evaluate import evaluate_loss
+from trimtab.train.example import Example
 
 
 def dot(a: list, b: list) -> float:
@@ -185,6 +187,24 @@ def test_loreft_edits_the_first_and_last_tokens_that_are_no_padding() -> None:
     model(x, attention_mask=torch.ones_like(x), labels=labels)
     changed = (seen[1] - seen[0]).abs().amax(-1) > 1e-9
     assert all(row.nonzero().flatten().tolist() == [0, 1, 2] for row in changed)
+    seen.clear()  # a loop that spares the head the prompt gives the labels of the last positions only
+    model(x, labels=labels[:, 2:], logits_to_keep=torch.arange(2, 5))
+    changed = (seen[1] - seen[0]).abs().amax(-1) > 1e-9
+    assert all(row.nonzero().flatten().tolist() == [0, 1, 2] for row in changed)
+
+
+def test_loreft_scores_held_out_rows_as_it_generates_from_their_prompts() -> None:
+    """The loss of an answer is that of the tokens it would generate: the answer itself is not edited."""
+    model = adapted(LoReFTConfig(r=2, positions="f1+l1", target_modules=r".*layers\.\d"), llama(), amount=2.0)
+    prompt, answer = [5, 9, 3], [7, 2]
+    expected, ids = 0.0, torch.tensor([prompt])
+    cache = None
+    for i, token in enumerate(answer):
+        out = model(ids, attention_mask=torch.ones(1, 3 + i), past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, torch.tensor([[token]])
+        expected -= float(out.logits[0, -1].log_softmax(-1)[token]) / len(answer)
+    row = Example(prompt + answer, [-100] * 3 + answer, 3)
+    assert evaluate_loss(model, [row]).loss == pytest.approx(expected, abs=1e-6)
 
 
 def test_loreft_generates_from_an_edited_prompt(tmp_path: Path) -> None:

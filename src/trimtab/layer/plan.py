@@ -135,6 +135,7 @@ class Plan:
             k: v[torch.tensor(mine, device=v.device)] if isinstance(v, Tensor) and v.ndim else v
             for k, v in extras.items()
         }
+        own |= {k: dict(v) for k, v in own.items() if isinstance(v, dict)}  # where a group's formulas note things
         lengths = None if self.lengths is None else tuple(self.lengths[i] for i in mine)
         call = given or PLAIN
         return replace(call, extras={**call.extras, **own}, lengths=lengths)
@@ -144,6 +145,15 @@ class Plan:
         if self.lengths is None and len(shape) and shape[0] % len(self.owners) == 0:
             self.rows.add(int(shape[0]))
             self.tokens.update(int(n) for n in shape[1:2])
+
+    def part(self, inputs: Mapping[str, Any], group: int) -> dict[str, Any]:
+        """The arguments of a call of the model, those tensors that have its rows cut to a group's."""
+        tensors = [v for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 1]
+        if self.lengths is not None or not tensors or (rows := len(tensors[0])) % len(self.owners):
+            return dict(inputs)
+        index = self._each(rows // len(self.owners), 0, tensors[0].device).index[group]
+        has = lambda v: isinstance(v, Tensor) and v.ndim and len(v) == rows
+        return {k: v.index_select(0, index.to(v.device)) if has(v) else v for k, v in inputs.items()}
 
     def cut(self, lead: Sequence[int], device: torch.device, name: str = "") -> Cut:
         """How an input whose leading axes are `lead` is cut.

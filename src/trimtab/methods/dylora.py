@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
+from trimtab.core.dropout import mixed
 from trimtab.core.families import LowRank, wide
 from trimtab.core.method import Call, Leaves, require_rank
 from trimtab.core.site import Site
@@ -76,13 +77,20 @@ class DyLora(LowRank):
     def facts(cls, config: Any, inputs: Mapping[str, Any], training: bool) -> dict[str, Any]:
         return {"rank": int(torch.randint(config.min_rank, config.r + 1, ()))} if training else {}
 
+    def drawn(self, call: Call) -> int:
+        """The rank of a forward in training, the same at every site: of the run's own random numbers, if it has any."""
+        if call.seed is None:
+            return call.fact(self, "rank") or self.b
+        least = self.options.min_rank
+        return least + mixed(call.seed, least) % (self.options.r - least + 1)
+
     def weight(self, W: Tensor) -> Tensor:
         A, B = self.matrices
         return W + self.scaling * (wide(B)[..., : self.b] @ wide(A)[: self.b])
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         A, B = self.matrices
-        b = (call.fact(self, "rank") if self.training else None) or self.b
+        b = self.drawn(call) if self.training else self.b
         A, B = A[:b], B[:, :b]
         if self.training and self.options.frozen:
             A, B = torch.cat([A[: b - 1].detach(), A[b - 1 :]]), torch.cat([B[:, : b - 1].detach(), B[:, b - 1 :]], 1)

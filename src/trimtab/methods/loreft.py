@@ -97,6 +97,8 @@ class LoReFT(Method):
             if mask.shape != shown.shape:  # the prompt lies in a cache
                 return {"edited": shown[:, :0]}
             shown = mask.bool()
+        if labels is not None and inputs.get("logits_to_keep") is not None:  # labels are those of the last tokens
+            labels = F.pad(labels, (shown.shape[1] - labels.shape[1], 0), value=-100)
         if labels is not None and labels.shape == shown.shape:
             shown = shown & (labels != -100).cumsum(1).eq(0)
         count = shown.cumsum(1)

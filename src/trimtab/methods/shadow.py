@@ -78,7 +78,9 @@ class Shadow(Method):
 
     @classmethod
     def share(cls, config: Any, sites: Sites) -> Leaves:
-        small, dim, leaves = beside(config, sites, sites.model), sites[0].fan_in, {}
+        with torch.random.fork_rng([]):  # a second adapter's layout may be taken over: starts must not depend on this
+            small = beside(config, sites, sites.model)
+        dim, leaves = sites[0].fan_in, {}
         for name, shape in small.shapes().items():
             leaves[f"{BACKBONE}.{name}"] = Leaf(shape, train=name not in small.frozen)  # (as it has it)
         if small.width != dim:

@@ -20,6 +20,7 @@ from trimtab.files import store
 from trimtab.files.codec import whole_model
 from trimtab.files.finding import is_adapter
 from trimtab.graft.graft import Graft
+from trimtab.layer.plan import Plan
 from trimtab.methods import method_class
 
 
@@ -54,9 +55,13 @@ def prepare(
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, extras: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block methods that watch see each call of the model: generation makes many."""
-    seen = [value for name, value in extras.items() if name.endswith(".seen")]
+def watching(model: nn.Module, extras: Sequence[Mapping[str, Any]], plan: Plan | None = None) -> Iterator[None]:
+    """Inside the block methods that watch see each call of the model: generation makes many.
+
+    Args:
+        extras: of each group of the plan, which sees its own rows; of the one call where there is none.
+    """
+    seen = [(i, value) for i, own in enumerate(extras) for name, value in own.items() if name.endswith(".seen")]
     if not seen:
         yield
         return
@@ -65,8 +70,8 @@ def watching(model: nn.Module, extras: Mapping[str, Any]) -> Iterator[None]:
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         length = getattr(inputs.get("past_key_values"), "get_seq_length", int)  # layers will have added to it
-        for value in seen:
-            value |= {"inputs": inputs, "start": int(length())}
+        for group, value in seen:
+            value |= {"inputs": plan.part(inputs, group) if plan else inputs, "start": int(length())}
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:

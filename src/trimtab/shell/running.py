@@ -75,7 +75,7 @@ class Running(nn.Module):
             extras: what formulas read of the forward, by name.
         """
         if adapter_names is None:
-            watched, mixed = mixtures.watching(self.model, extras), mixtures.surrounding(self.graft)
+            watched, mixed = mixtures.watching(self.model, [extras]), mixtures.surrounding(self.graft)
             with watched, mixed, self.graft.board.handing(extras):
                 yield
             return
@@ -93,7 +93,8 @@ class Running(nn.Module):
         plan.tell(shape)
         hook = self.model.register_forward_pre_hook(partial(_tell, graft.board, plan), with_kwargs=True)
         try:
-            with mixtures.watching(self.model, extras), graft.board.using(open=open, plan=plan):
+            watched = mixtures.watching(self.model, [call.extras for call in plan.calls], plan)
+            with watched, graft.board.using(open=open, plan=plan):
                 with graft.board.moving:  # from now on no other thread parks them
                     graft.residents.bring(plan.adapters)
                 yield

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.method import overrides
 from trimtab.errors import DataError
+from trimtab.graft.graft import Graft
 from trimtab.train.data import IGNORE, Example, collate, encode_rows, read_rows
 from trimtab.train.generate import Counting, as_fits, complete, free_memory, pad_token, references, silently
 from trimtab.train.loss import takes_positions
@@ -244,10 +246,12 @@ def _score(
     """(summed loss, trained tokens that are the model's own choice, its first token, its first of `choices`) a row."""
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in collate(examples, pad_id).items()}
-    labels: Tensor = batch.pop("labels")[:, 1:]  # (B, T-1): what each position but the last should say next
+    labels: Tensor = batch["labels"][:, 1:]  # (B, T-1): what each position but the last should say next
+    if not (told := _look(model)):
+        del batch["labels"]
     first = max(0, min((_start(e) for e in examples), default=1) - 1)
     extra: dict[str, Any] = {}
-    if takes_positions(model):  # the head is a good part of a small model's work
+    if takes_positions(model) and not told:  # the head is a good part of a small model's work
         extra = {"logits_to_keep": torch.arange(first, labels.shape[1], device=device), "use_cache": False}
     logits: Tensor = model(**batch, **extra).logits
     if not extra:  # a prompt method may have put tokens in front
@@ -265,6 +269,13 @@ def _score(
         nll = float(F.cross_entropy(scores, wanted, reduction="sum"))
         rows.append((nll, int((own == wanted).sum()), int(own[begin]), best))
     return rows
+
+
+def _look(model: nn.Module) -> bool:
+    """Whether active adapters look at what the model is called with: labels tell them where the prompt ends."""
+    graft: Any = getattr(model, "graft", None)
+    active = graft.board.route_here(quiet=True).active if isinstance(graft, Graft) else ()
+    return any(a.prompt is None and overrides(a.method, "facts") for n in active if (a := graft.adapters.get(n)))
 
 
 def _start(e: Example) -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from trimtab.core.config import PeftConfig
 from trimtab.errors import ConfigError, PeftError, TrainError
 from trimtab.layer.head import fuse_loss
+from trimtab.methods import method_class
 from trimtab.shell.peft_model import PeftModel
 from trimtab.shell.tasks import get_peft_model
 from trimtab.train.batches import Batches
@@ -119,6 +120,15 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             faults.append(f"'{job.name}' is a prompt, which cannot share a batch")
         elif getattr(job.config, "bias", "none") != "none":
             faults.append(f"'{job.name}' trains the base's biases (bias={job.config.bias!r}), which all rows share")  # type: ignore[attr-defined]
+    taking: dict[str, list[str]] = {}  # of the same targets: what takes a layer's weight over, takes it from all others
+    for job in jobs:
+        if method_class(job.config).mutates(job.config):
+            taking.setdefault(repr(getattr(job.config, "target_modules", None)), []).append(f"'{job.name}'")
+    faults += [
+        f"{' and '.join(takers)} start by changing the base's weights: each needs a base of its own"
+        for takers in taking.values()
+        if len(takers) > 1
+    ]
     if not jobs:
         faults.append("there are no jobs")
     if faults:
@@ -253,8 +263,6 @@ class _Shared:
         for nth in range(max(map(len, steps.values()))):
             self._pass([(run, batches, nth) for run in runs if nth < len(batches := steps[id(run)])])
         for run in runs:
-            self._penalise(run)
-        for run in runs:
             with self._as(run):
                 self._update(run, steps[id(run)])
         spent, tokens = time.perf_counter() - began, sum(run.tokens for run in runs)
@@ -267,16 +275,13 @@ class _Shared:
         every = [Part.of(run, batches[n], sum(b.trained for b in batches)) for run, batches, n in work]
         for parts in passes(every, self.tokens, self.fixed):
             found = losses(self.model, parts, self.fused)
+            if terms := self.model.tuner.penalties([part.adapter for part in parts]):
+                none = found.new_zeros(())
+                found = found + torch.stack([terms.get(part.adapter, none).to(found) for part in parts])
             shares = found.new_tensor([part.share for part in parts])
             (found * shares).sum().backward()
             for part, loss in zip(parts, (found.detach() * shares).tolist(), strict=True):
                 part.run.loss += loss
-
-    def _penalise(self, run: JobRun) -> None:
-        """The adapter's own terms of the loss, once a step."""
-        for term in self.model.tuner.penalties([run.job.name]).values():
-            term.backward()
-            run.loss += float(term.detach())
 
     def _update(self, run: JobRun, batches: Any) -> None:
         """The run's own part of a step."""

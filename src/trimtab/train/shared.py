@@ -109,7 +109,8 @@ def losses(model: Any, parts: Sequence[Part], fused: FusedLoss | None) -> Tensor
     rows = [part.shape[0] for part in parts]
     names = [part.adapter for part in parts for _ in range(part.shape[0])]
     calls = {part.adapter: part.call for part in parts}
-    with tuner.routed(names, shape=tuple(labels.shape), calls=calls):
+    extras = tuner.extras({**inputs, "labels": labels}, names)  # what formulas must know of the forward
+    with tuner.routed(names, shape=tuple(labels.shape), calls=calls, **extras):
         if fused is not None:
             with fused.apart(rows):
                 sums = base(**inputs, labels=labels, use_cache=False).loss

@@ -131,7 +131,9 @@ def main() -> None:
     from report import table, write
 
     head = ["", "tokens/s", f"over {first}", "tokens per processor second", f"over {first}"]
-    title = f"{options.jobs} adapters trained, {options.tokens} tokens a step each, SmolLM2-135M, r=16 everywhere"
+    title = (
+        f"{options.jobs} adapters trained, {options.tokens} tokens a step each, SmolLM2-135M, fp32 if not said, r=16"
+    )
     if options.write:
         write(f"many_jobs-{options.jobs}x{options.tokens}", title, table(head, table_rows))
     else:

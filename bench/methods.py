@@ -235,13 +235,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     marks = (
         f"{start}Mean and standard deviation over the seeds. ↓, ↑: the best rate is the least, or the greatest, of the "
         "grid, and one beyond it might be better. *Runs*: those of a method are trained at once, in shared passes, or "
-        "one by one, where a batch cannot have rows of several. Step and memory are those of the method alone."
+        "one by one, where a batch cannot have rows of several. Step and memory are those of the method alone; "
+        "LoRA's own row, against itself, says how much a step's time varies."
     )
     if any(x["targets"] for x in done.values()):
         marks += " \\*: on all linear layers, since its own targets are none in this base."
-    out = [f"{name}: {x['left_out']}" for name, x in results.items() if "left_out" in x]
-    missing = [name for name in names() if name not in results]
-    rest = [f"Left out. {'; '.join(out)}."] * bool(out) + [f"Not measured: {', '.join(missing)}."] * bool(missing)
+    out = {**LEFT_OUT, **{name: x["left_out"] for name, x in results.items() if "left_out" in x}}
+    missing = [name for name in names() if name not in results and name not in out]
+    rest = [f"Left out. {'; '.join(map(': '.join, out.items()))}."] + [f"Not measured: {', '.join(missing)}."] * bool(
+        missing
+    )
     return "\n\n".join([marks, report.table(head, rows), *rest])
 
 

@@ -343,13 +343,14 @@ class LayerConfig(PeftConfig):
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
         self.exclude_modules = as_set(self.exclude_modules)
-        for reason in idle(vars(self)).values():
-            raise ConfigError(reason)
+        if faults := idle(vars(self)):
+            raise ConfigError(next(iter(faults.values())))
 
     @classmethod
     def _from_fields(cls, attributes: dict[str, Any], source: str) -> Any:
         # PEFT's configs of many methods take and ignore them: the adapter was trained without
-        for name, reason in idle(attributes).items():
+        own = {f.name for f in dataclasses.fields(cls)}
+        for name, reason in idle({k: v for k, v in attributes.items() if k in own}).items():
             warn(f"`{name}` in {source} is ignored. {reason}")
             del attributes[name]
         return super()._from_fields(attributes, source)

@@ -85,8 +85,8 @@ def layer_index(name: str, pattern: Collection[str] | str | None) -> int | None:
 def idle(fields: Mapping[str, Any]) -> dict[str, str]:
     """Which of a config's fields that narrow down its layers cannot act beside its others, and why."""
     found: dict[str, str] = {}
-    pattern = fields.get("layers_pattern")
-    if pattern and isinstance(pattern, str | list | tuple | set) and fields.get("layers_to_transform") in (None, []):
+    pattern, layers = fields.get("layers_pattern"), fields.get("layers_to_transform")
+    if pattern and isinstance(pattern, str | list | tuple | set) and not layers and layers != 0:
         reason = "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
         found["layers_pattern"] = reason
     if isinstance(targets := fields.get("target_modules"), str) and targets != "all-linear":

@@ -343,7 +343,7 @@ class Fit:
             faults.append(f"size mismatch: {_some(shapes)}")
         if faults:
             advice = "Check that the base model is the one it was trained on, or pass strict=False to load what fits."
-            if len(faults) == 1 and not self.trained:
+            if self.missing and len(faults) == 1 and not self.trained:
                 advice = (
                     "None of these is trained: the file may be of an earlier version. With strict=False they are what "
                     "a new adapter starts with."
@@ -367,7 +367,6 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
         if key in tensors and not slot.takes(tensors[key])
     ]
     missing = [k for k, slot in wanted.items() if k not in tensors and not (slot.optional or slot.echo)]
-    slots = [wanted[k] for k in missing]
     return Fit(
         missing=missing,
         unexpected=[
@@ -376,7 +375,7 @@ def fit(slots: Iterable[Slot], tensors: Mapping[str, Tensor], prefix: str = PREF
             if k not in wanted and k.rpartition(".")[2] not in once and not any(part in k for part in IGNORED)
         ],
         mismatched=mismatched,
-        trained=not slots or any(s.method is None or s.method.declared[s.leaf].train for s in slots),
+        trained=any((s := wanted[k]).method is None or s.method.declared[s.leaf].train for k in missing),
     )
 
 

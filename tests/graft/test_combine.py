@@ -422,7 +422,7 @@ def test_unequal_ranks(kind: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "'b' is made of Dora, which cannot be combined"),
+        ({"use_dora": True}, "'b' is made of Dora: here only deltas add up, so use 'svd'"),
         ({"bias": "lora_only"}, "'b' trains the base's biases"),
         ({"init_lora_weights": "pissa", "target_modules": ["up"]}, "'b' changed the base's weights"),
         ({"trainable_token_indices": {"embed": [1]}, "target_modules": ["up"]}, "'b' is made of .*TrainableTokens"),

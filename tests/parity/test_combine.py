@@ -184,3 +184,28 @@ def test_differences() -> None:
     for arguments in ((["a", "b"], [1.0, 1.0], "new"), (["a", "b"], [1.0], "other")):
         with pytest.raises(ValueError):
             ours.add_weighted_adapter(*arguments)
+
+
+def test_ia3(tmp_path: Path) -> None:
+    """The scales of IA3 add up; a layer that one of the adapters leaves alone has the others' alone."""
+    fields = [
+        {"target_modules": ["up", "down"], "feedforward_modules": ["down"]},
+        {"target_modules": ["up", "head"], "feedforward_modules": []},
+    ]
+    models = []
+    for library in (trimtab, peft):
+        model = library.get_peft_model(toy(), library.IA3Config(**fields[0]), "a")
+        model.add_adapter("b", library.IA3Config(**fields[1]))
+        draw = torch.Generator().manual_seed(5)
+        for name, parameter in sorted(model.named_parameters()):
+            if "ia3_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=draw)
+        model.base_model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "new")
+        model.set_adapter("new")
+        models.append(model.eval())
+    ours, theirs = models
+    assert config(ours) == config(theirs) | {"fan_in_fan_out": config(ours)["fan_in_fan_out"]}  # ours is found out
+    torch.testing.assert_close(ours(tokens()), theirs(tokens()))
+    theirs.save_pretrained(tmp_path, selected_adapters=["new"])
+    again = trimtab.PeftModel.from_pretrained(toy(), tmp_path / "new")
+    torch.testing.assert_close(again.eval()(tokens()), theirs(tokens()))

@@ -373,3 +373,18 @@ def test_frod_without_its_basis_is_another_model_elsewhere(tmp_path: Path) -> No
     warnings = spoken(trimtab.PeftModel.from_pretrained, build("llama"), str(tmp_path))
     assert any("PEFT's and ours differ" in text for text in warnings)
     assert float((run(load(trimtab, "llama", tmp_path).eval(), "llama") - y).detach().abs().max()) > 1e-3
+
+
+def test_merging_an_adapter_that_is_not_active() -> None:
+    """PEFT's layers that have something merged no longer look at what is active."""
+    outputs = []
+    for library in BOTH:
+        model = adapt(library, "llama", {"target_modules": ["q_proj"], "init_lora_weights": False})
+        model.add_adapter("other", library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        stir(model)
+        model.base_model.set_adapter(["default", "other"])
+        both = run(model.eval(), "llama")
+        model.set_adapter("default")
+        model.merge_adapter(adapter_names=["other"])
+        outputs.append((run(model, "llama") - both).abs().max().item())
+    assert outputs[0] < 1e-4 < 0.01 < outputs[1]

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "velora_random": {"velora_config": ("VeloraConfig", {"init_type": "random", "num_groups": 5})},
     "alora": {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"},
 }
+CASES |= {f"{name}_bias": {**CASES[name], "lora_bias": True} for name in CASES if name not in ("mica", "kasa_random")}
 every = pytest.mark.parametrize("case", CASES)
 IDS = torch.tensor([[5, 7, 8, 9, 10, 11], [7, 8, 9, 7, 8, 12], [3, 4, 5, 6, 9, 10], [9, 10, 11, 12, 7, 8]])
 
@@ -67,7 +68,7 @@ def test_names_and_starts(case: str) -> None:
 @every
 def test_outputs_gradients_and_merges(case: str) -> None:
     ours, theirs = pair(case)
-    if case == "alora":
+    if case.startswith("alora"):
         near(ours(IDS).logits, theirs(IDS).logits)
         for model in (ours, theirs):
             with pytest.raises((ValueError, NotImplementedError), match="merg"):
@@ -78,6 +79,12 @@ def test_outputs_gradients_and_merges(case: str) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         near(found[key], gradient)
+    if case.endswith("_bias"):  # PEFT merges none into a layer without a bias
+        expected = run(theirs, "llama")
+        with pytest.raises(RuntimeError, match="lora_bias"):
+            quiet(theirs.merge_and_unload)
+        near(run(quiet(ours.merge_and_unload), "llama"), expected)
+        return
     near(run(quiet(ours.merge_and_unload), "llama"), run(quiet(theirs.merge_and_unload), "llama"))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.combining import Recipe, split, split_product
+from trimtab.core.fields import default_of
 from trimtab.core.kernels import delta_linear, grouped
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
@@ -126,15 +129,20 @@ class LowRank(Method):
     elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     @staticmethod
-    def pair(site: Site, r: int) -> Leaves:
-        """The pair, in the shapes the kind of layer keeps it."""
+    def pair(site: Site, r: int, biased: bool = False) -> Leaves:
+        """The pair, in the shapes the kind of layer keeps it; `biased`: B has a bias, too."""
         require_rank(r)
         A, B = names_at(site)
         suffix = "" if site.kind == "embedding" else ".weight"
-        return {
+        leaves = {
             A + suffix: Leaf(site.down(r)),  # (r, in)
             B + suffix: Leaf(site.up(r)),  # (out, r)
         }
+        if biased:
+            if site.kind in ("embedding", "parameter"):
+                raise ConfigError(f"lora_bias=True is not supported for an {site.kind}: '{site.name}' has no bias.")
+            leaves["lora_B.bias"] = Leaf((site.fan_out,))  # (out,)
+        return leaves
 
     def scale(self, r: int, alpha: float, scaling: float, dropout: float) -> None:
         """Note rank and scale."""
@@ -155,6 +163,16 @@ class LowRank(Method):
         """(A, B) as the matrices (..., r, in) and (..., out, r) they are; views, where the site can."""
         A, B = self.factors
         return self.site.lower(A), self.site.upper(B)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What B's bias adds to the output (out,), or None where it has none."""
+        return self.scaling * self.lora_B_bias if "lora_B_bias" in self.places else None
+
+    def lifted(self, b: Tensor | None) -> Tensor | None:
+        """A layer's bias with B's added."""
+        extra = self.shift
+        return b if extra is None else extra if b is None else b + extra
 
     def put(self, A: Tensor, B: Tensor) -> None:
         """Store a pair of matrices (..., r, in) and (..., out, r) as the kind of layer keeps them."""
@@ -196,10 +214,24 @@ class LowRank(Method):
                 A, B = split(D, rank, recipe.clamp, recipe.driver)
             A, B = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - B.shape[1]))
         tensors = {name_A: A.reshape(site.down(rank)), name_B: B.reshape(site.up(rank))}
-        if biased := [(m, w) for m, w in zip(methods, weights, strict=True) if m.biased]:
-            tasks = [m.scaling * wide(m.lora_B_bias.detach()) for m, _ in biased]
-            tensors["lora_B_bias"] = recipe.merge(tasks, [w for _, w in biased])
+        shifts = [(m.shift, w) for m, w in zip(methods, weights, strict=True) if m.shift is not None]
+        if shifts:
+            tensors["lora_B_bias"] = recipe.merge([wide(shift.detach()) for shift, _ in shifts], [w for _, w in shifts])
         return tensors
+
+    @staticmethod
+    def settle(cls: Any, config: Any, configs: Sequence[Any], ranks: Mapping[str, int]) -> None:
+        """Give the config of a combination its ranks, such that each scale is 1; it is a plain pair's."""
+        for field in dataclasses.fields(config):
+            if field.name in cls.example:  # what chooses a variant
+                setattr(config, field.name, default_of(field))
+        config.r = config.lora_alpha = max(ranks.values(), default=config.r)
+        # "^" keeps a path from fitting the end of a longer one.
+        config.rank_pattern = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != config.r}
+        config.alpha_pattern = dict(config.rank_pattern)
+        config.use_rslora, config.lora_bias = False, any(c.lora_bias for c in configs)
+        if cls.mutates(config):
+            config.init_lora_weights = True
 
     @staticmethod
     def added(

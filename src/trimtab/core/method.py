@@ -258,6 +258,9 @@ class Method:
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.
     combine: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
+    # What completes their config, a copy of the first one's that selects the layers of all: (the method, config, the
+    # adapters' configs, {path of a layer: its rank}).
+    combined_config: ClassVar[Callable[..., None] | None] = None
 
     def pack(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor `name` -> what of it goes into the file."""

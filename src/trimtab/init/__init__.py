@@ -69,6 +69,9 @@ def mutates(name: bool | str) -> bool:
 def start(name: bool | str, method: Any) -> Tensor | None:
     """Fill the pair of `method` as `init_lora_weights` says; the base's new W (out, in) where it changes."""
     mutates(name)
+    if "lora_B_bias" in method.places:
+        bound = 0 if name else method.r**-0.5
+        method.lora_B_bias.uniform_(-bound, bound)
     if isinstance(name, str) and (method.site.kind == "embedding" or (name in LINEAR and method.site.kind != "linear")):
         name = True  # PEFT starts an embedding's pair plainly whatever the name, and files rely on it
     if isinstance(name, str) and name.startswith("pissa_niter_"):

@@ -66,6 +66,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "XLORA": ("xlora", "XLora", "XLoraConfig"),
 }
 
+PLAIN = "LORA"  # what can stand for any change of weights
 
 # Types of older files: PEFT 0.21 does not read them, either.
 FORMER = {"BONE": "MISS"}

@@ -43,7 +43,7 @@ class ALora(LowRank):
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         if mutates(config.init_lora_weights):
             raise ConfigError(f"aLoRA does not go with init_lora_weights={config.init_lora_weights!r}.")
-        return cls.pair(site, config.r)
+        return cls.pair(site, config.r, config.lora_bias)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -68,12 +68,13 @@ class ALora(LowRank):
         count = call.fact(self, "invoked")
         h, B = self.update(call.drop(self, x, self.dropout))
         if count is None:  # the layer is called by itself
-            return self.site.add(y, h, B)
+            return self.site.add(y, h, B, shift=self.shift)
         if h.ndim != 3 or len(h) % len(count):
             raise RouteError(f"aLoRA at '{self.site.name}' sees an input {list(x.shape)} whose tokens cannot be told.")
         count = count.repeat_interleave(len(h) // len(count))  # beams
         known, given = call.fact(self, "length"), h.shape[1]
         places = torch.arange(given, device=h.device) + call.begins(self, known, given)
         count = count[:, None].to(h.device)
-        acts = (count > 0) & (places >= known - count)
-        return self.site.add(y, h * acts[..., None].to(h.dtype), B)
+        acts = ((count > 0) & (places >= known - count))[..., None].to(h.dtype)
+        y = self.site.add(y, h * acts, B)
+        return y if self.shift is None else y + (acts * self.shift).to(y.dtype)

@@ -50,7 +50,7 @@ class Arrow(LowRank):
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        return cls.pair(site, config.r)
+        return cls.pair(site, config.r, config.lora_bias)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.config import help_field
 from trimtab.core.families import LowRank, wide
-from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.core.targets import matches
 from trimtab.errors import ConfigError
@@ -61,13 +61,13 @@ class BdLora(LowRank):
     when = "serving on several GPUs without communication"
     example = {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj", "v_proj"]}}
     prefix = "lora_"
+    bias = LowRank.lifted
     kinds = fused = frozenset({"linear"})
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        require_rank(config.r)
         a, b = blocks_at(site, config)
-        return {
+        return cls.pair(site, config.r, config.lora_bias and b == 1) | {  # as PEFT's: blocks have no bias
             "lora_A.weight": Leaf((config.r, site.fan_in // a)),  # (r, in / a)
             "lora_B.weight": Leaf((site.fan_out, config.r // b)),  # (out, r / b)
         }
@@ -92,4 +92,4 @@ class BdLora(LowRank):
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         x = call.drop(self, x, self.dropout)
         A, B = (M.to(x.dtype) for M in self.whole())
-        return self.site.add(y, self.site.apply(x, A) * self.scaling, B)
+        return self.site.add(y, self.site.apply(x, A) * self.scaling, B, shift=self.shift)

@@ -73,7 +73,7 @@ class HRA(Method):
         return U, torch.linalg.solve_triangular(I / 2 + (U.mT @ U).triu(1), I, upper=True)
 
     def weight(self, W: Tensor) -> Tensor:
-        U, T = self.factors()
+        U, T = (M.to(W.dtype) for M in self.factors())
         return W - (W @ (U @ T)) @ U.mT
 
     def before(self, x: Tensor, call: Call) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from trimtab.core.combining import Recipe
 from trimtab.core.config import LayerConfig, PeftType, as_set, help_field
 from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.site import Site
@@ -95,6 +97,21 @@ class IA3(Method):
             self.ia3_l.fill_(1)
         else:
             self.ia3_l.normal_()
+
+    @staticmethod
+    def combine(methods: Sequence[Any], weights: Sequence[float], recipe: Recipe, rank: int) -> dict[str, Tensor]:
+        scales = [m.ia3_l.detach() for m in methods]
+        if len({m.on_input for m in methods}) > 1:
+            raise ValueError(f"At '{methods[0].site.name}' one adapter scales the input, another the output.")
+        return {"ia3_l": recipe.merge(scales, weights)}
+
+    @staticmethod
+    def combined_config(cls: Any, config: Any, configs: Sequence[Any], ranks: Mapping[str, int]) -> None:
+        inputs = [c.feedforward_modules for c in configs if c.feedforward_modules]
+        if any(isinstance(x, str) for x in inputs):
+            config.feedforward_modules = {path for path in ranks if any(matches(x, path) is not None for x in inputs)}
+        else:
+            config.feedforward_modules = set().union(*inputs)
 
     def scale(self, x: Tensor) -> Tensor:
         """x with its feature axis scaled by l."""

@@ -17,6 +17,7 @@ from trimtab.core.config import help_field
 from trimtab.core.families import LowRank, wide
 from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
+from trimtab.errors import ConfigError
 from trimtab.init import start
 
 
@@ -34,12 +35,18 @@ class Kasa(LowRank):
     when = "noise in the base's knowledge is to be cut away"
     example = {"kasa_config": {}}
     prefix = "lora_"
+    bias = LowRank.lifted
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: True)
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        return cls.pair(site, config.r) | {"lora_diag": Leaf((config.r,))}  # (r,)
+        if config.r >= min(site.fan_in, site.fan_out):
+            raise ConfigError(
+                f"KaSA replaces the r least singular values of a weight: `r` ({config.r}) should be below "
+                f"min(in_features, out_features) = {min(site.fan_in, site.fan_out)} of '{site.name}'."
+            )
+        return cls.pair(site, config.r, config.lora_bias) | {"lora_diag": Leaf((config.r,))}  # (r,)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -57,7 +64,7 @@ class Kasa(LowRank):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))
-        return self.site.add(y, h * self.lora_diag.to(h.dtype), B)
+        return self.site.add(y, h * self.lora_diag.to(h.dtype), B, shift=self.shift)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:

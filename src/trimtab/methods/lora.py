@@ -18,7 +18,7 @@ from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.dropout import Dropout
 from trimtab.core.families import LowRank
 from trimtab.core.kernels import Layer, fits, lora_linear, lora_linear_group
-from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.method import Call, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 from trimtab.init import complete, mutates, start
@@ -152,16 +152,11 @@ class Lora(LowRank):
     fused = frozenset({"linear", "embedding", "conv"})
     weighed = True
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
-    combine = LowRank.combined
+    combine, combined_config, bias = LowRank.combined, LowRank.settle, LowRank.lifted
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        leaves = cls.pair(site, config.r)
-        if config.lora_bias:
-            if site.kind in ("embedding", "parameter"):
-                raise ConfigError(f"lora_bias=True is not supported for an {site.kind}: '{site.name}' has no bias.")
-            leaves["lora_B.bias"] = Leaf((site.fan_out,))  # (out,)
-        return leaves
+        return cls.pair(site, config.r, config.lora_bias)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -169,19 +164,10 @@ class Lora(LowRank):
         self.weighed = not self.biased and self.site.kind in ("linear", "embedding")
 
     def reset(self, config: Any) -> Tensor | None:
-        if self.biased:
-            bound = 0 if config.init_lora_weights else self.r**-0.5
-            self.lora_B_bias.uniform_(-bound, bound)
         return start(config.init_lora_weights, self)
 
     def weight(self, W: Tensor) -> Tensor:
         return self.plus_delta(W)
-
-    def bias(self, b: Tensor | None) -> Tensor | None:
-        if not self.biased:
-            return b
-        extra = self.scaling * self.lora_B_bias
-        return extra if b is None else b + extra
 
     def beside(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
         """W, b, A, B and s as a fused step takes them; None where the layer has no plain weight."""
@@ -231,4 +217,4 @@ class Lora(LowRank):
         h, B = self.update(call.drop(self, x, self.dropout))
         if (strength := call.strength(self)) is not None:
             h = h * (strength.to(h.dtype) if isinstance(strength, Tensor) else strength)
-        return self.site.add(y, h, B, shift=self.scaling * self.lora_B_bias if self.biased else None)
+        return self.site.add(y, h, B, shift=self.shift)

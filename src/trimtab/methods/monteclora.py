@@ -49,11 +49,12 @@ class Monteclora(LowRank):
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+    combine, combined_config, bias = LowRank.combined, LowRank.settle, LowRank.lifted
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         r, n = config.r, config.monteclora_config.num_samples
-        return cls.pair(site, r) | {
+        return cls.pair(site, r, config.lora_bias) | {
             "lora_monteclora_sampler.std_prior": Leaf((r,)),  # (r,)
             "lora_monteclora_sampler.expert_weights_prior": Leaf((n,)),  # (n,)
             "lora_monteclora_sampler.gaussian_var_prior": Leaf((r, r), train=False, buffer=True),  # (r, r)
@@ -106,7 +107,7 @@ class Monteclora(LowRank):
         if self.training:
             c = self.scaling * self.options.monteclora_config.sample_scaler
             h = h + self.site.apply(x, (c * self.draw(call)).to(x.dtype))
-        return self.site.add(y, h, B)
+        return self.site.add(y, h, B, shift=self.shift)
 
     @classmethod
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:

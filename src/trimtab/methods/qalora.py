@@ -38,6 +38,7 @@ class QaLora(LowRank):
     when = "GPTQ bases: the update merges into the quantised weight"
     example = {"use_qalora": True}
     prefix = "lora_"
+    bias = LowRank.lifted
     kinds = fused = frozenset({"linear", "embedding", "conv"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
 
@@ -49,7 +50,7 @@ class QaLora(LowRank):
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
-        leaves, g = cls.pair(site, config.r), group_at(site, config)
+        leaves, g = cls.pair(site, config.r, config.lora_bias), group_at(site, config)
         return leaves if g == 1 else leaves | {"lora_A.weight": Leaf((config.r, site.fan_in // g))}  # (r, in / g)
 
     def setup(self, config: Any) -> None:
@@ -70,4 +71,4 @@ class QaLora(LowRank):
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         x = call.drop(self, x, self.dropout)
         h, B = self.update(x if self.g == 1 else x.unflatten(-1, (-1, self.g)).sum(-1))
-        return self.site.add(y, h, B)
+        return self.site.add(y, h, B, shift=self.shift)

@@ -26,6 +26,7 @@ class Tied(LowRank):
     when = "adapting a tied embedding and head together"
     example = {"ensure_weight_tying": True}
     prefix = "lora_"
+    bias = LowRank.lifted
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})
     tied = echoes = True
@@ -34,9 +35,7 @@ class Tied(LowRank):
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         if mutates(config.init_lora_weights):
             raise ConfigError(f"ensure_weight_tying does not go with init_lora_weights={config.init_lora_weights!r}.")
-        if config.lora_bias:
-            raise ConfigError("ensure_weight_tying does not go with lora_bias: an embedding has no bias.")
-        return cls.pair(site, config.r)
+        return cls.pair(site, config.r, config.lora_bias)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -74,4 +73,4 @@ class Tied(LowRank):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         h, B = self.update(call.drop(self, x, self.dropout))
-        return self.site.add(y, h, B)
+        return self.site.add(y, h, B, shift=self.shift)

@@ -62,11 +62,13 @@ class Velora(LowRank):
     prefix = "lora_"
     kinds = fused = frozenset({"linear"})
     mutates = staticmethod(lambda config: mutates(config.init_lora_weights))
+    combine, combined_config, bias = LowRank.combined, LowRank.settle, LowRank.lifted
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
         size = -(-site.fan_in // config.velora_config.num_groups)
-        return cls.pair(site, config.r) | {"lora_velora_embed": Leaf((size,), train=False, buffer=True)}  # (d,)
+        leaves = cls.pair(site, config.r, config.lora_bias)
+        return leaves | {"lora_velora_embed": Leaf((size,), train=False, buffer=True)}  # (d,)
 
     def setup(self, config: Any) -> None:
         self.scale(config.r, config.lora_alpha, config.scaling(), config.lora_dropout)
@@ -95,7 +97,7 @@ class Velora(LowRank):
         x = call.drop(self, x, self.dropout)
         if not self.training:
             h, B = self.update(x)
-            return self.site.add(y, h, B)
+            return self.site.add(y, h, B, shift=self.shift)
         own, (A, B) = self.options.velora_config, (M.to(x.dtype) for M in self.matrices)
         h = rebuilding(x, A, *self.project(x), own.num_groups, own.scale)
-        return self.site.add(y, h * self.scaling, B)
+        return self.site.add(y, h * self.scaling, B, shift=self.shift)

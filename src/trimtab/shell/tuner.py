@@ -202,14 +202,19 @@ class Tuner(Running):
     ) -> None:
         """Add an adapter that combines others; it is neither active nor trainable until `set_adapter` says so.
 
+        LoRAs combine to a LoRA; the scales of IA3 are merged as they are, whatever the type. Adapters of all other
+        methods that change weights, and those of different methods, become a LoRA by their deltas: by "svd" and the
+        types that end in "_svd".
+
         Args:
             adapters: the adapters' names; where the ranks differ, use "cat" or a type that ends in "svd".
             weights: one a name; a negative one subtracts.
             adapter_name: the new adapter's name.
             combination_type: "cat" (the exact weighted sum, at the sum of the ranks), "svd" (its best approximation of
                 a given rank), "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" (of the factors), or one
-                of the last four with "_svd" (of the deltas). The formulas are in `trimtab.graft.combine`.
-            svd_rank: the rank that SVDs are cut to; by default the largest of the adapters'.
+                of the last four with "_svd" (of the deltas). The formulas are in `trimtab.core.combining`.
+            svd_rank: the rank that SVDs are cut to; by default the largest of the adapters', where all are LoRAs or
+                variants of it.
             svd_clamp: cut the factors' entries at plus and minus this quantile.
             svd_full_matrices: without effect: the thin SVD gives the same factors.
             svd_driver: the driver of `torch.linalg.svd`, for CUDA.

@@ -180,7 +180,7 @@ class World:
         own.to(self.reference.dtype)
 
     def choose(self, rng: random.Random) -> None:
-        self.reference.active = self._some(rng)
+        self.reference.active, self.reference.merged = self._some(rng), []  # what is merged is unmerged first
         names = self.reference.active
         self.model.set_adapter(names[0] if len(names) == 1 and rng.random() < 0.5 else names)
 

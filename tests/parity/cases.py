@@ -37,6 +37,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exclude_list": ("llama", {"target_modules": ATTENTION, "exclude_modules": ["layers.0.self_attn.q_proj"]}),
     "exclude_regex": ("llama", {"target_modules": ATTENTION, "exclude_modules": r".*layers\.0\..*"}),
     "layer_int": ("llama", {"target_modules": ATTENTION, "layers_to_transform": 1}),
+    "layer_and_paths": (
+        "llama",
+        {"target_modules": ["q_proj", "lm_head", "model.layers.0.self_attn.v_proj"], "layers_to_transform": [1]},
+    ),
     "layer_list": ("llama_deep", {"target_modules": ATTENTION, "layers_to_transform": [0, 3, 10]}),
     "layers_pattern": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": "layers"}),
     "layers_pattern_list": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ import torch
 import trimtab
 from tests.models import llama
 from tests.parity.models import batch, build
-from tests.parity.pairs import BOTH, all_near, config_file, gradients, near, quiet, run, stir, trainable, weights_file
+from tests.parity.pairs import (
+    BOTH,
+    all_near,
+    config_file,
+    copy_state,
+    gradients,
+    near,
+    quiet,
+    run,
+    stir,
+    trainable,
+    weights_file,
+)
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -239,6 +252,57 @@ def test_tied_layers(target: list[str], tmp_path: Path) -> None:
     expected = theirs(IDS).logits
     near(quiet(read.merge_and_unload)(IDS).logits, expected)
     assert float((quiet(theirs.merge_and_unload)(IDS).logits - expected).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("llama_tied", "lm_head"), ("llama_tied", "embed_tokens"), ("gpt2", "lm_head")],
+)
+def test_tied_copies(name: str, saved: str, tmp_path: Path) -> None:
+    """A module that is trained whole, and those tied to it: one parameter, in the file under each of their names."""
+    target = {"llama_tied": "q_proj", "gpt2": "c_attn"}[name]
+    fields = {"target_modules": [target], "modules_to_save": [saved], "ensure_weight_tying": True}
+    ours, theirs = (quiet(lib.get_peft_model, build(name), quiet(lib.LoraConfig, **fields)) for lib in BOTH)
+    assert trainable(ours) == trainable(theirs)
+    stir(theirs)
+    copy_state(theirs, ours)
+    near(run(ours.eval(), name), run(theirs.eval(), name))
+    found, expected = (gradients(m, name, train=False) for m in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        near(found[key], gradient)
+    for model, folder in zip((ours, theirs), "01", strict=True):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    all_near(*(weights_file(tmp_path / folder) for folder in "01"))
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    for reader, folder in zip(BOTH, "10", strict=True):
+        read = quiet(reader.PeftModel.from_pretrained, build(name), str(tmp_path / folder))
+        near(run(read.eval(), name), run(theirs, name))
+    with torch.no_grad():  # still one after a change of format, a copy and a step
+        again = copy.deepcopy(ours).double().float()
+        next(p for n, p in again.named_parameters() if "modules_to_save" in n).mul_(2)
+    parts = {p.data_ptr() for n, p in again.named_parameters(remove_duplicate=False) if "modules_to_save" in n}
+    assert len(parts) == 1
+    expected = run(ours, name)
+    whole = quiet(ours.merge_and_unload)
+    near(run(whole, name), expected)
+    assert whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(("name", "saved"), [("t5", "lm_head"), ("t5", "shared"), ("gpt2", "wte")])
+def test_tied_copies_that_peft_has_not(name: str, saved: str) -> None:
+    """PEFT gives T5's embeddings a copy of the head, and ties nothing where the embedding is named."""
+    fields = {"target_modules": ["q", "c_attn"], "modules_to_save": [saved], "ensure_weight_tying": True}
+    ours, theirs = (quiet(lib.get_peft_model, build(name), quiet(lib.LoraConfig, **fields)) for lib in BOTH)
+    if saved == "lm_head":
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            run(theirs, name)
+    else:
+        assert theirs.get_input_embeddings().weight is not theirs.get_output_embeddings().weight
+    assert ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    stir(ours)
+    expected = run(ours.eval(), name)
+    near(run(quiet(ours.merge_and_unload), name), expected)
 
 
 def test_a_file_whose_tied_layers_differ(tmp_path: Path) -> None:

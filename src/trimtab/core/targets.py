@@ -118,6 +118,7 @@ def select(
         wanted = set(linear)
     by_layer = config.layers_to_transform
     indices = {by_layer} if isinstance(by_layer, int) else set(by_layer or ())
+    whole = () if isinstance(config.target_modules, str) else set(wanted or ())  # a path in full is meant, as in PEFT
     found: list[Target] = []
     used: set[str] = set()
     excluded: list[str] = []
@@ -133,7 +134,7 @@ def select(
             excluded.append(name)
             used.add(why)
             continue
-        if indices and layer_index(name, config.layers_pattern) not in indices:
+        if indices and name not in whole and layer_index(name, config.layers_pattern) not in indices:
             continue
         used.add(why)
         found.append(Target(name, kind, why))

@@ -110,8 +110,12 @@ def note(base: Base, config: Any, targets: list[Target]) -> None:
     names = [t.name for t in targets]
     if (ensured := getattr(config, "ensure_weight_tying", None)) is not None:
         tied = [name for name in names if base.tied(name)]
-        if ensured and not tied:
-            warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model's targets.")
+        whole = set(config.modules_to_save or ())
+        if ensured and not tied and not any(base.tied(name) for name in base.modules if matches(whole, name)):
+            warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the model's targets, nor "
+                "among `modules_to_save`."
+            )
         elif tied and not ensured:
             warn(TIED.format(tied))
     for field_name in config.patterns:

@@ -54,13 +54,17 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         store = holder._parameters if key in holder._parameters else holder._buffers
         memory, disk = shared_keys(name, adapter.name)
         found.append(Slot(memory, disk, store, key, optional=not shared.file, shared=True))
+    kept: set[int] = set()  # parameters of copies that come again in tied ones
     for wrapper in saved:
         module = wrapper.modules_to_save[adapter.name]
+        held = {key: id(p) for key, p in module.named_parameters(remove_duplicate=False)}
         for key in module.state_dict():
             path, _, name = key.rpartition(".")
             memory, disk = copy_keys(wrapper.name, key, adapter.name)
             slot = Slot(memory, disk, module.get_submodule(path), name, shared=adapter.prompt is not None)
+            slot.echo = held.get(key) in kept
             found.append(slot)
+        kept |= {*held.values()}
     if adapter.biases is not None:
         names = {x.path: x.name for x in (*base.layers.values(), *layers)}
         for path in adapter.biases.own:

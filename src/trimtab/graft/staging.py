@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -157,34 +157,45 @@ class Stage:
     def copies(self, adapter: Adapter) -> None:
         """Copy the modules the adapter trains whole."""
         wanted = set(adapter.config.modules_to_save or ())
-        found: set[str] = set()
-        for path, module in self.base.modules.items() if wanted else ():
-            why = matches(wanted, path)
-            if why is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
-                continue
-            found.add(why)
+        whole = {n: m for n, m in self.base.modules.items() if not isinstance(m, nn.ModuleList | nn.ModuleDict)}
+        reasons = {n: why for n in (whole if wanted else ()) if (why := matches(wanted, n)) is not None}
+        ensured = getattr(adapter.config, "ensure_weight_tying", False)
+        keepers = self._keepers(adapter.config, reasons) if ensured else {}
+        for path in (n for n in whole if n in reasons or n in keepers):
             if self.base.layers_at(path) or any(layer.path == path for layer in adapter.layers):
                 raise ConfigError(
                     f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
                 )
-            if getattr(adapter.config, "ensure_weight_tying", False) and self.base.tied(path):
-                raise ConfigError(
-                    f"`ensure_weight_tying` ties what `target_modules` names; '{path}', trained whole "
-                    f"(`modules_to_save`), would part from {self.base.tied(path)}."
-                )
-            if self.base.tied(path):
+            if self.base.tied(path) and not ensured:
                 warn(TIED.format([path]))
             wrapper = self.base.saved.get(path)
             if wrapper is None:
-                wrapper = self.saved[path] = SavedModule(module, path, self.board)
+                wrapper = self.saved[path] = SavedModule(whole[path], path, self.board)
             wrapper.attach(adapter.name)
             adapter.saved.append(wrapper)
-        missed = wanted - found - set(getattr(adapter.config, "heads", ()))
+        here = {wrapper.name: wrapper for wrapper in adapter.saved}
+        for path, keeper in keepers.items():
+            here[path].tie(adapter.name, here[keeper])
+        missed = wanted - set(reasons.values()) - set(getattr(adapter.config, "heads", ()))
         if missed:
             warn(
                 f"`modules_to_save` {sorted(missed)} fit no module of the model."
                 f"{nearest(missed, dict.fromkeys(self.base.modules, ''))}"
             )
+
+    def _keepers(self, config: Any, named: Collection[str]) -> dict[str, str]:
+        """{module tied to one that is trained whole: the one whose copy they all have}, that one itself left out.
+
+        The config names the latter, as PEFT notes it.
+        """
+        found: dict[str, str] = {}
+        for path in named:
+            keeper, *others = [n for n in self.base.modules if n == path or n in self.base.tied(path)]
+            found |= dict.fromkeys(others, keeper)
+            if others:
+                stay = [e for e in config.modules_to_save if not any(matches({e}, n) for n in others)]
+                config.modules_to_save = list(dict.fromkeys([*stay, keeper]))
+        return found | {keeper: keeper for keeper in found.values()}
 
     def biases(self, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
         """Take over the biases the adapter trains."""

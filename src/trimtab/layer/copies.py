@@ -28,6 +28,14 @@ class SavedModule(Switched):
         duplicate.requires_grad_(True)
         self.modules_to_save[adapter] = duplicate
 
+    def tie(self, adapter: str, keeper: SavedModule) -> None:
+        """Give the adapter's copy the parameters of its copy of another module, where the two originals share them."""
+        own, kept = self.modules_to_save[adapter], keeper.modules_to_save[adapter]
+        for name, parameter in self.original_module._parameters.items():
+            for other, shared in keeper.original_module._parameters.items():
+                if parameter is shared and parameter is not None:
+                    own._parameters[name] = kept._parameters[other]  # type: ignore[union-attr,index]
+
     def detach(self, adapter: str) -> None:
         """Forget the adapter's copy."""
         if adapter in self.modules_to_save:

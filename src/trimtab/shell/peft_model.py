@@ -64,7 +64,7 @@ class PeftModel(Generation):
         require_model(model, f"{type(self).__name__}(model, config)")
         require_config(peft_config, f"{type(self).__name__}(model, config)")
         self.peft_type = peft_config.peft_type
-        config = self._completed(model, peft_config)
+        config = self._completed(model, peft_config, new="tensors" not in adding)
         self.__dict__["tuner"] = tuner_class(config.peft_type)(
             model, config, adapter_name, low_cpu_mem_usage, autocast=autocast_adapter_dtype, **adding
         )
@@ -75,19 +75,20 @@ class PeftModel(Generation):
         if _checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
-    def _completed(self, model: nn.Module, given: PeftConfig) -> Any:
-        """A copy of the config, completed from the model and the task."""
+    def _completed(self, model: nn.Module, given: PeftConfig, new: bool = False) -> Any:
+        """A copy of the config, completed from the model and the task; where a `new` one names none, this class's."""
         config: Any = given.copy()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = _name_of(model)
-        heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+        own = next((task for task, cls in TASK_CLASSES.items() if cls is type(self)), None) if new else None
+        heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type or own)), ())
         if heads and "modules_to_save" in vars(config):  # trained tokens alone train no head
             saved = list(config.modules_to_save or ())
             config.modules_to_save = saved + [h for h in heads if h not in saved]
             config.__dict__["heads"] = heads  # whichever of them the model has
             if not any(inside(config.modules_to_save, path) for path, _ in model.named_modules()):
                 warn(
-                    f"The task {config.task_type} trains a head whole, and the model has none of that name "
+                    f"The task {config.task_type or own} trains a head whole, and the model has none of that name "
                     f"({' or '.join(heads)}): only the adapter trains. Name the head in `modules_to_save`, or take a "
                     "class of the model that has one (AutoModelForSequenceClassification ...)."
                 )
@@ -111,7 +112,7 @@ class PeftModel(Generation):
                 "add_adapter(name, config) takes the name first, and then the config: they are swapped."
             )
         require_config(peft_config, "add_adapter(name, config)")
-        config = self._completed(self.get_base_model(), peft_config)
+        config = self._completed(self.get_base_model(), peft_config, new=True)
         how = {"autocast": autocast_adapter_dtype, "trainable": False, "meta": low_cpu_mem_usage}
         self.tuner.add(adapter_name, config, **how)
         self._stand()

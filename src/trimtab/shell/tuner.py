@@ -163,6 +163,11 @@ class Tuner(Running):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter or several (the first innermost) and train just these; with `inference_mode`, train none."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.graft.require(name)
+        if self.graft.merged:
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
+            self.graft.unmerge()
         self.graft.set_active(names, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:

@@ -41,3 +41,19 @@ def test_links_lead_somewhere(page):
 def test_the_session_in_the_readme_fits_in_twenty_lines():
     block = BLOCK.search((ROOT / "README.md").read_text(encoding="utf-8")).group(1)
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
+
+
+SOURCES = [
+    p
+    for folder in ("src", "docs", "tests", "bench")
+    for p in sorted((ROOT / folder).rglob("*"))
+    if p.suffix in (".py", ".md")
+]
+DATED = re.compile(r"\b((?:19|20)\d\d)[\],(\s]*https://arxiv\.org/abs/(\d\d)\d\d\.\d{4,5}\b")
+
+
+def test_a_citation_has_the_year_of_its_arxiv_number():
+    """A wrong number, or a wrong paper under a right one, mostly shows in its year."""
+    dated = [(p.name, *found) for p in SOURCES for found in DATED.findall(p.read_text(encoding="utf-8"))]
+    assert len(dated) > 100  # most come twice, in a method's file and in the table of methods
+    assert not [row for row in dated if row[1] != f"20{row[2]}"]

@@ -37,5 +37,5 @@ def test_the_command_prints_it() -> None:
 
 def test_the_page_in_the_docs_is_what_the_command_prints() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-    printed = CliRunner().invoke(app, ["methods", "--markdown"]).output
+    printed = CliRunner().invoke(app, ["methods", "--markdown"]).stdout
     assert printed.strip() in page, "run `trimtab methods --markdown` and put its table into docs/methods.md"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 
 from tests.quantised import FORMATS, HIDDEN, IN, inputs, net, quantise
+from trimtab import HRAConfig, LoraConfig, get_peft_model
 from trimtab.errors import ReadOnlyWeight
 from trimtab.formats import weights
 
@@ -238,3 +241,35 @@ def test_no_library_for_plain_models() -> None:
         "assert not {'bitsandbytes', 'torchao'} & set(sys.modules), sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+COMPUTED = [parametrizations.weight_norm, parametrizations.spectral_norm, weight_norm]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("norm", COMPUTED, ids=["weight norm", "spectral norm", "by a hook"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_weight_that_is_computed_is_adapted_and_never_merged(norm: Any, kind: str) -> None:
+    """What is put beside the parameters it is computed from would be ignored, and the adapter lost in silence."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8) if kind == "linear" else nn.Conv2d(4, 8, 3, padding=1)
+    x = torch.randn(2, 8) if kind == "linear" else torch.randn(2, 4, 5, 5)
+    base = nn.Sequential(OrderedDict(part=norm(layer, "weight"))).eval()
+    names, before = set(base.state_dict()), base(x).detach()
+    for config in (
+        LoraConfig(r=2, target_modules=["part"], init_lora_weights=False),
+        HRAConfig(r=2, target_modules=["part"], init_weights=False),  # on convolutions by its weight
+    ):
+        model = get_peft_model(base, config).eval()
+        adapted = model(x).detach()
+        assert not torch.allclose(adapted, before, atol=1e-2)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ReadOnlyWeight, match="computed from others"):
+                merge()
+            assert torch.equal(model(x), adapted)
+        assert torch.equal(model.unload()(x), before)
+        assert set(base.state_dict()) == names
+    with pytest.raises(ReadOnlyWeight, match="computed from others"):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["part"], init_lora_weights="pissa"))
+    assert torch.equal(base(x), before)
+    assert set(base.state_dict()) == names

@@ -567,6 +567,14 @@ def test_adaloras_penalty_is_in_the_evaluation_loss_in_peft() -> None:
         assert (abs(float((model(input_ids=x, labels=x).loss - base).detach())) < 1e-5) == right
 
 
+def test_adaloras_penalty_is_missing_without_a_task_type_in_peft() -> None:
+    x = batch("llama")["input_ids"]
+    base = build("llama")(input_ids=x, labels=x).loss
+    for library, right in ((trimtab, True), (peft, False)):
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, "AdaLora", {"total_step": 10}))
+        assert (abs(float((model.train()(input_ids=x, labels=x).loss - base).detach())) > 0.01) == right
+
+
 def test_miss_beside_bat_fails_in_peft() -> None:
     for library, right in ((trimtab, True), (peft, False)):
         first, second = (config_of(library, "Miss", {"r": 4, "init_weights": form}) for form in (True, "bat"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from trimtab.errors import ReadOnlyWeight
 from trimtab.formats import bitsandbytes, offload
 from trimtab.formats.bitsandbytes import Bnb4bit, Bnb8bit, BnbUnpacked
 from trimtab.formats.opaque import Opaque, packed_linear
@@ -20,7 +21,7 @@ from trimtab.formats.plain import FLOATS, Format, device
 from trimtab.formats.torchao import Subclass
 
 __all__ = [
-    "FORMATS", "compute_dtype", "device", "format_of", "install", "moved", "packed_linear", "pin", "plain",
+    "FORMATS", "compute_dtype", "device", "format_of", "install", "moved", "needs_own", "packed_linear", "pin", "plain",
     "quantised", "read", "run_dtype", "shape", "unpin", "write",
 ]  # fmt: skip
 
@@ -64,8 +65,14 @@ def write(layer: nn.Module, param: str, value: Tensor) -> None:
 
 
 def install(layer: nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Exchange parameter objects: the one way in and out, since some formats keep a part of the weight in the layer."""
+    """Exchange parameter objects: the one way in and out, since some formats keep a part of the weight in the layer.
+
+    Raises:
+        ReadOnlyWeight: one is computed from other parameters.
+    """
     changed = {k: v for k, v in parameters.items() if layer._parameters.get(k) is not v}
+    for name in changed:
+        needs_own(layer, name)
     for name in changed:
         if (old := layer._parameters.get(name)) is not None:
             format_of(layer, old).leave(layer, old)
@@ -74,6 +81,21 @@ def install(layer: nn.Module, parameters: Mapping[str, Any]) -> None:
         if new is not None:
             format_of(layer, new).enter(layer, new)
     offload.install(layer, changed)
+
+
+def needs_own(layer: nn.Module, param: str) -> None:
+    """See that a parameter is the layer's own: where it is computed from others, a new object would be ignored.
+
+    Raises:
+        ReadOnlyWeight: it is computed (torch's parametrisations, weight norm).
+    """
+    if param in layer._parameters or param in layer._buffers or not isinstance(getattr(layer, param, None), Tensor):
+        return
+    raise ReadOnlyWeight(
+        f"The {param} of a {type(layer).__name__} is computed from others in every forward, so nothing can be merged "
+        "into it. Keep the adapter unmerged, or let the layer have it as a parameter before the adapter comes: "
+        "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm."
+    )
 
 
 def pin(model: nn.Module) -> None:

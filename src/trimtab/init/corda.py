@@ -1,4 +1,4 @@
-"""CorDA (Yang et al. 2024, https://arxiv.org/abs/2406.05223, eq. 2-4): a start from W C.
+"""CorDA (Yang et al. 2024, https://arxiv.org/abs/2406.05223, eq. 2-5): a start from W C.
 
 With C the covariance of the layer's inputs, W C = U S Vᵀ, and so W = U S (Vᵀ C⁻¹). "ipm" trains the r leading
 components, "kpm" the r last, which leaves the others, what the data need, as they are.

@@ -88,12 +88,14 @@ class Originals:
 
         Raises:
             ValueError: another adapter has it.
+            ReadOnlyWeight: it is computed from other parameters.
         """
         if (taker := self.takers.get(param)) is not None:
             raise ValueError(
                 f"Adapter '{taker}' has changed the base's own {param} of '{self.owner.name}'; a second such adapter "
                 f"('{adapter}') needs a base of its own."
             )
+        weights.needs_own(self.layer, param)
         self.pristine[param] = offload.parameters(self.layer)[param]
         self.takers[param] = adapter
         if new is not None:

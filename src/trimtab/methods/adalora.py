@@ -1,7 +1,7 @@
 """AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512, eq. 3).   W' = W + s B diag(E) A.
 
 s = alpha / r with the rank at the start. Training adds γ times the mean of ||A Aᵀ - I|| and ||Bᵀ B - I|| (eq. 4,
-without the squares) to the loss and, step by step, sets the E_i of least importance to zero (eq. 8 to 12) until the
+without the squares) to the loss and, step by step, sets the E_i of least importance to zero (eq. 6 to 11) until the
 budget is reached: call `update_and_allocate(step)` after every optimiser step, before its gradients are cleared.
 """
 
@@ -176,7 +176,7 @@ class AdaLora(Method):
         if t >= end:
             return last, True
         ratio = 1 - (t - config.tinit) / (end - config.tinit)
-        return int((first - last) * ratio**3 + last), t % config.deltaT == 0  # eq. 12: it falls as a cubic
+        return int((first - last) * ratio**3 + last), t % config.deltaT == 0  # appendix A: it falls as a cubic
 
     @classmethod
     def cut(cls, methods: Sequence[Any], config: Any, budget: int) -> None:
@@ -198,7 +198,7 @@ class AdaLora(Method):
             U.mul_(beta2).add_((now - I).abs(), alpha=1 - beta2)
 
     def importance(self) -> Tensor:
-        """S (r,) of each triplet: that of E_i, and the means of those of row A_i and column B_i (eq. 8 and 11)."""
+        """S (r,) of each triplet: that of E_i, and the means of those of row A_i and column B_i (eq. 7 and 11)."""
         A, E, B = (self.tensor(f"sensitivity_{n}") * self.tensor(f"uncertainty_{n}") for n in "AEB")
         return E.flatten() + torch.stack([A.mean(1), B.mean(0)], 1).sum(1)
 

@@ -1,7 +1,8 @@
-"""LLaMA-Adapter (Zhang et al. 2023, https://arxiv.org/abs/2303.16199, eq. 3 to 6).   y' = y + g W_o softmax(q K_P) V_P.
+"""LLaMA-Adapter (Zhang et al. 2023, https://arxiv.org/abs/2303.16199, eq. 2 to 8).   y' = y + g W_o softmax(q K_P) V_P.
 
 In the top layers attention also looks at a trained prompt P, through the layer's own projections; the gate g starts
-at 0. GPT-2's attention gets g softmax(q K_P) V_P itself, without W_o, as in PEFT.
+at 0. As in PEFT g is one number a layer, where the paper has tanh(g), one for each head; and GPT-2's attention gets
+g softmax(q K_P) V_P itself, without W_o.
 """
 
 from __future__ import annotations

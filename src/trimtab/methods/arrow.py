@@ -3,7 +3,8 @@
 A router without weights of its own over LoRA adapters t of other names: a token x goes to the k of them whose direction
 p_t it has most of, w = softmax(|p_t · x| / temperature) over these. p_t, the right singular vector of the largest
 singular value of B_t A_t, is what the adapter answers to most. General knowledge can be taken out of the adapters first
-(GenKnowSub): their A and B less the means of those of general adapters.
+(GenKnowSub, Bagherifard et al. 2025, https://arxiv.org/abs/2505.10939): their A and B less the means of those of
+general adapters.
 """
 
 from __future__ import annotations

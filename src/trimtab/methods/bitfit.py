@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199, section 3).   b' = b + Δb: biases alone."""
+"""BitFit (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199, section 3).   b' = b + Δb: biases alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""BOFT (Liu et al. 2023, https://arxiv.org/abs/2311.06243, eq. 4 and 5).   W' = diag(s) W F_1 ... F_m.
+"""BOFT (Liu et al. 2023, https://arxiv.org/abs/2311.06243, section 4).   W' = diag(s) W F_1 ... F_m.
 
 Each butterfly factor F_k is blocks R = (I + Q)(I - Q)⁻¹ with Q = (A - Aᵀ) / 2 along the diagonal, after a permutation
-that brings together half blocks 2^(k-1) apart. One factor is OFT's rotation with a scale.
+that brings together half blocks 2^(k-1) apart. One factor is OFT's rotation with a scale s; the
+paper's formula has none.
 """
 
 from __future__ import annotations

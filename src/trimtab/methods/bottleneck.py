@@ -1,8 +1,8 @@
 """Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751).   y' = y + s (U f(D h + d) + u).
 
 Serial (h = y): after attention and feed-forward part (Houlsby, section 2.1), or after the latter alone (Pfeiffer et al.
-2021, https://arxiv.org/abs/2005.00247, section 4: name that layer only in `target_modules`). Parallel (h = x: He et al.
-2022, https://arxiv.org/abs/2110.04366, section 3.3): with `parallel=True` on a whole block, `target_modules=["mlp"]`.
+2020, https://arxiv.org/abs/2005.00247, section 4: name that layer only in `target_modules`). Parallel (h = x: He et al.
+2021, https://arxiv.org/abs/2110.04366, section 3.3): with `parallel=True` on a whole block, `target_modules=["mlp"]`.
 """
 
 from __future__ import annotations

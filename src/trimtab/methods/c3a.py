@@ -1,6 +1,7 @@
 """C3A (Chen et al. 2024, https://arxiv.org/abs/2407.19342, section 3.4).   W' = W + C,   C_pq = circulant(c_pq) / in.
 
 W is cut into blocks (b, b); that of row p and column q changes by a circulant matrix, C_pq[i, j] = c_pq[(j - i) mod b].
+The division by `in` is PEFT's: the paper has none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DeLoRA (Bini et al. 2025, https://arxiv.org/abs/2503.18225).   W' = W + B D A diag(‖W_j‖),   D_i = λ / (r‖A_i‖‖B_i‖).
 
 A_i are the rows of A, B_i the columns of B and W_j those of the base's weight, whose norms are kept: λ is the one
-bound on the size of the change, whatever A and B are.
+bound on the size of the change, whatever A and B are. The norms of columns are PEFT's and those of its authors' code:
+the paper's eq. 15 has one norm, of W.
 """
 
 from __future__ import annotations

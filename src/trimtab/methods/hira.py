@@ -1,4 +1,4 @@
-"""HiRA (Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS, eq. 3).   W' = W + W ∘ (B A)."""
+"""HiRA (Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS, eq. 6).   W' = W + W ∘ (B A)."""
 
 from __future__ import annotations
 

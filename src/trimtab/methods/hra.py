@@ -1,4 +1,4 @@
-"""HRA (Yuan et al. 2024, https://arxiv.org/abs/2405.17484, eq. 2).   W' = W H_1 ... H_r.
+"""HRA (Yuan et al. 2024, https://arxiv.org/abs/2405.17484, eq. 1).   W' = W H_1 ... H_r.
 
 H_i = I - 2 u_i u_iᵀ / ||u_i||². The chain of reflections is W - W U T Uᵀ with a small triangular T, so it costs two
 skinny products, not r passes.

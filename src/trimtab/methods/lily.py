@@ -1,4 +1,4 @@
-"""Lily (Zhong & Zhou 2024, https://arxiv.org/abs/2407.09946).   y += s (Σ_e w_e B_e) A x,   w = mean(softmax(R A x)).
+"""Lily (Zhong et al. 2024, https://arxiv.org/abs/2407.09946).   y += s (Σ_e w_e B_e) A x,   w = mean(softmax(R A x)).
 
 Of the layers that one entry of `target_modules` names, `stride_A` neighbours share an A, and all share the B_e; each
 has a router R of its own. The mean is over all tokens of a forward, so that one pair serves them; since it follows the

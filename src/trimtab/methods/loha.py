@@ -1,4 +1,4 @@
-"""LoHa (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, eq. 4).   W' = W + s (w1_a w1_b) ∘ (w2_a w2_b).
+"""LoHa (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, prop. 1).   W' = W + s (w1_a w1_b) ∘ (w2_a w2_b).
 
 s = alpha / r. Convolutions may keep each factor as t ×₁ w_a ×₂ w_b, with a core t (r, r, kernel) (proposition 3).
 """

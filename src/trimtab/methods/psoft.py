@@ -1,4 +1,4 @@
-"""PSOFT (Wu et al. 2025, https://arxiv.org/abs/2505.11235).   W' = W + s B (diag(b) R diag(a) - I) A.
+"""PSOFT (Wu et al. 2025, https://arxiv.org/abs/2505.11235, eq. 8).   W' = W + s B (diag(b) R diag(a) - I) A.
 
 s B A is the best approximation of rank r to the frozen W, A's rows orthonormal; R = (I + Q)(I - Q)⁻¹ with Q
 skew-symmetric, or the Neumann series for the inverse: only what is turned within W's principal subspace changes.

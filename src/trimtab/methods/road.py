@@ -1,7 +1,7 @@
-"""RoAd (Liao & Monz 2024, https://arxiv.org/abs/2409.00119, section 3).   W' = R W,   b' = R b,   R = diag(R_1 ...).
+"""RoAd (Liao & Monz 2024, https://arxiv.org/abs/2409.00119, eq. 2 and 3).   W' = R W,   b' = R b,   R = diag(R_1 ...).
 
-Each R_i is a 2 x 2 block α [cos θ, -sin θ; sin θ, cos θ]: output i of a group is turned with output i + g / 2. road_1
-has one α and θ a pair, road_2 one an output, road_4 one an entry of R.
+Each R_i is a 2 x 2 block α [cos θ, -sin θ; sin θ, cos θ]: output i of a group is turned with output i + g / 2 (in the
+paper with its neighbour). road_1 has one α and θ a pair, road_2 one an output, road_4 one an entry of R.
 """
 
 from __future__ import annotations

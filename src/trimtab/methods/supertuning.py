@@ -1,6 +1,7 @@
-"""Super-tuning (2025, https://openreview.net/forum?id=FFIn2TH7aU).   W' = W + S,   S sparse;   Supra: + s B A.
+"""Super-tuning (Ilin et al. 2026, https://arxiv.org/abs/2607.09287).   W' = W + S,   S sparse;   Supra: + s B A.
 
-The trained entries of S stand where W is largest (or smallest) in magnitude; s = alpha / r.
+The trained entries of S stand where W is largest (or smallest) in magnitude; s = alpha / r. This is PEFT's choice and
+one that the paper compares with: its own weighs the magnitudes by the norms of the inputs, which takes data.
 """
 
 from __future__ import annotations

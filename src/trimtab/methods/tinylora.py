@@ -1,7 +1,8 @@
 """TinyLoRA (Morris et al. 2026, https://arxiv.org/abs/2602.04118).   W' = W + U √Σ (Σ_i v_i P_i) √Σ Vᵀ.
 
 U, Σ and V are the r largest singular triplets of W, and the P_i random (r, r), all of them fixed: only the u numbers of
-v are trained. `weight_tying` lets neighbouring layers share one v, all of them at 1.
+v are trained. The paper has Σ on one side, U Σ (...) Vᵀ; its root on both sides is PEFT's. `weight_tying` lets
+neighbouring layers share one v, all of them at 1.
 """
 
 from __future__ import annotations

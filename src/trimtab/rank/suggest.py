@@ -6,7 +6,7 @@ and the LoRA primer of Tinker's documentation). More rank than that buys nothing
 
 The gradients. What a step of full fine-tuning would change first is G = dL/dW, summed over some rows. A LoRA of rank r
 can follow its r strongest directions. G is never formed: its products with random matrices from both sides are summed
-batch by batch (Tropp et al. 2017, https://arxiv.org/abs/1609.00048, algorithm 4), and what those miss is estimated.
+batch by batch (Tropp et al. 2016, https://arxiv.org/abs/1609.00048, algorithm 4), and what those miss is estimated.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trimtab.core.model_method import PROMPT, Mixture, PromptMethod
@@ -54,17 +54,7 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         store = holder._parameters if key in holder._parameters else holder._buffers
         memory, disk = shared_keys(name, adapter.name)
         found.append(Slot(memory, disk, store, key, optional=not shared.file, shared=True))
-    kept: set[int] = set()  # parameters of copies that come again in tied ones
-    for wrapper in saved:
-        module = wrapper.modules_to_save[adapter.name]
-        held = {key: id(p) for key, p in module.named_parameters(remove_duplicate=False)}
-        for key in module.state_dict():
-            path, _, name = key.rpartition(".")
-            memory, disk = copy_keys(wrapper.name, key, adapter.name)
-            slot = Slot(memory, disk, module.get_submodule(path), name, shared=adapter.prompt is not None)
-            slot.echo = held.get(key) in kept
-            found.append(slot)
-        kept |= {*held.values()}
+    found += _copies(adapter, saved)
     if adapter.biases is not None:
         names = {x.path: x.name for x in (*base.layers.values(), *layers)}
         for path in adapter.biases.own:
@@ -80,6 +70,21 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
             memory = f"prompt_encoder.{adapter.name}{'' if key == PROMPT else f'.{key}'}"
             found.append(Slot(memory, key, Prompt(adapter.prompt), key, bare=True))
     return found
+
+
+def _copies(adapter: Adapter, saved: Iterable[SavedModule]) -> Iterator[Slot]:
+    """The tensors of what an adapter trains whole."""
+    kept: set[int] = set()  # parameters that come again in tied copies
+    for wrapper in saved:
+        module = wrapper.modules_to_save[adapter.name]
+        own = {key: id(p) for key, p in module.named_parameters(remove_duplicate=False)}
+        for key in module.state_dict():
+            path, _, name = key.rpartition(".")
+            memory, disk = copy_keys(wrapper.name, key, adapter.name)
+            slot = Slot(memory, disk, module.get_submodule(path), name, shared=adapter.prompt is not None)
+            slot.echo = own.get(key) in kept
+            yield slot
+        kept |= {*own.values()}
 
 
 def embeddings(base: Base, adapter: Adapter, reading: bool = False) -> list[Slot]:

@@ -209,3 +209,16 @@ def test_ia3(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path, selected_adapters=["new"])
     again = trimtab.PeftModel.from_pretrained(toy(), tmp_path / "new")
     torch.testing.assert_close(again.eval()(tokens()), theirs(tokens()))
+
+
+def test_a_bias_in_some_layers_only() -> None:
+    """PEFT forgets the biases of B."""
+    configs = {"a": {"target_modules": ["up"], "lora_bias": True}, "b": {"target_modules": ["down"]}}
+    ours, theirs = both(configs, [0.5, 2.0], "cat")
+    assert_same(ours, theirs)
+    found, other = ({n: p for n, p in m.named_parameters() if n.endswith("new.bias")} for m in (ours, theirs))
+    assert found.keys() == other.keys()
+    assert not any(p.any() for p in other.values())
+    given = next(p for n, p in ours.named_parameters() if n.endswith("up.lora_B.a.bias"))
+    for name, bias in found.items():
+        torch.testing.assert_close(bias, given * 0.5 * 2 if ".up." in name else torch.zeros_like(bias))

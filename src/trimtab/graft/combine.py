@@ -59,11 +59,15 @@ def combine(graft: Graft, names: Sequence[str], weights: Sequence[float], new: s
         for wrapper in adapter.saved
         for key, value in wrapper.modules_to_save[name].state_dict().items()
     }
-    return config, lambda slots: {
-        s.on_disk(): copies[s.disk] if s.method is None else values[s.method.layer.path][leaf_alias(s.leaf)]
-        for s in slots
-        if not s.optional
-    }
+
+    def value(slot: Any) -> Tensor:
+        if slot.method is None:
+            return copies[slot.disk]  # type: ignore[no-any-return]
+        # What only other layers' adapters have (a bias of B) does nothing here.
+        own = values[slot.method.layer.path].get(leaf_alias(slot.leaf))
+        return torch.zeros_like(slot.get()) if own is None else own
+
+    return config, lambda slots: {slot.on_disk(): value(slot) for slot in slots if not slot.optional}
 
 
 def _own(adapters: Mapping[str, Adapter]) -> type[Method] | None:
@@ -185,7 +189,8 @@ def _by_deltas(adapters: Mapping[str, Adapter], parts: Parts, recipe: Recipe) ->
             raise ValueError(
                 f"Adapters {list(adapters)} cannot be combined: they change biases, and '{path}' has none."
             )
-        values[path]["lora_B_bias"] = torch.zeros(sites[path].fan_out) if bias is None else bias
+        if bias is not None:
+            values[path]["lora_B_bias"] = bias
     return config, values
 
 

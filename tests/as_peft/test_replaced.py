@@ -1,13 +1,18 @@
-"""Steps of PEFT's tuners and layers that other libraries replace (Unsloth, axolotl, ms-swift) are asked when they are."""
+"""Steps of PEFT that other libraries replace (Unsloth, axolotl, ms-swift): who adds an adapter asks theirs."""
+
+from types import MethodType
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import layer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from trimtab.errors import ConfigError
+from trimtab.layer.adapted import AdaptedLayer
 
 
 class Clipped(nn.Module):
@@ -161,3 +166,92 @@ def test_a_replaced_cast(monkeypatch, wide):
     dtypes = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
     assert dtypes == {torch.float32 if wide else torch.bfloat16}
     assert asked == [("default", 2, True), ("other", 3, False)]
+
+
+# ------------------------------------------------------------------ of layers
+X = torch.randn(3, 4)
+
+
+def other_forward(before):
+    return lambda self, x, *args, **kwargs: before(self, x, *args, **kwargs) + 1000
+
+
+def test_a_replaced_forward_is_that_of_the_layers_it_stands_for(monkeypatch):
+    linear = get_peft_model(Model(), LoraConfig(target_modules=["v"]))
+    holder = get_peft_model(Holder(), LoraConfig(target_modules=[], target_parameters=["inner.extra"]))
+    plain = linear(X), holder.base_model.model.inner(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(ParamWrapper, "forward", other_forward(ParamWrapper.forward))
+        patch.setattr(ParamWrapper, "_patched", True, raising=False)
+        assert torch.equal(linear(X), plain[0])
+        assert torch.equal(holder.base_model.model.inner(X), plain[1] + 1000)
+        assert not hasattr(layer.Linear, "_patched")
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.LoraLayer, "forward", other_forward(layer.LoraLayer.forward))
+        assert torch.equal(linear(X), plain[0] + 1000)
+        assert layer.Linear.forward is layer.LoraLayer.forward
+    assert torch.equal(linear(X), plain[0])
+    assert torch.equal(holder.base_model.model.inner(X), plain[1])
+    assert not hasattr(ParamWrapper, "_patched")
+    assert layer.Linear.forward is AdaptedLayer.forward
+
+
+def test_a_replaced_way_to_a_parameter():
+    model = get_peft_model(Holder(), LoraConfig(target_modules=[], target_parameters=["inner.extra"]))
+    inner, before = model.base_model.model.inner, ParamWrapper.get_param
+    assert before(inner) is inner.get_param() is inner.base_layer.extra
+    try:
+        ParamWrapper.get_param = lambda self: (before(self), "seen")
+        assert inner.get_param() == (inner.base_layer.extra, "seen")
+        assert not hasattr(get_peft_model(Model(), LoraConfig(target_modules=["k"])).base_model.model.k, "get_param")
+    finally:
+        ParamWrapper.get_param = before
+    assert inner.get_param() is inner.base_layer.extra
+
+
+def test_layers_whose_merge_is_replaced_one_by_one():
+    """ms-swift merges some layers, takes their weights to its engine, and then merges others."""
+    model = get_peft_model(Model(), LoraConfig(target_modules=["k", "v"], init_lora_weights=False))
+    layers, wanted = [model.base_model.model.k, model.base_model.model.v], []
+    plain = [x.base_layer.weight.clone() for x in layers]
+
+    def step(self, safe_merge=False, adapter_names=None):
+        self._move_adapter_to_device_of_base_layer("default")
+        if self in wanted:
+            self.before(safe_merge, adapter_names)
+
+    for x in layers:
+        x.before, x.merge = x.merge, MethodType(step, x)
+    for now in layers:
+        wanted[:] = [now]
+        model.merge_adapter()
+        assert now.merged
+    assert not any(torch.equal(a, x.base_layer.weight) for a, x in zip(plain, layers, strict=True))
+    model.unmerge_adapter()
+    assert all(torch.equal(a, x.base_layer.weight) for a, x in zip(plain, layers, strict=True))
+    layers[0].before()
+    for x in layers:
+        del x.merge
+    merged = model.merge_and_unload()
+    assert not any(torch.equal(a, w) for a, w in zip(plain, (merged.k.weight, merged.v.weight), strict=True))
+
+
+def test_what_a_layer_shows_of_itself():
+    """Read by Unsloth (how factors of experts lie) and axolotl (which copy is in use)."""
+
+    class Experts(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(*shape))
+
+    for shape, swapped in (((4, 3), False), ((5, 4, 3), True)):
+        model = nn.Sequential(Experts(*shape))
+        inject_adapter_in_model(LoraConfig(target_modules=[], target_parameters=["0.up"]), model)
+        assert model[0]._did_swap_in_out_features is swapped
+    model = get_peft_model(Model(), LoraConfig(target_modules=["k"], modules_to_save=["v"]))
+    saved = model.base_model.model.v
+    assert not hasattr(model.base_model.model.k, "_did_swap_in_out_features")
+    assert saved.modules_to_save[saved.active_adapter] is saved.chosen()
+    model.add_adapter("other", LoraConfig(target_modules=["k"]))
+    model.set_adapter("other")
+    assert saved.active_adapter == []

@@ -13,7 +13,7 @@ from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, ArgumentError
-from trimtab.graft import steps
+from trimtab.graft import merging, steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
@@ -245,7 +245,7 @@ class Tuner(Running, Choosing):
         graft = self.graft
         chosen = graft.board.route.active if adapter_names is None else adapter_names
         merged = graft.merged
-        if set(chosen) - set(merged) or not merged:
+        if not merged or merging.left(graft.base, chosen):
             graft.merge(chosen, safe_merge, keep=False, progress=_progress(progressbar))
         graft.board.set(active=tuple(dict.fromkeys([*merged, *chosen])))
         return graft.unload(merge=True)

@@ -134,3 +134,15 @@ def test_rows_of_an_embedding_trained() -> None:
         give(model, "own", ["embed_tokens"], inference_mode=False, wrapper_cls=wrapper, token_indices=[1, 3])
         results[which] += [len(trained(model)), sum(p.numel() for p in model.parameters() if p.requires_grad)]
     assert results[0] == results[1]
+
+
+def test_what_is_added_to_a_weight_while_it_is_used() -> None:
+    ours, theirs = (cls(torch.ones(2, 2)) for cls in both("peft.tuners.lora.layer", "_LoraParameterProxy"))
+    W = torch.randn(2, 2)
+    assert torch.equal(ours(W), theirs(W))
+    assert [*ours.state_dict()] == [*theirs.state_dict()] == []
+
+
+def test_the_mapping_of_transformers() -> None:
+    ours, theirs = both("peft.utils.transformers_weight_conversion", "get_model_conversion_mapping")
+    assert ours is theirs

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.as_peft import replaced
 from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import METHODS, config_class, load, prefix_of
@@ -62,6 +63,17 @@ class ByMethod(type):
         """The names of its settings that a layer shows."""
         file, method, _ = METHODS[cls.peft_type]
         return tuple(load(file, method).views)
+
+    def __getattr__(cls, name: str) -> Any:
+        return replaced.found(cls, name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if not replaced.replace(cls, name, value):
+            super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if not replaced.restore(cls, name):
+            super().__delattr__(name)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, AdaptedLayer):

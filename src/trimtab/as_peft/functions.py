@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.config import PeftConfig, match_pattern
-from trimtab.core.targets import condense, inside, layer_index, matches
+from trimtab.core.targets import condense, selects
 from trimtab.errors import PeftError
 from trimtab.graft.staging import HALF
 from trimtab.layer.adapted import AdaptedLayer
@@ -151,13 +151,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 def check_target_module_exists(config: Any, key: str) -> bool:
     """Whether a config selects the module `key`."""
-    if matches(config.exclude_modules, key) is not None or inside(getattr(config, "modules_to_save", None), key):
-        return False
-    if matches(config.target_modules, key) is None:
-        return False
-    wanted = config.layers_to_transform
-    indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
-    return not indices or layer_index(key, config.layers_pattern) in indices
+    return selects(config, key)
 
 
 def match_target_against_key(target_pattern: str, key: str) -> Any:

@@ -90,6 +90,7 @@ ALIASES = {
     "DetachedFluxShadowModel": "trimtab.init.beside.flux:DetachedFluxShadowModel",
     **{name: f"trimtab.as_peft.diffusion:{name}" for name in DIFFUSION},
     "ALL_LAYERNORM_LAYERS": "transformers.pytorch_utils:ALL_LAYERNORM_LAYERS",
+    "get_model_conversion_mapping": "transformers.conversion_mapping:get_model_conversion_mapping",
 }
 
 # Modules that answer for whatever public name they have.

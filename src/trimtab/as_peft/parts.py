@@ -13,7 +13,14 @@ from trimtab.graft.stack import replicate
 from trimtab.init import eva
 from trimtab.init.loftq import fitted
 
-__all__ = ["IncrementalPCA", "MontecloraTrainerMixin", "loftq_init", "random_mask", "replicate_layers"]
+__all__ = [
+    "IncrementalPCA",
+    "MontecloraTrainerMixin",
+    "_LoraParameterProxy",
+    "loftq_init",
+    "random_mask",
+    "replicate_layers",
+]
 
 
 class IncrementalPCA:
@@ -128,3 +135,15 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 def replicate_layers(model: nn.Module, layer_map: list[tuple[int, int]]) -> None:
     """Rebuild a model's stack of layers from ranges (start, end) of it; repeated layers share their weights."""
     replicate(Base(model), SimpleNamespace(layer_replication=layer_map))
+
+
+class _LoraParameterProxy(nn.Module):
+    """What is added to a weight while it is used, as a parametrization. No layer of ours has one."""
+
+    def __init__(self, delta_weight: Tensor) -> None:
+        super().__init__()
+        self.delta_weight = delta_weight  # no buffer: it is no part of the model's state
+
+    def forward(self, W: Tensor) -> Tensor:
+        """W and what is added to it."""
+        return W + self.delta_weight

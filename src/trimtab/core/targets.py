@@ -142,6 +142,17 @@ def select(
     return found
 
 
+def selects(config: Any, name: str) -> bool:
+    """Whether a config whose `target_modules` is set selects the module `name`."""
+    if matches(config.exclude_modules, name) is not None or inside(getattr(config, "modules_to_save", None), name):
+        return False
+    if matches(config.target_modules, name) is None:
+        return False
+    wanted = config.layers_to_transform
+    indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    return not indices or layer_index(name, config.layers_pattern) in indices
+
+
 def select_parameters(parameters: Iterable[str], wanted: Collection[str], strict: bool = False) -> list[Target]:
     """The parameters that `target_parameters` names, by path or ending, in model order.
 

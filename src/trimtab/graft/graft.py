@@ -20,6 +20,7 @@ from trimtab.graft.adapters import Adapter, Layout, complete, install, require_g
 from trimtab.graft.base import Base
 from trimtab.graft.nesting import Detours, Named, rename
 from trimtab.graft.residents import Residents
+from trimtab.graft.selection import Pick
 from trimtab.graft.staging import Stage, start
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
@@ -114,6 +115,7 @@ class Graft:
         strict: bool = False,
         meta: bool = False,
         looked: bool = False,
+        pick: Pick | None = None,
     ) -> Adapter:
         """Add an adapter.
 
@@ -127,6 +129,7 @@ class Graft:
             strict: targets that fit nothing are errors even when others fit.
             meta: build the tensors without storage; a state dict is loaded into them later.
             looked: the model was read just now, and is as it was.
+            pick: see `choose`.
         """
         self._check_name(name)
         config = config.copy()
@@ -145,7 +148,7 @@ class Graft:
             if issubclass(method, ModelMethod):
                 layout, prompt = Layout(config, []), prompts.started(method, config, self.model, self.adapters)
             else:
-                layout = stage.layout(config, method, autocast, strict, self.layouts)
+                layout = stage.layout(config, method, autocast, strict, self.layouts, pick)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
             self.residents.adapters[name] = adapter
             self._build(stage, adapter, tensors, meta)

@@ -31,7 +31,7 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
         Whether layers that shared a weight have different ones now.
     """
     merged = merged_adapters(base)
-    if merged and not set(chosen) - set(merged):
+    if merged and not left(base, chosen):
         warn(
             f"All adapters are already merged, nothing to do. {list(chosen)} are merged already: unmerge_adapter() "
             "undoes it."
@@ -40,7 +40,7 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
     done: list[AdaptedLayer] = []
     try:
         for layer in progress(list(base.layers.values())):
-            layer.merge(safe_merge=safe, adapter_names=chosen, keep=True)
+            layer.merge(safe_merge=safe, adapter_names=chosen)  # which others replace layer by layer (ms-swift)
             done.append(layer)
     except BaseException:
         for layer in done:
@@ -71,6 +71,13 @@ def settle(base: Base) -> None:
 def merged_adapters(base: Base) -> list[str]:
     """The adapters that are merged into the base."""
     return list(dict.fromkeys(n for layer in base.layers.values() for n in layer.merged_adapters))
+
+
+def left(base: Base, chosen: Sequence[str]) -> bool:
+    """Whether one of these adapters is yet to be merged, somewhere: layers are also merged by themselves."""
+    known = {name for layer in base.layers.values() for name in layer.adapters}
+    here = any(set(chosen) & set(x.adapters) - set(x.merged_adapters) for x in base.layers.values())
+    return here or bool(set(chosen) - known)
 
 
 def _untie(base: Base, names: Sequence[str]) -> bool:

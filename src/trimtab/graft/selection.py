@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,15 @@ TIED = (
 )
 
 
-def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[Target]:
-    """The modules the config adapts; completes its `target_modules` as it will be saved."""
+Pick = Callable[[Any, list[Target]], list[Target]]
+
+
+def choose(base: Base, config: Any, method: type[Method], strict: bool, pick: Pick | None = None) -> list[Target]:
+    """The modules the config adapts; completes its `target_modules` as it will be saved.
+
+    Args:
+        pick: given the config and the targets it selects, says which others stand for them.
+    """
     if not hasattr(config, "target_modules"):
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
@@ -50,11 +58,13 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool) -> list[
     if getattr(config, "target_parameters", None):
         names = [f"{n}.{p}" for n, m in base.modules.items() for p, v in m._parameters.items() if v is not None]
         targets += select_parameters(names, config.target_parameters, strict)
-        if not targets:
+        if not targets and pick is None:
             raise NoMatchingPeftModuleError(
                 "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
                 f"these arguments.{nearest(config.target_parameters, names)}"
             )
+    if pick is not None:
+        targets = pick(config, targets)
     for target in targets:
         if target.kind not in method.kinds:
             module = base.modules[target.module]

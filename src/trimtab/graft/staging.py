@@ -16,7 +16,7 @@ from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
-from trimtab.graft.selection import TIED, choose, companions
+from trimtab.graft.selection import TIED, Pick, choose, companions
 from trimtab.graft.stack import replicate
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
@@ -44,14 +44,23 @@ class Stage:
 
     # ------------------------------------------------------------------ layers
     def layout(
-        self, config: Any, method: type[Method], autocast: bool, strict: bool, known: dict[str, Layout]
+        self,
+        config: Any,
+        method: type[Method],
+        autocast: bool,
+        strict: bool,
+        known: dict[str, Layout],
+        pick: Pick | None = None,
     ) -> Layout:
         """The adapter's methods at its targets' layers, and the tensors they have there; completes the config.
 
         Args:
             known: by config, of adapters that were added before; a new one is put in.
+            pick: see `choose`; what it takes is its own affair, so that no known layout stands for it.
         """
         replicate(self.base, config)
+        if pick is not None:
+            return self._laid_out(config, method, choose(self.base, config, method, strict, pick), autocast)
         key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
         found = known.get(key)
         if found is not None and self._stands(found, autocast):

@@ -80,6 +80,12 @@ class SavedModule(Switched):
         """The adapters in use that have a copy here."""
         return [n for n in self.standing().at(self.own)[0] if n in self.modules_to_save]
 
+    @property
+    def active_adapter(self) -> Any:
+        """The adapter in use that has a copy here, as PEFT has it: a name, or a list of none or several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
     adapter_layer_names = ("modules_to_save",)
     other_param_names = ()
 

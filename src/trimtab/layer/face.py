@@ -19,6 +19,8 @@ from trimtab.layer.views import View
 SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
 CONVERTED = ("linear", "embedding", "conv", "attention", "parameter")  # kinds of layers that a LoRA can change
 RESET = re.compile(r"reset_\w+_parameters")  # in PEFT with what the method is called in between
+# What a layer around a module one of whose parameters is adapted shows of it, beside what all do.
+OF_PARAMETERS = ("parameter_name", "num_experts", "get_param", "get_delta_factors", "_did_swap_in_out_features")
 NOT_OURS = ("_hf_hook", "_old_forward")  # what accelerate hangs on the frozen layer
 
 
@@ -122,7 +124,7 @@ class Face(Switched):
             return any(site.flipped and site.kind == "linear" for site in self.sites.values())
         if RESET.fullmatch(name):
             return self.reset
-        if self.param and name in ("parameter_name", "num_experts", "get_param", "get_delta_factors"):
+        if self.param and name in OF_PARAMETERS:
             return self._of_parameter(name)
         make = self.__dict__.get("shown", {}).get(name)
         return getattr(self.base_layer, name) if make is None else make(self, name)
@@ -193,9 +195,24 @@ class Face(Switched):
             A, B = method.matrices
             return B, A, method.scaling
 
-        shown = {"parameter_name": self.param, "num_experts": site.batch[0] if site.batch else 1}
+        shown: dict[str, Any] = {"parameter_name": self.param, "num_experts": site.batch[0] if site.batch else 1}
+        # Of a stack of experts (E, in, out), whose first size after E PEFT once took for the outputs' number.
+        shown |= {"_did_swap_in_out_features": bool(site.batch)}
         shown |= {"get_param": lambda: self.frozen._parameters[self.param], "get_delta_factors": get_delta_factors}
         return shown[name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """Bring an adapter's tensors here to where the frozen layer's are, or to `device`."""
+        if adapter_name not in self.adapters:
+            return
+        self.bring(adapter_name)
+        held = [v for v in self.frozen._parameters.values() if v is not None and v.device.type != "meta"]
+        where = device if device is not None else next((v.device for v in held), None)
+        for method in self.methods[adapter_name] if where is not None else ():
+            for leaf in method.declared:
+                tensor = method.tensor(leaf)
+                if tensor.device.type != "meta":
+                    tensor.data = tensor.data.to(where)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for an adapter's change of this layer."""

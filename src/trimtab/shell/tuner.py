@@ -13,20 +13,21 @@ from trimtab.core.combining import Recipe
 from trimtab.core.config import PeftConfig
 from trimtab.core.report import warn
 from trimtab.errors import AdapterNameError, ArgumentError
-from trimtab.graft import steps
+from trimtab.graft import merging, steps
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import config_class, method_class, prefix_of
 from trimtab.shell import mixtures
+from trimtab.shell.choosing import Choosing
 from trimtab.shell.loading import Source
 from trimtab.shell.running import Running
 
 OWN_LOSS = re.compile(r"_get_([a-z]+)_loss")  # what PEFT's users add to the loss of a formula by hand
 
 
-class Tuner(Running):
+class Tuner(Running, Choosing):
     """A model and its adapters of any method.
 
     Args:
@@ -83,7 +84,8 @@ class Tuner(Running):
                 "libraries may then take one for the other."
             )
         self._load_among(config)
-        adapter = self.graft.add(name, config, **kwargs)
+        with self._choosing(name, config, kwargs.pop("autocast", True)) as how:
+            adapter = self.graft.add(name, config, **how, **kwargs)
         self._modules.update(self.graft.commons)
         mixtures.place(self.graft, self)
         if getattr(config, "bias", "none") in ("all", "lora_only") and adapter.biases:
@@ -122,6 +124,10 @@ class Tuner(Running):
         config = next(iter(self.peft_config.values()))
         known = getattr(method_class(config), "targets", {})
         return {kind: names if isinstance(names, str) else list(names) for kind, names in known.items()}
+
+    def _class_of(self, config: PeftConfig) -> type[Choosing]:
+        named = tuner_class(config.peft_type)
+        return type(self) if isinstance(self, named) else named
 
     def _load_among(self, config: PeftConfig) -> None:
         """Load the adapters that a router works among, where they are not there."""
@@ -249,7 +255,7 @@ class Tuner(Running):
         graft = self.graft
         chosen = graft.board.route.active if adapter_names is None else adapter_names
         merged = graft.merged
-        if set(chosen) - set(merged) or not merged:
+        if not merged or merging.left(graft.base, chosen):
             graft.merge(chosen, safe_merge, keep=False, progress=_progress(progressbar))
         graft.board.set(active=tuple(dict.fromkeys([*merged, *chosen])))
         return graft.unload(merge=True)

@@ -116,9 +116,6 @@ def select(
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = set(linear)
-    by_layer = config.layers_to_transform
-    indices = {by_layer} if isinstance(by_layer, int) else set(by_layer or ())
-    whole = () if isinstance(config.target_modules, str) else set(wanted or ())  # a path in full is meant, as in PEFT
     found: list[Target] = []
     used: set[str] = set()
     excluded: list[str] = []
@@ -134,7 +131,7 @@ def select(
             excluded.append(name)
             used.add(why)
             continue
-        if indices and name not in whole and layer_index(name, config.layers_pattern) not in indices:
+        if not _in_layers(config, name):
             continue
         used.add(why)
         found.append(Target(name, kind, why))
@@ -148,9 +145,15 @@ def selects(config: Any, name: str) -> bool:
         return False
     if matches(config.target_modules, name) is None:
         return False
-    wanted = config.layers_to_transform
+    return _in_layers(config, name)
+
+
+def _in_layers(config: Any, name: str) -> bool:
+    """Whether `layers_to_transform` lets a module be adapted; one named by its whole path is meant, as in PEFT."""
+    wanted, targets = config.layers_to_transform, config.target_modules
     indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
-    return not indices or layer_index(name, config.layers_pattern) in indices
+    whole = not isinstance(targets, str) and name in (targets or ())
+    return not indices or whole or layer_index(name, config.layers_pattern) in indices
 
 
 def select_parameters(parameters: Iterable[str], wanted: Collection[str], strict: bool = False) -> list[Target]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,11 @@ from trimtab.init.loftq import fitted
 
 __all__ = [
     "IncrementalPCA",
+    "LoraEmbeddingATPHolder",
     "MontecloraTrainerMixin",
     "_LoraParameterProxy",
+    "add_lora_tp_hooks_dtensor",
+    "get_tp_plan_and_mesh",
     "loftq_init",
     "random_mask",
     "replicate_layers",
@@ -147,3 +151,34 @@ class _LoraParameterProxy(nn.Module):
     def forward(self, W: Tensor) -> Tensor:
         """W and what is added to it."""
         return W + self.delta_weight
+
+
+class LoraEmbeddingATPHolder(nn.Embedding):
+    """An embedding's A (r, vocabulary) as the table (vocabulary, r) of a module, which can be cut over processes."""
+
+    def __init__(self, lora_embedding_A_weight: nn.Parameter) -> None:
+        r, words = lora_embedding_A_weight.shape
+        super().__init__(words, r, _weight=lora_embedding_A_weight.detach().T)
+        self.weight.requires_grad_(lora_embedding_A_weight.requires_grad)
+
+
+def get_tp_plan_and_mesh(model: nn.Module, current_key: str) -> tuple[str | None, Any]:
+    """How transformers cuts the module `current_key` of a model over processes, and over which; (None, None): not."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    plan = (getattr(model, "tp_plan", None) or {}).get(re.sub(r"\d+", "*", current_key))
+    if plan is None or "tp" not in names:
+        return None, None
+    return plan, mesh if names == ("tp",) else mesh["tp"]
+
+
+def add_lora_tp_hooks_dtensor(
+    tp_module: nn.Module, tp_plan_name: str, device_mesh: Any, *, base_layer: nn.Module, module_name: str
+) -> None:
+    """Cut a module over processes by one of transformers' plans. Ours need it not: they keep adapters whole."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    style = ALL_PARALLEL_STYLES[tp_plan_name]
+    for name in list(tp_module._parameters):
+        style.shard_param(tp_module, name, device_mesh)
+    style.install_forward(tp_module, device_mesh)

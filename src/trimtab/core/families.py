@@ -258,6 +258,8 @@ class LowRank(Method):
         bank: grouped.Bank | None = cut.banks.get(name) if fixed else None
         if bank is not None and not (bank.source is stacks and bank.stamp == stamp):
             bank = None
+        if methods[0].site.mesh is not None:
+            return None
         if not grouped.applies(y, x, len(cut.owners), parts if bank is None else (bank.A,)):
             return None
         if bank is None:

@@ -67,6 +67,11 @@ class Site:
         layer, originals = self.layer, self.owner.originals
         return offload.value(layer, param, originals.now(param), original=param in originals.held)
 
+    @property
+    def mesh(self) -> Any:
+        """The processes among which the layer is cut, each of which has the whole adapter; None: it is not."""
+        return None
+
     def shape(self) -> tuple[int, int]:
         """(out, in) of the matrix."""
         out, into = weights.shape(self.layer, self.param)
@@ -284,6 +289,7 @@ class Sites(list[Site]):
 # One line a kind of layer: the first that fits is it. Parameters without a layer of their own are named, not found.
 SITES = [
     "sites.attention:ReadLinearSite",
+    "sites.parallel:ParallelLinearSite",
     "site:LinearSite",
     "site:Conv1DSite",
     "site:EmbeddingSite",

@@ -245,6 +245,10 @@ def start(adapter: Adapter, commons: Mapping[str, Leaves], model: nn.Module) -> 
                 layer.originals.take(adapter.name, method.site.param)
                 method.site.write(W, None)
                 layer.changed()
+    if (mesh := next((m.site.mesh for m in adapter.methods if m.site.mesh is not None), None)) is not None:
+        for method in adapter.methods:  # what was drawn is the first process's
+            for leaf in method.declared if method.home is method.layer else ():
+                torch.distributed.broadcast(method.tensor(leaf), int(mesh.mesh.flatten()[0]), mesh.get_group())
 
 
 def kind_of(site: Site, autocast: bool) -> Kind:

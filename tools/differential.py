@@ -176,6 +176,13 @@ class Run:
             return (label.split(" ")[0], found) if found else True
         return (label.split(" ")[0], f"ours fails, {ours}") if right else False
 
+    def grow(self, name: str, label: str, function: Callable[[Side], Any]) -> tuple[str, str] | bool:
+        """`ask` a question that adds an adapter."""
+        found = self.ask(label, function)
+        if found is True:
+            self.adapters.append(name)
+        return found
+
     def sync(self) -> None:
         """Give ours what theirs holds, stirred."""
         stir(self.sides[1].model, 0.1)
@@ -236,9 +243,8 @@ class Run:
             side.model.add_adapter(name, side.config(*fields))
             return sorted(side.model.peft_config)
 
-        found = self.ask(f"add {name} {fields[1]}", act)
+        found = self.grow(name, f"add {name} {fields[1]}", act)
         if found is True:
-            self.adapters.append(name)
             self.sync()
         return found
 
@@ -270,10 +276,7 @@ class Run:
             side.model.set_adapter(name)
             return side.forward()
 
-        found = self.ask(f"read {source}", act)
-        if found is True:
-            self.adapters.append(name)
-        return found
+        return self.grow(name, f"read {source}", act)
 
     def weighted(self) -> Any:
         if len(self.adapters) < 2:
@@ -286,10 +289,7 @@ class Run:
             side.model.set_adapter(name)
             return side.forward()
 
-        found = self.ask(f"weighted {how} {two}", act)
-        if found is True:
-            self.adapters.append(name)
-        return found
+        return self.grow(name, f"weighted {how} {two}", act)
 
     def copied(self) -> Any:
         return self.ask("copied", lambda s: s.forward(copy.deepcopy(s.model)))

@@ -252,14 +252,14 @@ class LowRank(Method):
             inputs: x -> what the updates see of it, where that is not x itself.
         """
         methods = [m for stack in stacks for m in stack]
+        if methods[0].site.mesh is not None:
+            return None
         parts = tuple(holder[key] for m in methods for holder, key in m.places.values())
         name, fixed = methods[0].site.name, not torch.is_grad_enabled()
         stamp = grouped.stamp_of(parts, [m.scaling for m in methods]) if fixed else None
         bank: grouped.Bank | None = cut.banks.get(name) if fixed else None
         if bank is not None and not (bank.source is stacks and bank.stamp == stamp):
             bank = None
-        if methods[0].site.mesh is not None:
-            return None
         if not grouped.applies(y, x, len(cut.owners), parts if bank is None else (bank.A,)):
             return None
         if bank is None:

@@ -166,11 +166,14 @@ class Stage:
     def copies(self, adapter: Adapter) -> None:
         """Copy the modules the adapter trains whole."""
         wanted = set(adapter.config.modules_to_save or ())
+        if not wanted:
+            return
         whole = {n: m for n, m in self.base.modules.items() if not isinstance(m, nn.ModuleList | nn.ModuleDict)}
-        reasons = {n: why for n in (whole if wanted else ()) if (why := matches(wanted, n)) is not None}
+        reasons = {n: why for n in whole if (why := matches(wanted, n)) is not None}
         ensured = getattr(adapter.config, "ensure_weight_tying", False)
         keepers = self._keepers(adapter.config, reasons) if ensured else {}
-        for path in (n for n in whole if n in reasons or n in keepers):
+        chosen = {*reasons, *keepers, *keepers.values()}
+        for path in (n for n in whole if n in chosen):
             if self.base.layers_at(path) or any(layer.path == path for layer in adapter.layers):
                 raise ConfigError(
                     f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
@@ -204,7 +207,7 @@ class Stage:
             if others:
                 stay = [e for e in config.modules_to_save if not any(matches({e}, n) for n in others)]
                 config.modules_to_save = list(dict.fromkeys([*stay, keeper]))
-        return found | {keeper: keeper for keeper in found.values()}
+        return found
 
     def biases(self, adapter: Adapter, others: Mapping[str, Adapter]) -> None:
         """Take over the biases the adapter trains."""

@@ -169,9 +169,9 @@ class Tuner(Running, Choosing):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter or several (the first innermost) and train just these; with `inference_mode`, train none."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self.graft.require(name)
         if self.graft.merged:
+            for name in names:  # before anything is undone
+                self.graft.require(name)
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.graft.unmerge()
         self.graft.set_active(names, trainable=not inference_mode)

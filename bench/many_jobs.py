@@ -5,7 +5,8 @@
 SmolLM2-135M in fp32, r=16 on all linear layers, each job with rows of its own, one row of so many tokens a step. PEFT
 and our own trainer have a model for each job over the same weights, so that nothing is switched between turns; a step
 is forward, backward, clipping and AdamW. All arms run in one process, interleaved (ABBA). What `train_many` sets up
-before the first step and takes down after the last is in its time. That jobs come out as they do alone is tested in
+before the first step and takes down after the last is in its time. The floor is the frozen model's step on the rows of
+all jobs in one pass: what no adapter can be trained below. That jobs come out as they do alone is tested in
 tests/train/test_many.py. Where the processor multiplies bfloat16 faster, so that `--precision auto` takes it for the
 base, both are also run with such a base.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from common import clocks, ratio
-from step import adapted, load
+from step import adapted, floor, load, step
 
 warnings.filterwarnings("ignore")
 SHAPE = SimpleNamespace(rank=16, dropout=0.0, targets="all")
@@ -44,9 +45,9 @@ def turns_of_peft(base: Any, data: list[Any]) -> Callable[[], None]:
     optimizers = [torch.optim.AdamW(parameters, lr=1e-4) for parameters in own]
 
     def run() -> None:
-        for step in range(len(data[0])):
+        for n in range(len(data[0])):
             for model, parameters, optimizer, mine in zip(models, own, optimizers, data, strict=True):
-                ids = torch.tensor([mine[step].ids])
+                ids = torch.tensor([mine[n].ids])
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
@@ -88,6 +89,16 @@ def together(base: Any, data: list[Any], tokens: int) -> Callable[[], None]:
     return run
 
 
+def frozen(base: Any, data: list[Any]) -> Callable[[], None]:
+    model = floor(base)
+
+    def run() -> None:
+        for rows in zip(*data, strict=True):
+            step(model, torch.tensor([row.ids for row in rows]))
+
+    return run
+
+
 TARGETS: dict[str, list[str]] = importlib.import_module("step").TARGETS
 
 
@@ -109,11 +120,13 @@ def main() -> None:
         arms["PEFT, in turns"] = turns_of_peft(base, data)
     arms["trimtab, in turns"] = turns_of_ours(base, data)
     arms["trimtab, at once"] = together(base, data, options.pass_tokens)
+    arms["floor: the frozen model, at once"] = frozen(base, data)
     if choose("auto", torch.device("cpu")).name == "bf16":
         half, _ = load(SimpleNamespace(dtype="bfloat16", tokens=256))
         if importlib.util.find_spec("peft"):
             arms["PEFT, in turns, bf16 base"] = turns_of_peft(half, data)
         arms["trimtab, at once, bf16 base"] = together(half, data, options.pass_tokens)
+        arms["floor: the frozen model, at once, bf16"] = frozen(half, data)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for block in range(options.blocks + 1):
         for name in arms if block % 2 else list(arms)[::-1]:

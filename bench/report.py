@@ -35,9 +35,10 @@ def machine() -> str:
 
 
 def short_name() -> str:
-    """The processor's maker and family, as the page's sections name it: amd-epyc."""
-    words = re.sub(r"\(.*?\)", "", processor()[0]).lower().split()
-    return "-".join(words[:2])
+    """The processor's maker and family, as the page's sections name it: amd-epyc, amd-epyc-avx2 without AVX-512."""
+    name, flags = processor()
+    words = re.sub(r"\(.*?\)", "", name).lower().split()
+    return "-".join([*words[:2], *(["avx2"] if "avx512f" not in flags else [])])
 
 
 def table(head: list[str], rows: list[list[object]]) -> str:

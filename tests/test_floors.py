@@ -249,7 +249,7 @@ def test_a_method_is_a_short_file() -> None:
 
 # ---------------------------------------------------------------------- methods: abstract or final
 HOOKS = tuple(
-    "share start_shared leaves setup reset weight bias before after through rows extras".split()
+    "share start_shared leaves setup reset weight bias before after through rows mixed extras".split()
     + "build around prompt restore".split()
 )
 

@@ -65,7 +65,8 @@ def test_backends_and_weights():
     torch.testing.assert_close(weight, dequantize_bnb_weight(net.four.weight, net.four.weight.quant_state))
     torch.testing.assert_close(weight, dequantize_module_weight(net.four).data)
     backend.set_base_weight(net.four, 2 * weight)
-    torch.testing.assert_close(backend.get_base_weight(net.four), 2 * weight)
+    # twice the weight is quantised by scales that are rounded themselves, as the processor rounds them
+    torch.testing.assert_close(backend.get_base_weight(net.four), 2 * weight, rtol=1e-3, atol=1e-4)
     assert [get_bnb_param_type(x.weight) for x in (net.four, net.eight, net.plain)] == ["4bit", "8bit", False]
     assert quantization_extra_repr(net.plain) == ""
     assert "bnb 8bit" in quantization_extra_repr(net.eight)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.contract.cases import move
 from tests.models import llama, tokens
-from trimtab import IA3Config, LoraConfig, PeftModel, get_peft_model
-from trimtab.errors import AdapterNameError, RouteError
+from trimtab import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from trimtab.errors import AdapterNameError, ArgumentError, RouteError
 from trimtab.layer.plan import wanted
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -243,3 +244,111 @@ def test_dora_rows_in_a_language_model() -> None:
         assert mixed.dtype == dtype
         for i, row in enumerate(["two", "__base__", "one"]):
             torch.testing.assert_close(mixed[[i]], alone(model, row, ids[[i]]), rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_a_block_routes_as_adapter_names_do(rows: list[Any]) -> None:
+    model, ids = several(), tokens(3, 5, 64)
+    wanted = model(ids, adapter_names=rows).logits
+    text = model.generate(input_ids=ids, adapter_names=rows, max_new_tokens=3, do_sample=False)
+    with model.route(rows):
+        assert torch.equal(model(ids).logits, wanted)
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False), text)
+        assert torch.equal(model.get_base_model()(ids).logits, wanted)
+        own = model(ids, adapter_names=["one"] * 3).logits  # a call's own go first
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, model(ids, adapter_names=["__base__"] * 3).logits)
+    assert torch.equal(own, model(ids, adapter_names=["one"] * 3).logits)
+
+
+def test_a_block_routes_the_rows_of_a_packed_sequence() -> None:
+    model, ids = several(), tokens(1, 8, 64)
+    places = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    with model.route(["two", [("one", 0.5), "three"]], lengths=[5, 3]):
+        packed = model(ids, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :5], alone(model, "two", ids[:, :5]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[:, 5:], alone(model, [("one", 0.5), "three"], ids[:, 5:]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_trains_each_adapter_on_its_rows() -> None:
+    """Gradients in training mode are those of the rows alone; a penalty is that of the adapters named."""
+    model, ids = several(), tokens(3, 5, 64)
+    model.add_adapter("ada", AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj"]))
+    move(model, "ada")
+    rows = ["one", "ada", "two"]
+    model.set_requires_grad(rows)
+    model.train()
+    with model.route(rows):
+        model(ids, labels=ids).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row, name in enumerate(rows):
+        model.set_adapter(name)
+        out = model(ids[[row]])
+        loss = F.cross_entropy(out.logits[0, :-1], ids[row, 1:]) / 3
+        (loss + sum(model.tuner.penalties([name]).values(), 0.0)).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_refuses_what_a_row_cannot_have() -> None:
+    model, ids = several(), tokens(3, 5, 64)
+    with pytest.raises(AdapterNameError, match="nobody"), model.route(["nobody"] * 3):
+        pass
+    with pytest.raises(ArgumentError, match="list of strings"), model.route("one"):
+        pass
+    with model.route(["one", "two"]), pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(ids)
+    model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="for itself"), model.route(["prompt", "one", "two"]):
+        pass
+
+
+@pytest.mark.parametrize("rows", [["one", "two", "two"], ["two", "one", "two"], ["two", "__base__", "three"]])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_mixed_batch_that_is_trained_takes_one_step_a_layer(rows: list[str], p: float) -> None:
+    """The fused step of a batch of one adapter, for all of them; where rows that are dropped from are side by side."""
+    model = several(lora_dropout=p).train()
+    model.set_requires_grad(list(RANKS))
+    seen = {}
+
+    def note(module: nn.Module, args: Any, out: Tensor) -> None:
+        seen[module.name] = out.grad_fn.name()
+
+    for layer in model.graft.layers.values():
+        layer.register_forward_hook(note)
+    with model.route(rows):
+        model(tokens(3, 5, 64))
+    assert seen.keys() == {layer.name for layer in model.graft.layers.values()}
+    apart = p and rows != ["one", "two", "two"]
+    assert {"_LowRank" in name for name in seen.values()} == {not apart}, seen
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_layers_of_one_input_are_stepped_together_in_a_mixed_batch(p: float) -> None:
+    """From the second forward on, when it is known which layers they are; the numbers stay the same."""
+    model = get_peft_model(llama(), LoraConfig(r=2, lora_dropout=p, target_modules="all-linear"), "one")
+    model.add_adapter("two", LoraConfig(r=4, lora_alpha=3, lora_dropout=p, target_modules="all-linear"))
+    for name in ("one", "two"):
+        move(model, name)
+    model.set_requires_grad(["one", "two"])
+    model.train()
+    nodes: list[Any] = []
+    for path, layer in model.graft.layers.items():
+        if path.endswith(("q_proj", "k_proj", "v_proj")):
+            layer.register_forward_hook(lambda module, args, out: nodes.append(out.grad_fn))
+    found = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        nodes.clear()
+        with model.route(["one", "two"]):
+            out = model(tokens(2, 5, 64)).logits
+        out.square().sum().backward()
+        found.append([out.detach(), *(q.grad.clone() for q in model.parameters() if q.grad is not None)])
+        model.zero_grad()
+        apart = len({id(node) for node in nodes}) / len(nodes)
+    assert apart == 1 / 3
+    for a, b in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -78,23 +78,20 @@ def _rows(
     return Rows.of(list(zip(names, starts, lengths, strict=True)), device)
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """The dropout of one adapter at one site in one forward.
+class Places:
+    """What drops entries of an input.
 
-    Args:
+    Attributes:
         p: how many places are emptied.
-        key: of adapter, site and forward.
-        rows: where the rows lie.
+        gain: what the others are scaled up by.
     """
 
     p: float
-    key: int
-    rows: Rows
+    gain: float
 
     def dropped(self, width: int) -> Tensor:
         """The places (n,) int64, some twice, that are emptied in a flattened x (vectors · width)."""
-        return dropped(self.key, self.rows, width, self.p)
+        raise NotImplementedError
 
     def kept(self, x: Tensor) -> Tensor:
         """Which entries of `x` are kept, as bools of its shape."""
@@ -107,7 +104,57 @@ class Dropout:
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., width) after dropout: places emptied, the rest scaled up."""
         x = x.masked_fill(self._emptied(x), 0)
-        return x / (1 - self.p) if self.p < 1 else x
+        return x / (1 - self.p) if self.gain not in (0, 1) else x
+
+
+@dataclass(frozen=True)
+class Dropout(Places):
+    """The dropout of one adapter at one site in one forward.
+
+    Args:
+        p: how many places are emptied.
+        key: of adapter, site and forward.
+        rows: where the rows lie.
+    """
+
+    p: float
+    key: int
+    rows: Rows
+
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """1 / (1 - p), or 0 where nothing is left."""
+        return 1 / (1 - self.p) if self.p < 1 else 0.0
+
+    def dropped(self, width: int) -> Tensor:
+        """The places (n,) int64, some twice, that are emptied in a flattened x (vectors · width)."""
+        return dropped(self.key, self.rows, width, self.p)
+
+
+@dataclass(frozen=True)
+class Several(Places):
+    """The dropouts of the parts of a batch that lie one after another; each part scales up for itself.
+
+    Args:
+        parts: (its dropout or None, how many vectors it has) of each part.
+    """
+
+    parts: tuple[tuple[Dropout | None, int], ...]
+    gain = 1.0
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        """The greatest of the parts'."""
+        return max((drop.p for drop, _ in self.parts if drop is not None), default=0.0)
+
+    def dropped(self, width: int) -> Tensor:
+        """The places (n,) int64, some twice, that are emptied in a flattened x (vectors · width)."""
+        found, start = [], 0
+        for drop, vectors in self.parts:
+            if drop is not None:
+                found.append(drop.dropped(width) + start * width)
+            start += vectors
+        return torch.cat(found)
 
 
 def dropped(key: int, rows: Rows, width: int, p: float) -> Tensor:

@@ -267,8 +267,7 @@ class LowRank(Method):
             owners = cut.owners
             if gated is None:
                 updates = [[(*m.matrices, m.scaling) for m in stack] for stack in stacks]
-                if cut.sorted and len(set(cut.sizes)) == 1:  # groups alike in size: stacked once each
-                    owners = range(len(stacks))
+                owners = cut.pieces
             else:
                 updates, *vectors = gated(stacks)
                 gate, shift = (None if v is None else v.index_select(0, cut.rows) for v in vectors)

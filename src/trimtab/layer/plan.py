@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ BASE = "__base__"  # the row that wants no adapter
 PLAIN = Call()
 
 
+N = TypeVar("N")
 Row = str | Sequence[str | tuple[str, float]]  # what a row of a mixed batch wants
 
 
@@ -71,6 +72,12 @@ class Cut:
         self.order = torch.tensor(order, dtype=torch.long, device=device).argsort()
         self.banks: dict[str, Any] = {}
 
+    @property
+    def pieces(self) -> Sequence[int] | None:
+        """The group of each of the equal pieces, one after another, that a batch's rows are: as few as can be."""
+        alike = self.sorted and len(set(self.sizes)) == 1
+        return range(len(self.sizes)) if alike and self.owners is not None else self.owners
+
     def take(self, x: Tensor, group: int) -> Tensor:
         """The group's part of `x`."""
         return (x.flatten(0, -2) if self.flat else x).index_select(self.axis, self.index[group])
@@ -110,6 +117,7 @@ class Plan:
     ) -> None:
         if lengths is not None and len(lengths) != len(names):
             raise ValueError(f"Every row needs a length, but there are {len(names)} and {len(lengths)}.")
+        self.names = tuple(names)
         rows_ = [wanted(row) for row in names]
         self.groups = tuple(dict.fromkeys(rows_))  # what each group's rows want: (adapter, scale), innermost first
         number = {group: i for i, group in enumerate(self.groups)}
@@ -369,7 +377,7 @@ class Board:
             )
 
 
-def listed(names: Sequence[str]) -> list[str]:
+def listed(names: Sequence[N]) -> list[N]:
     """Names of adapters as a list; raises for one name, whose letters would be taken for names."""
     if isinstance(names, str):
         raise ArgumentError(f"adapter_names should be a list of strings, got {names!r}.")

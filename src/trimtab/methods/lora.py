@@ -15,9 +15,9 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.dropout import Dropout
+from trimtab.core.dropout import Dropout, Several
 from trimtab.core.families import LowRank
-from trimtab.core.kernels import Layer, fits, lora_linear, lora_linear_group
+from trimtab.core.kernels import Layer, fits, layered, lora_linear, lora_linear_group
 from trimtab.core.method import Call, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -192,6 +192,37 @@ class Lora(LowRank):
             return None
         drops = [m.dropping(x, call) for m in methods]
         return lora_linear_group(x, [layer._replace(drop=d) for layer, d in zip(layers, drops, strict=True)])
+
+    @staticmethod
+    def mixed(
+        layers: Sequence[Sequence[Sequence[Any]]], x: Tensor, cut: Any, calls: Sequence[Call]
+    ) -> Sequence[Tensor] | None:
+        found = [Lora.dealt(stacks, x, cut, calls) for stacks in layers]
+        steps = [layer for layer in found if layer is not None]
+        return lora_linear_group(x, steps) if len(steps) == len(found) and fits(x, steps) else None
+
+    @staticmethod
+    def dealt(stacks: Sequence[Sequence[Any]], x: Tensor, cut: Any, calls: Sequence[Call]) -> Layer | None:
+        """A layer and the updates of all rows as a fused step takes them, or None."""
+        whose = [(m, call) for stack, call in zip(stacks, calls, strict=True) for m in stack]
+        if (
+            cut.rows is None
+            or not x.numel()
+            or any(m.beside() is None or call.strength(m) is not None for m, call in whose)
+        ):
+            return None
+        drop, gains = None, dict.fromkeys((m for m, _ in whose), 1.0)
+        if any(m.dropout and m.training for m, _ in whose):
+            if not cut.sorted or any(len(stack) != 1 for stack in stacks):  # each sees an input of its own
+                return None
+            parts = [(m.dropping(part, call), part) for (m, call), part in zip(whose, cut.deal(x), strict=True)]
+            drop = Several(tuple((own, part.numel() // part.shape[-1]) for own, part in parts))
+            gains = {m: own.gain if own else 1.0 for (m, _), (own, _) in zip(whose, parts, strict=True)}
+        W, b, *_ = whose[0][0].beside()
+        updates = [[(*m.beside()[2:4], m.scaling * gains[m]) for m in stack] for stack in stacks]
+        if len({t.dtype for update in updates for A, B, _ in update for t in (A, B)}) > 1:
+            return None
+        return Layer(W, b, *layered(updates, cut.pieces), drop)
 
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.method import Call
 from trimtab.core.model_method import PROMPT
 from trimtab.graft import prompts
+from trimtab.layer.plan import Row, listed
 from trimtab.shell.facts import Facts
 from trimtab.shell.running import batch_shape
 
@@ -25,8 +26,29 @@ class Generation(Facts):
         with self.graft.off():
             yield
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    @contextlib.contextmanager
+    def route(self, adapter_names: Sequence[Row], lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside the block, the rows of this thread's batches go to the adapters named, in training mode as well.
+
+        Args:
+            adapter_names: of each row: a name, "__base__", or several, innermost first, each by name or with its scale
+                (`[("sql", 0.7), ("style", 0.3)]`). A call's own `adapter_names` go before these.
+            lengths: the tokens of each row, where they lie one after another in one sequence (1, tokens).
+
+        Raises:
+            AdapterNameError: a name that no adapter has.
+            ValueError: an adapter that a row cannot have for itself (a prompt, trained biases), or a merged one.
+            RouteError: a layer that cannot tell which part of its input belongs to which row.
+        """
+        rows = listed(adapter_names)
+        self._prompt(rows)
+        with self.tuner.routed(rows, lengths, open=True):
+            yield
+
+    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The model's output; in a mixed batch `adapter_names` gives each row its adapter ("__base__": none)."""
+        if adapter_names is None and (plan := self.graft.board.route_here().plan) is not None:
+            return self.tuner(*args, adapter_names=plan.names, lengths=plan.lengths, **kwargs)
         adapter = self._prompt(adapter_names)
         if adapter is not None:
             kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
@@ -35,14 +57,20 @@ class Generation(Facts):
             return adapter.prompt.around(self.tuner, inputs, call)
         return self._runs(*args, adapter_names=self._checked(adapter_names), **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
-        adapter = self._prompt(adapter_names)
-        extras = self.tuner.extras(kwargs, adapter_names, args)
+        lengths: Sequence[int] | None = None
+        if adapter_names is None and (plan := self.graft.board.route_here().plan) is not None:
+            rows: Sequence[Row] | None = plan.names
+            lengths = plan.lengths
+        else:
+            rows = self._checked(adapter_names)
+        adapter = self._prompt(rows)
+        extras = self.tuner.extras(kwargs, rows, args)
         if adapter is not None:
             call = Call(extras=extras)
             return prompts.generate(adapter.prompt, adapter.config, self.get_base_model(), args, kwargs, call)
-        with self.tuner.routed(self._checked(adapter_names), shape=batch_shape(args, kwargs), **extras):
+        with self.tuner.routed(rows, lengths, shape=batch_shape(args, kwargs), **extras):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +81,7 @@ class Generation(Facts):
         call = Call(extras=self.tuner.extras(kwargs, None, args))
         return prompts.prepared(adapter.prompt, adapter.config, base, args, kwargs, call)
 
-    def _prompt(self, adapter_names: Sequence[str] | None) -> Any:
+    def _prompt(self, adapter_names: Sequence[Row] | None) -> Any:
         """The active adapter that is a prompt, or None."""
         route = self.graft.board.route_here(quiet=adapter_names is not None)
         found = [self.graft.adapters[n] for n in route.active if n in self.graft.prompts] if route.enabled else []
@@ -77,7 +105,7 @@ class Generation(Facts):
         saved: Tensor = prompt.saved()[PROMPT].detach().cpu()
         return saved
 
-    def _checked(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
+    def _checked(self, adapter_names: Sequence[Row] | None) -> Sequence[Row] | None:
         if adapter_names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         return adapter_names

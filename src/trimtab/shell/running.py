@@ -100,31 +100,39 @@ class Running(nn.Module):
                 yield
         finally:
             hook.remove()
+            graft.board.forget()
             graft.settle(plan.adapters)
 
-    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
-        """The adapted model's output; `adapter_names` gives each row of the batch its adapter."""
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[Row] | None = None,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The adapted model's output; `adapter_names` gives each row of the batch its adapter (see `routed`)."""
         extras = self.extras(kwargs, adapter_names, args)
         if adapter_names is None:
             with self.routed(**extras):
                 try:
-                    return self._penalised(self.model(*args, **kwargs))
+                    return self._penalised(self.model(*args, **kwargs), self.graft.board.route.active)
                 finally:
                     self.graft.board.forget()
         shape = batch_shape(args, kwargs)
-        if shape and shape[0] != len(adapter_names):
+        if shape and lengths is None and shape[0] != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {shape[0]} respectively."
             )
-        with self.routed(adapter_names, shape=shape, **extras):
-            return self.model(*args, **kwargs)
+        with self.routed(adapter_names, lengths, shape=shape, **extras):
+            named = dict.fromkeys(name for row in adapter_names for name, _ in wanted(row))
+            return self._penalised(self.model(*args, **kwargs), list(named))
 
-    def _penalised(self, outputs: Any) -> Any:
-        """Outputs whose loss, in training, has the active adapters' penalties added."""
+    def _penalised(self, outputs: Any, names: Sequence[str]) -> Any:
+        """Outputs whose loss, in training, has the penalties of adapters added."""
         loss: Any = getattr(outputs, "loss", None)
         left = loss is None or not self.training or not self.graft.board.route_here(quiet=True).enabled
-        terms = {} if left else self.penalties()
+        terms = {} if left else self.penalties(names)
         if terms or self.added:
             self.added = tuple(terms)
         for term in terms.values():

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.core.dropout import Dropout, rows_of
+from trimtab.core.dropout import Dropout, Several, rows_of
 from trimtab.core.kernels import Layer, lora_linear, lora_linear_group
 
 IN, OUT, RANK = 24, 40, 4
@@ -171,6 +171,73 @@ def test_a_group_of_which_one_output_is_unused() -> None:
     assert torch.allclose(x.grad, alone[0])
     assert torch.allclose(layers[1].A.grad, alone[1])
     assert layers[0].B.grad is None
+
+
+# ---------------------------------------------------------------------- pieces of a batch, each with its own factors
+def pieces(drop: Any, dtype: torch.dtype, factors: torch.dtype | None = None) -> tuple[Tensor, list[Tensors]]:
+    """x (3, 5, in) of three pieces and two layers of it, with factors for each piece."""
+    made = [[tensors(dtype, factors, out=out, seed=7 * k + g) for g in range(3)] for k, out in enumerate((OUT, 16))]
+    both = [
+        layer[0] | {n: torch.stack([t[n].detach() for t in layer]).requires_grad_() for n in "AB"} | {"drop": drop}
+        for layer in made
+    ]
+    return made[0][0]["x"], both
+
+
+def each_alone(x: Tensor, layers: list[Layer]) -> list[Tensor]:
+    """What each piece's own LoRA computes."""
+    dry = [x if layer.drop is None else layer.drop(x) for layer in layers]
+    update = lambda low, A, B: low @ A.T @ B.T
+    return [
+        F.linear(x, layer.W, layer.b)
+        + layer.scale * torch.stack([update(low[g], layer.A[g], layer.B[g]) for g in range(3)])
+        for layer, low in zip(layers, dry, strict=True)
+    ]
+
+
+ROW = [rows_of(torch.empty(1, 5, IN), [key]) for key in range(3)]
+SEVERAL = Several(((Dropout(0.3, 7, ROW[0]), 5), (None, 5), (Dropout(0.05, 3, ROW[2]), 5)))
+MUCH = Several(((Dropout(0.05, 7, ROW[0]), 5), (Dropout(0.1, 4, ROW[1]), 5), (Dropout(0.02, 3, ROW[2]), 5)))
+pieces_drops = pytest.mark.parametrize("drop", [None, SEVERAL, MUCH], ids=["dry", "some are dropped", "few places"])
+
+
+@pieces_drops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_equal_their_own_formulas(drop: Any, dtype: torch.dtype) -> None:
+    x, parts = pieces(drop, dtype)
+    layers = [Layer(p["W"], p["b"], p["A"], p["B"], 1.7, drop) for p in parts]
+    found = []
+    for run in (lora_linear_group, each_alone):
+        outs = run(x, layers)
+        loss = sum((y * y.detach().cos()).sum() for y in outs)
+        found.append([*outs, *torch.autograd.grad(loss, [x, *(p[k] for p in parts for k in "AB")])])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-14) * b.norm()
+
+
+@pieces_drops
+def test_derivatives_of_pieces(drop: Any) -> None:
+    x, (first, _) = pieces(drop, torch.float64)
+    run = lambda x, A, B: lora_linear_group(x, [Layer(first["W"], first["b"], A, B, 0.7, drop)])
+    assert torch.autograd.gradcheck(run, (x, first["A"], first["B"]))
+    assert torch.autograd.gradgradcheck(run, (x, first["A"], first["B"]))
+
+
+@pieces_drops
+def test_pieces_in_half_precision_are_as_near_as_one_by_one(drop: Any) -> None:
+    """Factors in fp32 act on bfloat16 as exactly for pieces as for a whole batch."""
+    x, parts = pieces(drop, torch.bfloat16, torch.float32)
+    layers = [Layer(p["W"], p["b"], p["A"], p["B"], 1.7, drop) for p in parts]
+    exact = [Layer(*(t.detach().double() for t in layer[:4]), 1.7, drop) for layer in layers]
+    factors = [t.requires_grad_() for layer in exact for t in (layer.A, layer.B)]
+    x64 = x.detach().double().requires_grad_()
+    draw = torch.Generator().manual_seed(5)
+    weigh = [torch.randn(3, 5, len(layer.W), generator=draw).bfloat16() for layer in layers]
+    outs, truth = lora_linear_group(x, layers), each_alone(x64, exact)
+    got = torch.autograd.grad(outs, [x, *(t for layer in layers for t in (layer.A, layer.B))], weigh)
+    wanted = torch.autograd.grad(truth, [x64, *factors], [w.double() for w in weigh])
+    for a, b in zip([*outs, *got], [*truth, *wanted], strict=True):
+        assert (a - b).norm() <= 4e-3 * b.norm()
 
 
 # ---------------------------------------------------------------------- half precision

@@ -42,19 +42,13 @@ class Bank:
 
 def stacked(groups: Sequence[Sequence[Update]], owners: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A (rows, in, r) and B (rows, r, out), the scale included, of rows whose groups are `owners`."""
-    first = next(update for group in groups for update in group)
-    rank = max(sum(A.shape[0] for A, _, _ in group) for group in groups)
-    scales = [[s for A, _, s in group for _ in range(len(A))] for group in groups]
-    scale = first[1].new_tensor([own + [0.0] * (rank - len(own)) for own in scales])[:, :, None]  # (groups, r, 1)
     if torch.is_grad_enabled():
-        As = [_beside([A for A, _, _ in group], rank, first[0].shape[1], first[0]) for group in groups]
-        Bs = [_beside([B.t() for _, B, _ in group], rank, first[1].shape[0], first[1]) for group in groups]
-        A, B = torch.stack(As).transpose(1, 2), torch.stack(Bs) * scale
-        if list(owners) != list(range(len(groups))):
-            places = torch.tensor(owners, device=A.device)
-            A, B = A.index_select(0, places), B.index_select(0, places)
-        return A.contiguous(), B
-    full = all(len(own) == rank for own in scales)  # else what nothing is copied to must be zero
+        factors = layered(groups, owners)
+        return factors[0].mT.contiguous(), factors[1].mT * factors[2]
+    first = next(update for group in groups for update in group)
+    rank = max(sum(len(A) for A, _, _ in group) for group in groups)
+    scale = _scales(groups, rank, first[1])[:, :, None]  # (groups, r, 1)
+    full = all(sum(len(A) for A, _, _ in group) == rank for group in groups)  # else what is not filled must be zero
     empty = torch.empty if full else torch.zeros
     A = empty(len(owners), first[0].shape[1], rank, dtype=first[0].dtype, device=first[0].device)
     B = empty(len(owners), rank, first[1].shape[0], dtype=first[1].dtype, device=first[1].device)
@@ -70,11 +64,33 @@ def stacked(groups: Sequence[Sequence[Update]], owners: Sequence[int]) -> tuple[
     return A, B.mul_(scale[torch.tensor(owners, device=B.device)])
 
 
-def _beside(parts: Sequence[Tensor], rank: int, width: int, like: Tensor) -> Tensor:
-    """Factors (r, width) one below the other, filled up with zeros to (rank, width)."""
-    missing = rank - sum(len(part) for part in parts)
-    parts = [*parts, like.new_zeros(missing, width)] if missing else parts
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+def layered(groups: Sequence[Sequence[Update]], owners: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+    """A (rows, r, in), B (rows, out, r) and a scale, by operations with a gradient; a B's own scale is in it."""
+    first = next(update for group in groups for update in group)
+    rank = max(sum(len(A) for A, _, _ in group) for group in groups)
+    A = torch.stack([_beside([A for A, _, _ in group], rank, first[0], 0) for group in groups])
+    B = torch.stack([_beside([B for _, B, _ in group], rank, first[1], 1) for group in groups])
+    scales = {s for group in groups for _, _, s in group}
+    if len(scales) > 1:
+        B = B * _scales(groups, rank, first[1])[:, None]
+    if list(owners) != list(range(len(groups))):
+        places = torch.tensor(owners, device=A.device)
+        A, B = A.index_select(0, places), B.index_select(0, places)
+    return A, B, scales.pop() if len(scales) == 1 else 1.0
+
+
+def _scales(groups: Sequence[Sequence[Update]], rank: int, like: Tensor) -> Tensor:  # (groups, r)
+    """The scale of each direction, zero for what fills up the rank."""
+    own = [[s for A, _, s in group for _ in range(len(A))] for group in groups]
+    return like.new_tensor([found + [0.0] * (rank - len(found)) for found in own])
+
+
+def _beside(parts: Sequence[Tensor], rank: int, like: Tensor, axis: int) -> Tensor:
+    """Factors side by side along their rank's axis, filled up with zeros to `rank`."""
+    shape = list(like.shape)
+    shape[axis] = rank - sum(part.shape[axis] for part in parts)
+    parts = [*parts, like.new_zeros(shape)] if shape[axis] else parts
+    return torch.cat(list(parts), axis) if len(parts) > 1 else parts[0]
 
 
 def applies(y: Tensor, x: Tensor, rows: int, parts: Sequence[Tensor]) -> bool:

@@ -3,6 +3,9 @@
 Autograd's own spelling keeps x, x∘m, a float mask and x·Aᵀ, and forms three temporaries as large as y. Here the update
 is added to the base product in place, forward and backward, and what is kept is x·Aᵀ (T, r), the places that dropout
 emptied, and x only where the graph does not hold what it was made of (`rebuilt`).
+
+Factors of three axes, A (G, r, in) and B (G, out, r), are those of G equal pieces of the batch, one after another: each
+piece gets its own update, by batched products.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.core.dropout import Dropout
+from trimtab.core.dropout import Places
 from trimtab.core.kernels import half
 from trimtab.core.kernels.dense import accumulate, linear, outer, product
 from trimtab.core.kernels.rebuilt import Rebuilt, rebuilt
@@ -33,14 +36,14 @@ class Layer(NamedTuple):
 
     W: Tensor  # (out, in), frozen
     b: Tensor | None  # (out,)
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
+    A: Tensor  # (r, in), or (G, r, in)
+    B: Tensor  # (out, r), or (G, out, r)
     scale: float
-    drop: Dropout | None = None
+    drop: Places | None = None
 
 
 def lora_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: Dropout | None = None
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: Places | None = None
 ) -> Tensor:
     """x·Wᵀ + b + scale·drop(x)·Aᵀ·Bᵀ (..., out), for x (..., in), W (out, in), A (r, in), B (out, r).
 
@@ -85,11 +88,15 @@ def fits(x: Tensor, layers: Sequence[Layer]) -> bool:
 
 
 def plain(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: Dropout | None = None
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: Places | None = None
 ) -> Tensor:
     """`lora_linear` by single operations."""
     y = F.linear(x, W, b)
     x = x if drop is None else drop(x)
+    if A.ndim == 3:
+        dtype = torch.promote_types(y.dtype, A.dtype)
+        u = torch.bmm(x.reshape(len(A), -1, x.shape[-1]).to(dtype), A.mT.to(dtype))
+        return (y.to(dtype) + torch.bmm(u, B.mT.to(dtype)).view(y.shape) * scale).to(y.dtype)
     if x.dtype in half.HALF and A.dtype == B.dtype == torch.float32 and not autocasts(x):
         return half.add_product(y, half.project(x, A) * scale, B)
     u = F.linear(x, A.to(x.dtype))
@@ -121,7 +128,7 @@ def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, sc
         if max(flat.numel(), y.numel()) <= SMALL:
             y = torch.addmm(y.float(), torch.mm(flat.float(), A.t()), B.t(), alpha=scale).bfloat16()
         else:
-            y.addmm_(joined(*split_product(flat, split(A, 0).t())), split(B, 1).t(), alpha=scale)
+            y.addmm_(joined(*split_product(flat, split(A, -2).t())), split(B, -1).t(), alpha=scale)
     else:
         y.addmm_(torch.mm(flat, A.to(x.dtype).t()), B.to(x.dtype).t(), alpha=scale)
     return y.unflatten(0, x.shape[:-1])
@@ -129,8 +136,20 @@ def _unrecorded(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, sc
 
 def _scale(layer: Layer) -> float:
     """The scale of the update, that of what dropout leaves included."""
-    p = 0.0 if layer.drop is None else layer.drop.p
-    return layer.scale / (1 - p) if p < 1 else 0.0
+    return layer.scale if layer.drop is None else layer.scale * layer.drop.gain
+
+
+def _pieces(x: Tensor, A: Tensor) -> Tensor:
+    """x (T, n), or its pieces (G, T / G, n) where each has a factor of its own."""
+    return x if A.ndim == 2 else x.reshape(len(A), -1, x.shape[-1])
+
+
+def _add_product(y: Tensor, x: Tensor, M: Tensor, scale: float) -> None:
+    """y (T, n) += scale·x·M, in place."""
+    if x.ndim == 2:
+        y.addmm_(x, M, alpha=scale)
+    else:
+        y.view(len(M), -1, y.shape[-1]).baddbmm_(x, M, alpha=scale)
 
 
 def _emptied(x: Tensor, places: Tensor | None) -> Tensor:
@@ -149,7 +168,9 @@ def _factor(M: Tensor, dtype: torch.dtype, dim: int, exact: bool) -> Tensor:
 
 def _down(x: Tensor, M: Tensor, dtype: torch.dtype, exact: bool) -> Pair:
     """x·M, in two parts where it is exact."""
-    return split_product(x, split(M, 1)) if exact else (product(x, M.to(dtype)), None)
+    if exact:
+        return split_product(x, split(M, -1))
+    return (product(x, M.to(dtype)) if x.ndim == 2 else torch.bmm(x, M.to(dtype))), None
 
 
 def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
@@ -159,10 +180,12 @@ def _wide(hi: Tensor, lo: Tensor | None) -> Tensor:
 
 def _outer(x: Tensor, hi: Tensor, lo: Tensor | None) -> Tensor:
     """x transposed times what `_down` gave (n, r), each the way round that is faster; in fp32 where it is in two."""
+    mm = torch.mm if x.ndim == 2 else torch.bmm
     if lo is None:
-        return outer(x, hi)
-    both = torch.mm(torch.cat([hi, lo], 1).t(), x)
-    return both[: hi.shape[1]].float().add_(both[hi.shape[1] :]).t()
+        return outer(x, hi) if x.ndim == 2 else mm(hi.mT, x).mT
+    both = mm(torch.cat([hi, lo], -1).mT, x)
+    r = hi.shape[-1]
+    return both[..., :r, :].float().add_(both[..., r:, :]).mT
 
 
 def _beside(pairs: Sequence[Pair]) -> Pair:
@@ -170,17 +193,17 @@ def _beside(pairs: Sequence[Pair]) -> Pair:
     if len(pairs) == 1:
         return pairs[0]
     los = [lo for _, lo in pairs if lo is not None]
-    return torch.cat([hi for hi, _ in pairs], 1), torch.cat(los, 1) if los else None
+    return torch.cat([hi for hi, _ in pairs], -1), torch.cat(los, -1) if los else None
 
 
 def _add(dx: Tensor, low: Tensor, M: Tensor, scale: float, places: Tensor | None) -> None:
     """dx += scale·low·M, in place, but for the places that dropout emptied."""
     if places is None:
-        dx.addmm_(low, M, alpha=scale)
+        _add_product(dx, low, M, scale)
         return
     flat, places = dx.view(-1), places.long()
     before = flat.index_select(0, places)
-    dx.addmm_(low, M, alpha=scale)
+    _add_product(dx, low, M, scale)
     flat.scatter_(0, places, before)
 
 
@@ -189,7 +212,7 @@ class _Part(NamedTuple):
 
     members: range
     scale: float  # that of dropout included
-    drop: Dropout | None
+    drop: Places | None
     exact: bool
 
 
@@ -214,14 +237,15 @@ class _LowRank(torch.autograd.Function):
         outs, his, los, kept = [], [], [], []
         for part in parts:
             places = None if part.drop is None else part.drop.dropped(x.shape[-1])
-            hi, lo = _down(_emptied(flat, places), _stacked(A, part.members).t(), dtype, part.exact)
+            M = _stacked(A, part.members)
+            hi, lo = _down(_pieces(_emptied(flat, places), M), M.mT, dtype, part.exact)
             his.append(hi)
             los.append(lo)
             kept.append(None if places is None or part.drop is None or part.drop.p > SPARSE else _narrow(places, flat))
             for k, cut in _cuts(A, part):
                 y = linear(flat, W[k].to(dtype), None if b[k] is None else b[k].to(dtype))
-                wide = _wide(hi[:, cut], None if lo is None else lo[:, cut])
-                y.addmm_(wide, _factor(B[k], dtype, 1, part.exact).t(), alpha=part.scale)
+                wide = _wide(hi[..., cut], None if lo is None else lo[..., cut])
+                _add_product(y, wide, _factor(B[k], dtype, -1, part.exact).mT, part.scale)
                 outs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])))  # others may write into it
         train_A, train_B = (any(ctx.needs_input_grad[4 + i :: 4]) for i in (2, 3))
         saved = x if train_A and source is None else None
@@ -268,12 +292,12 @@ def _gradients(
             places = part.drop.dropped(ctx.shape[-1])
         dA: Tensor | None = None
         if dx is not None or flat is not None:
-            low = _beside([_down(given[k], B[k], dtype, part.exact) for k, _ in cuts])
+            low = _beside([_down(_pieces(given[k], B[k]), B[k], dtype, part.exact) for k, _ in cuts])
             if dx is not None:
-                M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, 0, part.exact)
+                M = _factor(_stacked(A, [k for k, _ in cuts]), dtype, -2, part.exact)
                 _add(dx, _wide(*low), M, part.scale, places)
             if flat is not None:
-                dA = _outer(_emptied(flat, places), *low)
+                dA = _outer(_pieces(_emptied(flat, places), B[cuts[0][0]]), *low)
         at = 0
         for k, cut in cuts:
             rank = cut.stop - cut.start
@@ -281,9 +305,9 @@ def _gradients(
                 grads[5 + 4 * k] = given[k].sum(0)
             if need[6 + 4 * k]:
                 assert dA is not None
-                grads[6 + 4 * k] = dA[:, at : at + rank].t().to(A[k].dtype).mul_(part.scale)
+                grads[6 + 4 * k] = dA[..., at : at + rank].mT.to(A[k].dtype).mul_(part.scale)
             if need[7 + 4 * k]:
-                dB = _outer(given[k], u_hi[:, cut], None if u_lo is None else u_lo[:, cut])
+                dB = _outer(_pieces(given[k], B[k]), u_hi[..., cut], None if u_lo is None else u_lo[..., cut])
                 grads[7 + 4 * k] = dB.to(B[k].dtype).mul_(part.scale)
             at += rank
     grads[0] = None if dx is None else dx.view(ctx.shape)
@@ -303,8 +327,8 @@ def _differentiable(
     with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
         for part in ctx.parts:
             for k in (k for k in part.members if k in used):
-                p = 0.0 if part.drop is None else part.drop.p
-                ys.append(plain(x, W[k], None, A[k], B[k], part.scale * (1 - p), part.drop))
+                gain = 1.0 if part.drop is None else part.drop.gain
+                ys.append(plain(x, W[k], None, A[k], B[k], part.scale / gain if gain else 0.0, part.drop))
                 wanted |= {4 + 4 * k + 2: A[k], 4 + 4 * k + 3: B[k]}
     wanted = {i: t for i, t in wanted.items() if need[i]}
     known = torch.autograd.grad(ys, list(wanted.values()), list(used.values()), create_graph=True)
@@ -315,15 +339,15 @@ def _differentiable(
 
 def _stacked(A: Tensors, members: Sequence[int]) -> Tensor:
     """The As of some layers as one factor."""
-    return A[members[0]] if len(members) == 1 else torch.cat([A[k] for k in members])
+    return A[members[0]] if len(members) == 1 else torch.cat([A[k] for k in members], -2)
 
 
 def _cuts(A: Tensors, part: _Part) -> list[tuple[int, slice]]:
     """(layer, its columns of the part's skinny products) for each layer of a part."""
     found, at = [], 0
     for k in part.members:
-        found.append((k, slice(at, at + len(A[k]))))
-        at += len(A[k])
+        found.append((k, slice(at, at + A[k].shape[-2])))
+        at += A[k].shape[-2]
     return found
 
 

@@ -13,19 +13,20 @@ from torch import Tensor
 
 
 def split(M: Tensor, dim: int) -> Tensor:
-    """A factor in fp32 as bfloat16 [hi, lo, hi] along the axis `dim` of its rank."""
+    """A factor (..., r, in) or (..., out, r) in fp32 as bfloat16 [hi, lo, hi] along the axis `dim` of its rank."""
     hi = M.bfloat16()
     return torch.cat([hi, (M - hi).bfloat16(), hi], dim)
 
 
 def split_product(x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """x·M (T, r) as bfloat16 (hi, lo): x (T, k) in bfloat16, M (k, 3r) a factor as `split` gives it."""
-    r = M.shape[1] // 3
-    both = torch.mm(x, M[:, : 2 * r])  # x·hi and x·lo, reading x once
-    hi = both[:, :r]
-    return hi, torch.addmm(hi, x, M[:, :r], beta=-1).add_(both[:, r:])
+    """x·M (..., T, r) as bfloat16 (hi, lo): x (..., T, k) in bfloat16, M (..., k, 3r) a factor as `split` gives it."""
+    r = M.shape[-1] // 3
+    mm, addmm = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
+    both = mm(x, M[..., : 2 * r])  # x·hi and x·lo, reading x once
+    hi = both[..., :r]
+    return hi, addmm(hi, x, M[..., :r], beta=-1).add_(both[..., r:])
 
 
 def joined(hi: Tensor, lo: Tensor) -> Tensor:
-    """[hi, hi, lo] (T, 3r): what to multiply with a factor (3r, n) as `split` gives it, for the exact product."""
-    return torch.cat([hi, hi, lo], 1)
+    """[hi, hi, lo] (..., T, 3r): what to multiply with a factor as `split` gives it, for the exact product."""
+    return torch.cat([hi, hi, lo], -1)

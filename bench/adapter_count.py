@@ -1,7 +1,7 @@
 """Nothing grows with the number of adapters: 196 LoRA sites, 2 adapters against 100 (law 4).
 
     python bench/adapter_count.py [--few 2] [--many 100] [--blocks 15] [--peft]
-    python bench/adapter_count.py --real [--present 2,32,1000] [--blocks 15] [--peft]
+    python bench/adapter_count.py --real [--present 2,32,1000] [--blocks 15] [--threads 1] [--peft]
 
 `--peft` adds the same figures of Hugging Face PEFT, where it can be imported (slow: it adds adapters in linear time).
 `--real` times the same operations, merging and unmerging on SmolLM2-135M with so many adapters present: r=8 on q and v,
@@ -16,10 +16,12 @@ import importlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import common
 import torch
 from common import interleaved, median_ms, once
 from report import table, write
@@ -185,7 +187,8 @@ def real(libraries: list[str], present: list[int], blocks: int) -> str:
             interleaved(runs, 2)  # warm
             found = interleaved(runs, blocks)
             rows.append([act, *(f"{median_ms(found[name]):.2f}" for name in arms)])
-        title = f"r={rank}, {targets} linear layers, adapters present: processor time, ms, medians of {blocks}"
+        which = "processor time" if common.clock is time.process_time else "the clock"
+        title = f"r={rank}, {targets} linear layers, adapters present: {which}, ms, medians of {blocks}"
         said.append(f"{title}\n\n{table(['', *arms], rows)}")
         for folder in folders:
             folder.cleanup()
@@ -201,16 +204,19 @@ def main() -> int:
     parser.add_argument("--peft", action="store_true", help="measure PEFT as well (at most 10 adapters)")
     parser.add_argument("--real", action="store_true", help="time the operations on SmolLM2-135M")
     parser.add_argument("--present", default="2,32,1000", help="adapters present there")
+    parser.add_argument("--threads", type=int, default=1, help="with several, the clock is read in --real")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     parser.add_argument("--memory-of", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.real:
+        common.clock = time.perf_counter if options.threads > 1 else time.process_time
         present = [int(count) for count in options.present.split(",")]
         text_of = real(["trimtab", *(["peft"] if options.peft else [])], present, options.blocks)
-        title_of = "Operations on SmolLM2-135M with many adapters present, fp32, one thread"
+        how = f"{options.threads} threads" if options.threads > 1 else "one thread"
+        title_of = f"Operations on SmolLM2-135M with many adapters present, fp32, {how}"
         if options.write:
-            write("adapter_count-real", title_of, text_of)
+            write("adapter_count-real" + f"-{options.threads}" * (options.threads > 1), title_of, text_of)
         else:
             print(f"{title_of}\n\n{text_of}")
         return 0

@@ -18,6 +18,7 @@ from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.dropout import Dropout, Several
 from trimtab.core.families import LowRank
 from trimtab.core.kernels import Layer, fits, layered, lora_linear, lora_linear_group
+from trimtab.core.kernels.usual import autocasts
 from trimtab.core.method import Call, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -220,7 +221,8 @@ class Lora(LowRank):
             gains = {m: own.gain if own else 1.0 for (m, _), (own, _) in zip(whose, parts, strict=True)}
         W, b, *_ = whose[0][0].beside()
         updates = [[(*m.beside()[2:4], m.scaling * gains[m]) for m in stack] for stack in stacks]
-        if len({t.dtype for update in updates for A, B, _ in update for t in (A, B)}) > 1:
+        formats = {t.dtype for update in updates for A, B, _ in update for t in (A, B)}
+        if len(formats) > 1 or not (x.dtype in formats or autocasts(x)):  # fp32 beside bf16: no faster so (docs/log.md)
             return None
         return Layer(W, b, *layered(updates, cut.pieces), drop)
 

@@ -27,6 +27,8 @@ _PUBLIC = {
     "trimtab.init.loftq": ["LoftQConfig"],
     "trimtab.init.lora_ga": ["LoraGAConfig"],
     "trimtab.shell.arrow": ["create_arrow_model"],
+    "trimtab.shell.detached": ["detached_copy"],
+    "trimtab.shell.hotswap": ["hotswap_adapter", "prepare_model_for_compiled_hotswap"],
     "trimtab.shell.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "trimtab.shell.starts": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],
     "trimtab.shell.tasks": [

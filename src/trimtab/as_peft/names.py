@@ -85,6 +85,7 @@ ALIASES = {
     "QALoraLinearVariant": "trimtab.methods.qalora:QaLora",
     "VeloraLinearVariant": "trimtab.methods.velora:Velora",
     "XLoraClassifier": "trimtab.methods.xlora:XLora",  # `model.base_model.internal_xlora_classifier`
+    "hotswap_adapter": "trimtab.as_peft.hotswap:hotswap_adapter",  # PEFT's refuses other layers
     "DetachedShadowModel": "trimtab.init.beside.apart:DetachedShadowModel",  # what `model.unload_shadow()` returns
     **{name: f"trimtab.as_peft.shadows:{name}" for name in ("ShadowCache", "ShadowCarrier")},
     "DetachedFluxShadowModel": "trimtab.init.beside.flux:DetachedFluxShadowModel",

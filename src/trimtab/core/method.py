@@ -254,8 +254,8 @@ class Method:
     around: ClassVar[Callable[..., Any] | None] = None
     # Where the layer keeps more than its parameters: (self) -> a block in which it runs with what the method has of it.
     standing: ClassVar[Callable[..., AbstractContextManager[None]] | None] = None
-    # `together` with rows of several adapters, where gradients are wanted: (the stacks of each layer, x, cut, calls).
-    mixed: ClassVar[Callable[..., Sequence[Tensor] | None] | None] = None
+    # `through` with rows of several adapters, where gradients are wanted: (stacks, x, cut, calls) -> y, or None.
+    mixed: ClassVar[Callable[..., Tensor | None] | None] = None
     # All rows of a mixed batch at once, (stacks, y, x, cut, calls) -> y, or None: then groups are taken in turn.
     rows: ClassVar[Callable[..., Tensor | None] | None] = None
     # Several adapters as one of them, (methods, weights, recipe, rank) -> {alias: tensor}, where not by their deltas.

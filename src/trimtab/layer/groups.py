@@ -40,13 +40,19 @@ class Mixed:
         self.edits = [Edits(stack) for stack in stacks]
         self.at_rest = all(self.shared) and all(e.plain for e in self.edits)  # the base product of the rows as they lie
         classes = {type(m) for stack in stacks for m in stack}
-        self.rows = classes.pop().rows if len(classes) == 1 else None
+        method = classes.pop() if len(classes) == 1 else None
+        self.rows = None if method is None else method.rows
+        self.whole = method.mixed if method is not None and self.at_rest else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's output."""
         x, args, kwargs = first_input(args, kwargs)
         lead = self.site.lead(x)
         cut = self.plan.cut(lead, x.device, self.site.name)
+        if self.whole is not None and torch.is_grad_enabled() and not (args or kwargs or recorded()):
+            y = self.whole(self.stacks, x, cut, self.plan.calls)
+            if y is not None:
+                return y
         if self.at_rest:
             y = self.base(x, *args, **kwargs)
             at_once = self.rows(self.stacks, y, x, cut, self.plan.calls) if self.rows is not None else None
@@ -73,46 +79,6 @@ class Mixed:
             self.edits[i].after(ys[i], inputs[i], calls[i]) if i in ys else self.alone(i, (xs[i], *args), kwargs)
             for i in range(len(self.stacks))
         ]
-
-
-class Among:
-    """The methods of a mixed batch at one layer as one, which does layer and adapters in one step: see `Through`.
-
-    Args:
-        stacks: the methods of each group of the plan, all of one class, at a layer whose weights are those at rest.
-    """
-
-    def __init__(self, plan: Plan, stacks: Sequence[Stack]) -> None:
-        methods = [m for stack in stacks for m in stack]
-        self.plan, self.stacks, self.site, self.first = plan, stacks, methods[0].site, methods[0]
-        self.places = {(i, leaf): place for i, m in enumerate(methods) for leaf, place in m.places.items()}
-        self.scaling = [getattr(m, "scaling", None) for m in methods]
-
-    @property
-    def training(self) -> bool:
-        """Whether the layer is in training mode."""
-        return self.first.training
-
-    def through(self, x: Tensor, call: Any) -> Tensor | None:
-        """The layer's output, or None where it is not to be had in one step."""
-        outputs = self.together([self], x, call)
-        return None if outputs is None else outputs[0]
-
-    @staticmethod
-    def together(steps: Sequence[Among], x: Tensor, call: Any) -> Sequence[Tensor] | None:
-        """The outputs of layers of one input, or None."""
-        first = steps[0]
-        if not torch.is_grad_enabled() or recorded() or any(type(s.first) is not type(first.first) for s in steps):
-            return None
-        cut = first.plan.cut(first.site.lead(x), x.device, first.site.name)
-        return type(first.first).mixed([s.stacks for s in steps], x, cut, first.plan.calls)  # type: ignore[misc]
-
-    @classmethod
-    def of(cls, shared: Mixed) -> Among | None:
-        """For a layer that computes a mixed batch so, or None where its methods have no such step."""
-        classes = {type(m) for stack in shared.stacks for m in stack}
-        fits = shared.at_rest and len(classes) == 1 and classes.pop().mixed is not None
-        return cls(shared.plan, shared.stacks) if fits else None
 
 
 def dealt(plan: Plan, run: Sequence[Run], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -10,7 +10,6 @@ from trimtab.layer import groups
 from trimtab.layer.merging import Merging
 from trimtab.layer.plan import Plan, Route
 from trimtab.layer.spelling import scaled, spelled
-from trimtab.layer.together import Through
 
 Step = Callable[..., Any]
 
@@ -44,12 +43,7 @@ def mixed_step(layer: Merging, route: Route, base: Step) -> Step:
             return spelled(stacks[group], (), base, plan.calls[group], args, kwargs)
 
     shared = groups.Mixed(plan, stacks, own, site, base, alone)
-    among = groups.Among.of(shared)
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        return shared(args, kwargs)
-
-    return step if among is None else Through(layer, among, plan, step)
+    return lambda *args, **kwargs: shared(args, kwargs)
 
 
 def _nested(layer: Merging, plan: Plan, chosen: list[tuple[str, ...]], site: Any) -> Step:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimtab.core.kernels.rebuilt import packed
 from trimtab.core.kernels.usual import autocasts, recorded
+from trimtab.core.method import Call, Method
 
 
 class Through:
@@ -30,14 +31,12 @@ class Through:
 
     Args:
         layer: the layer, an AdaptedLayer; its board knows the route and what this thread called last.
-        method: the method, or what stands for those of a mixed batch.
-        call: what `through` is handed; of layers that are stepped together, the same object.
         otherwise: the step by single operations, for calls that the method declines.
     """
 
-    def __init__(self, layer: Any, method: Any, call: Any, otherwise: Callable[..., Any]) -> None:
+    def __init__(self, layer: Any, method: Method, call: Call, otherwise: Callable[..., Any]) -> None:
         self.layer, self.method, self.call, self.otherwise = layer, method, call, otherwise
-        self.through: Callable[..., Tensor | None] = method.through
+        self.through: Callable[..., Tensor | None] = method.through  # type: ignore[assignment]
         self.last: Last = layer.board.last_call
         self.groups = type(method).together is not None
 
@@ -67,7 +66,7 @@ class Through:
             return None
         route = self.layer.board.now()
         steps = [self, *(s for other in self.layer.company if self._goes_with(s := other.step(route)))]
-        outputs = type(self.method).together([s.method for s in steps], x, self.call)
+        outputs = type(self.method).together([s.method for s in steps], x, self.call)  # type: ignore[misc]
         if outputs is None:
             return None
         last.keep(x, steps[1:], outputs[1:])
@@ -134,7 +133,7 @@ def _mode(x: Tensor) -> Any:
     return autocasts(x) and torch.get_autocast_dtype(x.device.type)
 
 
-def _made_of(method: Any) -> tuple[list[Any], Any]:
+def _made_of(method: Method) -> tuple[list[Any], Any]:
     """What an output is computed from beside the input: tensors, and their versions and the scale."""
     tensors = [*(method.site.plain() or ()), *(holder[key] for holder, key in method.places.values())]
     versions = [-1 if t is None or t.is_inference() else t._version for t in tensors]

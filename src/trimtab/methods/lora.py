@@ -195,16 +195,7 @@ class Lora(LowRank):
         return lora_linear_group(x, [layer._replace(drop=d) for layer, d in zip(layers, drops, strict=True)])
 
     @staticmethod
-    def mixed(
-        layers: Sequence[Sequence[Sequence[Any]]], x: Tensor, cut: Any, calls: Sequence[Call]
-    ) -> Sequence[Tensor] | None:
-        found = [Lora.dealt(stacks, x, cut, calls) for stacks in layers]
-        steps = [layer for layer in found if layer is not None]
-        return lora_linear_group(x, steps) if len(steps) == len(found) and fits(x, steps) else None
-
-    @staticmethod
-    def dealt(stacks: Sequence[Sequence[Any]], x: Tensor, cut: Any, calls: Sequence[Call]) -> Layer | None:
-        """A layer and the updates of all rows as a fused step takes them, or None."""
+    def mixed(stacks: Sequence[Sequence[Any]], x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:
         whose = [(m, call) for stack, call in zip(stacks, calls, strict=True) for m in stack]
         if (
             cut.rows is None
@@ -224,7 +215,8 @@ class Lora(LowRank):
         formats = {t.dtype for update in updates for A, B, _ in update for t in (A, B)}
         if len(formats) > 1 or not (x.dtype in formats or autocasts(x)):  # fp32 beside bf16: no faster so (docs/log.md)
             return None
-        return Layer(W, b, *layered(updates, cut.pieces), drop)
+        layer = Layer(W, b, *layered(updates, cut.pieces), drop)
+        return lora_linear_group(x, [layer])[0] if fits(x, [layer]) else None
 
     @staticmethod
     def rows(stacks: Sequence[Sequence[Any]], y: Tensor, x: Tensor, cut: Any, calls: Sequence[Call]) -> Tensor | None:

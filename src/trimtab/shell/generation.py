@@ -47,24 +47,18 @@ class Generation(Facts):
 
     def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """The model's output; in a mixed batch `adapter_names` gives each row its adapter ("__base__": none)."""
-        if adapter_names is None and (plan := self.graft.board.route_here().plan) is not None:
-            return self.tuner(*args, adapter_names=plan.names, lengths=plan.lengths, **kwargs)
-        adapter = self._prompt(adapter_names)
+        rows, lengths = self._rows(adapter_names)
+        adapter = self._prompt(rows)
         if adapter is not None:
             kwargs |= dict(zip(inspect.signature(self.get_base_model().forward).parameters, args, strict=False))
             call = Call(extras=self.tuner.extras(kwargs))
             inputs = prompts.enter(adapter.prompt, adapter.config, self.get_base_model(), kwargs, call)
             return adapter.prompt.around(self.tuner, inputs, call)
-        return self._runs(*args, adapter_names=self._checked(adapter_names), **kwargs)
+        return self._runs(*args, adapter_names=rows, lengths=lengths, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
         """Generate as the base model does; `adapter_names` as in `forward`, one for each prompt."""
-        lengths: Sequence[int] | None = None
-        if adapter_names is None and (plan := self.graft.board.route_here().plan) is not None:
-            rows: Sequence[Row] | None = plan.names
-            lengths = plan.lengths
-        else:
-            rows = self._checked(adapter_names)
+        rows, lengths = self._rows(adapter_names)
         adapter = self._prompt(rows)
         extras = self.tuner.extras(kwargs, rows, args)
         if adapter is not None:
@@ -105,10 +99,14 @@ class Generation(Facts):
         saved: Tensor = prompt.saved()[PROMPT].detach().cpu()
         return saved
 
-    def _checked(self, adapter_names: Sequence[Row] | None) -> Sequence[Row] | None:
-        if adapter_names is not None and self.training:
+    def _rows(self, adapter_names: Sequence[Row] | None) -> tuple[Sequence[Row] | None, Sequence[int] | None]:
+        """(the adapters, the lengths) of a call's rows: its own, or those of the block that it is in."""
+        if adapter_names is None:
+            plan = self.graft.board.route_here().plan
+            return (None, None) if plan is None else (plan.names, plan.lengths)
+        if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        return adapter_names
+        return adapter_names, None
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed blocks whose inputs are frozen."""

@@ -123,7 +123,7 @@ def memory(library: Any, count: int) -> tuple[float, float, float]:
     config = library.LoraConfig(r=4, target_modules=LINEAR, inference_mode=True)
     sites = 28 * len(LINEAR)
     numbers = 4 * sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n) / sites
-    for i in range(20 if count > 20 else 2):  # what is made once, and those that stay in the tree, are not counted
+    for i in range(80 if count > 20 else 2):  # what is made once, and those that keep their modules, are not counted
         model.add_adapter(f"warm{i}", config)
     process = psutil.Process()
     gc.collect()

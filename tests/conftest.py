@@ -28,3 +28,10 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     )
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(params=["aside", "data"])
+def parked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adapters are that leave the module tree: modules beside it, or numbers only."""
+    if request.param == "data":
+        monkeypatch.setattr("trimtab.graft.residents.ASIDE", 0)

@@ -83,6 +83,7 @@ def test_what_was_padded_is_saved_with_its_ranks_and_loads_alone(told, kind, tmp
     torch.testing.assert_close(model(IDS), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("parked")
 def test_padded_adapters_that_are_parked_come_back():
     model = made(["up", "head"])
     wanted = model(IDS)

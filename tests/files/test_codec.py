@@ -279,6 +279,7 @@ def test_a_model_without_storage_is_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("parked")
 def test_adapters_that_are_parked_are_in_no_state_dict_and_saved_all_the_same(tmp_path: Path) -> None:
     model = adapted("lora")
     for i in range(12):

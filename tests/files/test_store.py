@@ -77,6 +77,7 @@ def test_selected_adapters(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "README.md")
 
 
+@pytest.mark.usefixtures("parked")
 def test_parked_adapters_are_saved_and_loaded_like_the_others(tmp_path: Path) -> None:
     """More adapters than stay in the module tree; embeddings too, whose tensors are no modules."""
     model = adapted()

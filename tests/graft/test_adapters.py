@@ -61,6 +61,7 @@ def test_deleting_the_active_one_says_which_follows() -> None:
     assert not [n for n in model.state_dict() if ".a0." in n]
 
 
+@pytest.mark.usefixtures("parked")
 def test_the_module_tree_does_not_grow_with_what_is_merely_loaded() -> None:
     few, many = several(LIMIT + 2), several(LIMIT + 12)
     assert len(list(many.modules())) == len(list(few.modules()))
@@ -77,6 +78,7 @@ def test_the_module_tree_does_not_grow_with_what_is_merely_loaded() -> None:
     assert not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.usefixtures("parked")
 def test_parked_adapters_follow_to_another_number_format() -> None:
     model = several(LIMIT + 6)
     assert any(a.parked for a in model.graft.adapters.values())
@@ -87,6 +89,7 @@ def test_parked_adapters_follow_to_another_number_format() -> None:
         assert all(t.dtype == torch.float64 for t in tensors(model, f"a{i}").values())
 
 
+@pytest.mark.usefixtures("parked")
 def test_parked_adapters_serve_mixed_batches() -> None:
     model = several(LIMIT + 6)
     parked = [n for n, a in model.graft.adapters.items() if a.parked]
@@ -97,6 +100,7 @@ def test_parked_adapters_serve_mixed_batches() -> None:
         torch.testing.assert_close(mixed[[i]], model.eval()(IDS[[i]]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("parked")
 def test_a_layer_all_of_whose_adapters_are_parked_shows_their_settings() -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, lora_dropout=0.25, target_modules=["q_proj"]), "alone")
     for i in range(LIMIT + 2):
@@ -247,6 +251,7 @@ def test_layers_can_be_scaled_and_switched_by_themselves() -> None:
     assert torch.equal(model.eval()(IDS), plain)
 
 
+@pytest.mark.usefixtures("parked")
 def test_adapters_that_optimisers_hold_learn_on_however_many_there_are() -> None:
     """Beyond the few last used they leave the module tree; their parameters come back as the same objects."""
     names, ids = [f"task{i}" for i in range(12)], tokens()

@@ -370,6 +370,7 @@ def test_half_precision(kind: str) -> None:
             assert torch.allclose(deltas(adapted, "new")[path], delta, atol=1e-4)
 
 
+@pytest.mark.usefixtures("parked")
 def test_combined_while_merged_and_while_parked() -> None:
     adapted = three()
     wanted = weighted(adapted)

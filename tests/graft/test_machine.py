@@ -26,6 +26,12 @@ MANY = 14  # adapters at most: more than stay in the module tree unused
 Wanted = list[tuple[str, float]]  # adapters of a row, innermost first, each with its scale
 
 
+@pytest.fixture(autouse=True)
+def _parked_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that with no more adapters some are in the module tree, some beside it and some numbers only."""
+    monkeypatch.setattr("trimtab.graft.residents.ASIDE", 2)
+
+
 class Net(nn.Module):
     """Two linear layers, one with a bias."""
 

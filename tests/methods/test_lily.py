@@ -45,6 +45,7 @@ def kept(model: PeftModel, leaf: str) -> list[list[str]]:
     return list(found.values())
 
 
+@pytest.mark.usefixtures("parked")
 @pytest.mark.parametrize("how", ["built", "moved", "copied", "parked", "loaded", "loaded without memory"])
 def test_layers_share_tensors_and_keep_doing_so(how: str, tmp_path: Path) -> None:
     config = LilyConfig(target_modules=["q_proj", "down_proj"], r=3, stride_A=2, init_weights=False)

@@ -185,6 +185,7 @@ def test_no_adapters_and_a_start_that_changed_the_base(tmp_path: Path) -> None:
         save_as_lora(tmp_path / "file", lora(), 2)
 
 
+@pytest.mark.usefixtures("parked")
 def test_what_can_be_converted_is_told_of_adapters_outside_the_module_tree() -> None:
     model = trimtab.get_peft_model(llama(), trimtab.LoraConfig(r=2, target_modules=["q_proj"]), "first")
     for i in range(12):

@@ -50,6 +50,7 @@ class Layout:
     Attributes:
         config: complete, as it is saved.
         shared: the tensors that an adapter keeps once, and their format.
+        stores: where its adapters are registered, by their names, once one was parked.
     """
 
     config: Any
@@ -57,6 +58,7 @@ class Layout:
     places: list[Place] = field(default_factory=list)
     shared: dict[str, Leaf] = field(default_factory=dict)
     shared_kind: Kind = (torch.float32, torch.device("cpu"))
+    stores: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -116,13 +118,14 @@ class Adapter:
     """What the model knows of one adapter.
 
     Attributes:
-        flat: its numbers, while it is parked.
-        settings: what was set on its methods by hand, while it is parked: (place, attribute) -> value.
+        aside: what it has in each of its layout's stores, while it is parked as it is.
+        flat: its numbers, while it is parked as data.
+        settings: what was set on its methods by hand, while it is data: (place, attribute) -> value.
         t: optimiser steps that its method was told of.
         told: hooks told it of a step.
         by_hand: the caller tells it of steps.
         undo: its state before the first step that hooks told it of, until the next.
-        trained: where its trained tensors at layers are registered, once that was asked; None while it is parked.
+        trained: where its trained tensors at layers are registered, once that was asked; None while it is data.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Adapter:
     saved: list[SavedModule] = field(default_factory=list)
     biases: TrainedBiases | None = None
     trainable: bool = False
+    aside: list[Any] | None = None
     flat: Numbers | None = None
     settings: dict[tuple[int, str], Any] = field(default_factory=dict)
     t: int = 0
@@ -144,7 +148,7 @@ class Adapter:
     @property
     def parked(self) -> bool:
         """Whether its tensors are out of the module tree."""
-        return self.flat is not None
+        return self.aside is not None or self.flat is not None
 
     @property
     def layers(self) -> list[AdaptedLayer]:

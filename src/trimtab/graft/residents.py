@@ -1,4 +1,8 @@
-"""Which adapters are in the module tree: those in use, and the few last used. The others are numbers and a layout."""
+"""Which adapters are in the module tree: those in use, and the few last used.
+
+Of the others, those used last keep their modules beside the tree, so that they come back at once; the rest are numbers
+and a layout.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.leaves import Leaves
 
 LIMIT = 8  # adapters that stay in the module tree although they are neither active, trainable nor merged
+ASIDE = 64  # adapters that keep their modules when they leave the tree: about 3 KB a site
 
 
 class Residents:
@@ -24,6 +29,7 @@ class Residents:
         adapters: by name.
         commons: name -> {adapter: tensor} of what adapters keep once for all their sites.
         order: the adapters in the module tree, those used longest ago first.
+        aside: the adapters whose modules are beside it, those taken out longest ago first.
         kept: parked adapter -> its parameters that others hold (an optimiser), by their place in its layout.
     """
 
@@ -31,6 +37,7 @@ class Residents:
         self.adapters: dict[str, Adapter] = {}
         self.commons: dict[str, Leaves] = {}
         self.order: dict[str, None] = {}
+        self.aside: dict[str, None] = {}
         self.kept: dict[str, dict[int, weakref.ref[Any]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,7 +62,9 @@ class Residents:
             adapter = self.adapters.get(name)
             if adapter is None:
                 continue
-            if adapter.flat is not None:
+            if adapter.aside is not None:
+                self._put_back(adapter)
+            elif adapter.flat is not None:
                 tensors, adapter.flat = adapter.layout.cut(adapter.flat), None
                 install(adapter, tensors, self.commons, self.kept.pop(name, {}))
                 adapter.settings = {}
@@ -78,7 +87,31 @@ class Residents:
             self.park(self.adapters[name])
 
     def park(self, adapter: Adapter) -> None:
-        """Take an adapter out of the module tree; its numbers stay, as they are, and parameters that others hold."""
+        """Take an adapter out of the module tree, as it is; the one that was taken out longest ago becomes data."""
+        name, layout = adapter.name, adapter.layout
+        if not layout.stores:
+            containers = [s for leaves in self.commons.values() for s in leaves.stores]
+            stores = [*containers, *(s for layer in layout.layers for s in layer.stores)]
+            layout.stores.extend(s for s in stores if name in s)
+        adapter.aside = [store.pop(name, None) for store in layout.stores]
+        self.order.pop(name, None)
+        self.aside[name] = None
+        while len(self.aside) > ASIDE:
+            self._pack(self.adapters[next(iter(self.aside))])
+
+    def _put_back(self, adapter: Adapter) -> None:
+        name = adapter.name
+        for store, value in zip(adapter.layout.stores, adapter.aside or (), strict=True):
+            if value is not None:
+                store[name] = value
+        for layer in adapter.layers:
+            layer.changed()
+        adapter.aside = None
+        del self.aside[name]
+
+    def _pack(self, adapter: Adapter) -> None:
+        """Make data of a parked adapter: its numbers stay, as they are, and parameters that others hold."""
+        self._put_back(adapter)
         tensors = tensors_of(adapter, self.commons)
         adapter.flat, adapter.trained = adapter.layout.packed(tensors), None
         kept = {i: weakref.ref(t) for i, t in enumerate(tensors) if isinstance(t, nn.Parameter)}
@@ -88,7 +121,6 @@ class Residents:
             layer.detach(adapter.name)
         for leaves in self.commons.values():
             leaves.remove(adapter.name)
-        self.order.pop(adapter.name, None)
         if held := {i: ref for i, ref in kept.items() if ref() is not None}:
             self.kept[adapter.name] = held
 
@@ -96,6 +128,7 @@ class Residents:
         """Take an adapter's tensors out for good; of `known` layouts that no adapter has, only the last ones stay."""
         adapter = self.adapters.pop(name)
         self.kept.pop(name, None)
+        self.aside.pop(name, None)
         for layer in adapter.layers:
             layer.detach(name)
         for wrapper in adapter.saved:
@@ -127,6 +160,8 @@ class Residents:
     def convert(self, layer: AdaptedLayer, fn: Any) -> None:
         """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
         for adapter in self.adapters.values():
+            if adapter.aside is not None and adapter.layout.places[0].layer is layer:
+                self._pack(adapter)
             if adapter.flat is not None and adapter.layout.places[0].layer is layer:
                 adapter.flat = {
                     kind: [fn(t) for t in flat] if isinstance(flat, list) else fn(flat)

@@ -181,6 +181,11 @@ class AdaptedLayer(Merging):
             leaves.remove(adapter)
         self.changed()
 
+    @property
+    def stores(self) -> list[dict[str, Any]]:
+        """Where what adapters have here is registered, by their names: their methods and their tensors."""
+        return [self.methods, *(store for leaves in self.containers.values() for store in leaves.stores)]
+
     def parked(self, leaves: Leaves) -> list[str]:
         """The adapters that have a leaf in this container, and are not in the module tree."""
         residents = self.board.residents

@@ -124,16 +124,21 @@ class Leaves(nn.Module):
         leaf.register_buffer(name, tensor)
         return leaf._buffers, name
 
+    @property
+    def stores(self) -> tuple[dict[str, Any], ...]:
+        """Where what adapters have is registered, by their names."""
+        return self._modules, self._parameters, self._buffers
+
     def find(self, adapter: str) -> Any:
         """What is stored under `adapter` in the module tree, or None."""
-        for store in (self._modules, self._parameters, self._buffers):
+        for store in self.stores:
             if adapter in store:
                 return store[adapter]
         return None
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter."""
-        for store in (self._modules, self._parameters, self._buffers):
+        for store in self.stores:
             store.pop(adapter, None)
 
     def parked(self) -> list[str]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods.adalora import AVERAGES, AdaLora
 from trimtab.methods.alora import invoked
 from trimtab.methods.poly import LEAST, shares
-from trimtab.methods.waveft import FAMILIES, filters_of, length_of, spread
+from trimtab.methods.waveft import FAMILIES, filters_of, length_of
 from trimtab.shell.arrow import GENERAL, TASK
 from trimtab.shell.state import locate_graft
 
@@ -192,6 +193,12 @@ class WaveletTensorTuple(NamedTuple):
     def from_wavelet(cls, wavelet: Any, dtype: torch.dtype) -> WaveletTensorTuple:
         """The filters of a wavelet."""
         return cls(*(torch.tensor(part, dtype=dtype) for part in wavelet.filter_bank))
+
+
+def spread(f: Tensor, filters: Tensor, size: int) -> Tensor:
+    """Rows of coefficients (k, averages | details) -> rows of numbers (k, size): one step of the inverse transform."""
+    cut = filters.shape[1] - 2
+    return F.conv_transpose1d(f.unflatten(1, (2, -1)), filters[:, None], stride=2)[:, 0, cut : cut + size]
 
 
 def waverec2d(coeffs: tuple[Any, ...], wavelet: Any, axes: tuple[int, int] = (-2, -1)) -> Tensor:

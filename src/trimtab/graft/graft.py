@@ -290,7 +290,7 @@ class Graft:
     def settle(self, recent: Sequence[str] = ()) -> None:
         """Keep in the module tree the adapters in use, `recent` ones and the few last used; park the others."""
         trained = [name for name, a in self.adapters.items() if a.trainable]
-        takers = [t for x in self.base.layers.values() for t in x.originals.takers.values() if x.originals.takers]
+        takers = [t for x in self.base.layers.values() if (own := x.originals.takers) for t in own.values()]
         with self.board.moving:
             used = [*self.residents.together(self.board.used()), *recent, *(a.name for a in self.biased())]
             needed = dict.fromkeys([*self.merged, *takers, *trained, *used])

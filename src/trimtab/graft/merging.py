@@ -70,7 +70,7 @@ def settle(base: Base) -> None:
 
 def merged_adapters(base: Base) -> list[str]:
     """The adapters that are merged into the base."""
-    return list(dict.fromkeys(n for layer in base.layers.values() for n in layer.merged_adapters))
+    return list(dict.fromkeys(n for layer in base.layers.values() if (own := layer.merged_adapters) for n in own))
 
 
 def left(base: Base, chosen: Sequence[str]) -> bool:

@@ -104,8 +104,6 @@ class Residents:
         for store, value in zip(adapter.layout.stores, adapter.aside or (), strict=True):
             if value is not None:
                 store[name] = value
-        for layer in adapter.layers:
-            layer.changed()
         adapter.aside = None
         del self.aside[name]
 

@@ -76,11 +76,20 @@ class FourierFT(Delta):
     def form(self, spectrum: Tensor) -> Tensor:
         """dW (out, in), in fp32 at least."""
         out, into = self.site.fan_out, self.site.fan_in
-        F = wide(spectrum).new_zeros(out * into).index_put((self.fourierft_places,), wide(spectrum))
-        return self.scaling * torch.fft.ifft2(F.view(out, into)).real
+        i, j = self.fourierft_places // into, self.fourierft_places % into
+        # The real part is that of a spectrum with F's symmetric part alone, of which the columns to the middle say all.
+        half, s = into // 2 + 1, wide(spectrum) * (self.scaling / 2)
+        columns = torch.cat([j, (into - j) % into])
+        kept = torch.where(columns < half, torch.cat([s, s]), 0)
+        rows, columns = torch.cat([i, (out - i) % out]), columns.clamp(max=half - 1)
+        F = s.new_zeros(out * half).index_put_((rows * half + columns,), kept, accumulate=True)
+        return torch.fft.irfft2(F.view(out, half).to(torch.promote_types(F.dtype, torch.complex64)), (out, into))
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(self.fourierft_spectrum)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        return self.with_delta(x, self.form, self.fourierft_spectrum)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.plus_delta(y, x, self.form, self.fourierft_spectrum)

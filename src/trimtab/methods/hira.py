@@ -84,10 +84,14 @@ class Hira(Delta):
     def form(self, A: Tensor, B: Tensor) -> Tensor:
         """dW (out, in), in fp32 at least; it follows from the base's own W, whatever stands between."""
         M = wide(self.site.upper(B)) @ wide(self.site.lower(A))
-        return self.site.matrix() * M
+        return M.mul_(self.site.matrix())
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(*self.factors)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        wet = self.training and self.options.hira_dropout
+        return None if wet else self.with_delta(x, self.form, *self.factors)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.plus_delta(y, call.drop(self, x, self.options.hira_dropout), self.form, *self.factors)

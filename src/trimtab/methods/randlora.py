@@ -111,13 +111,17 @@ class RandLora(Delta):
         for M, u in zip((A, B), drawn, strict=True):
             M.copy_(u / u.std())
 
-    def form(self, lam: Tensor, gamma: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def pair(self, lam: Tensor, gamma: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """D (r n, in) and U (out, r n) with dW = U D, in fp32 at least."""
+        (r, n), d, side = lam.shape, gamma.shape[1], max(self.site.fan_in, self.site.fan_out)
+        scaled = torch.einsum("kn,nj->knj", self.scaling * wide(lam), wide(gamma)) * wide(A[:, :, :d])
+        bases, scaled = wide(B[:side, :n].reshape(side, r * n)), scaled.flatten(0, 1)
+        return (scaled, bases) if self.site.fan_out == side else (bases.T, scaled.T)
+
+    def form(self, *tensors: Tensor) -> Tensor:
         """The change (out, in), in fp32 at least."""
-        (r, n), d = lam.shape, gamma.shape[1]
-        side = max(self.site.fan_in, self.site.fan_out)
-        right = torch.einsum("kn,kj,nj->knj", wide(lam), wide(A[:, 0, :d]), wide(gamma)).flatten(0, 1)  # (r n, d)
-        dW = self.scaling * (wide(B[:side, :n].reshape(side, r * n)) @ right)
-        return dW if self.site.fan_out == side else dW.T
+        D, U = self.pair(*tensors)
+        return U @ D
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,5 +131,17 @@ class RandLora(Delta):
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(*self.tensors)
 
+    def few(self, x: Tensor) -> bool:
+        """Whether fewer products are needed by way of U and D than to form their product."""
+        return x.numel() <= x.shape[-1] * min(self.site.fan_in, self.site.fan_out)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        wet = self.training and self.options.randlora_dropout
+        return None if wet or self.few(x) else self.with_delta(x, self.form, *self.tensors)
+
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return self.plus_delta(y, call.drop(self, x, self.options.randlora_dropout), self.form, *self.tensors)
+        x = call.drop(self, x, self.options.randlora_dropout)
+        if not self.few(x):
+            return self.plus_delta(y, x, self.form, *self.tensors)
+        D, U = (M if self.site.widens(x) else M.to(x.dtype) for M in self.pair(*self.tensors))
+        return self.site.add(y, self.site.apply(x, D), U)

@@ -92,11 +92,14 @@ class Shira(Delta):
         """S (out, in)."""
         rows, columns = self.shira_indices.long()
         into = self.site.fan_in
-        S = values.new_zeros(self.site.fan_out * into).index_put((rows * into + columns,), self.scaling * values)
+        S = values.new_zeros(self.site.fan_out * into).index_put_((rows * into + columns,), self.scaling * values)
         return S.view(-1, into)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(self.shira_weight)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        return self.with_delta(x, self.form, self.shira_weight)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.plus_delta(y, x, self.form, self.shira_weight)

@@ -96,7 +96,7 @@ class Supertuning(Delta):
     def form(self, values: Tensor) -> Tensor:
         """S (out, in)."""
         S = values.new_zeros(self.site.fan_out * self.site.fan_in)
-        return S.index_put((self.supertuning_indices.long(),), values).view(self.site.fan_out, -1)
+        return S.index_put_((self.supertuning_indices.long(),), values).view(self.site.fan_out, -1)
 
     def weight(self, W: Tensor) -> Tensor:
         W = W + self.form(self.supertuning_values)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
@@ -113,18 +112,23 @@ class WaveFT(Delta):
         """dW (out, in), in fp32 at least."""
         s, places = self.scaling * wide(spectrum), self.waveft_places
         out, into = self.site.fan_out, self.site.fan_in
+        dW = s.new_zeros(out * into)
         if not self.options.use_idwt:
-            return s.new_zeros(out * into).index_put((places,), s).view(out, into)
+            return dW.index_put_((places,), s).view(out, into)
         filters = wide(self.waveft_filters)
         edge = filters.shape[1] // 2 - 1  # F stands in the middle of a matrix that is larger by the filter's length
         rows, columns = ((size + 1) // 2 + edge for size in (out, into))  # of a quarter
         i, j = places // into + edge, places % into + edge
-        i, j = j // columns * rows + i % rows, i // rows * columns + j % columns  # details of columns go by their rows
-        f = s.new_zeros(2 * rows * 2 * columns).index_put((i * 2 * columns + j,), s).view(2 * rows, 2 * columns)
-        return spread(spread(f, filters, into).T, filters, out).T
+        at, a = spread(i % rows, filters[j // columns], out)  # details of columns go by their rows
+        to, b = spread(j % columns, filters[i // rows], into)
+        spots, values = at[:, :, None] * into + to[:, None], s[:, None, None] * a[:, :, None] * b[:, None]
+        return dW.index_put_((spots.flatten(),), values.flatten(), accumulate=True).view(out, into)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.form(self.waveft_spectrum)
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        return self.with_delta(x, self.form, self.waveft_spectrum)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         return self.plus_delta(y, x, self.form, self.waveft_spectrum)
@@ -142,7 +146,8 @@ def filters_of(family: str) -> Tensor:
     return torch.stack([low, low.flip(0) * (-1.0) ** torch.arange(len(low))])
 
 
-def spread(f: Tensor, filters: Tensor, size: int) -> Tensor:
-    """Rows of coefficients (k, averages | details) -> rows of numbers (k, size): one step of the inverse transform."""
-    cut = filters.shape[1] - 2
-    return F.conv_transpose1d(f.unflatten(1, (2, -1)), filters[:, None], stride=2)[:, 0, cut : cut + size]
+def spread(i: Tensor, filters: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where in a row of `size` numbers coefficients i (n,) go by their filters, and how much of each: (n, length)."""
+    length = filters.shape[1]
+    at = 2 * i[:, None] + torch.arange(2 - length, 2, device=i.device)
+    return at.clamp(0, size - 1), filters * ((at >= 0) & (at < size))

@@ -25,7 +25,8 @@ Form = Callable[..., Tensor]
 def delta_linear(x: Tensor, W: Tensor | None, b: Tensor | None, form: Form, *tensors: Tensor) -> Tensor:
     """x·(W + form(*tensors))ᵀ + b (..., out), for x (..., in) and a frozen W (out, in), or None: the change alone.
 
-    `form` gives the change (out, in) and must be a function of its arguments alone: it runs twice, outside autocast.
+    `form` gives the change (out, in), in memory of its own, and must be a function of its arguments alone: it runs
+    twice, outside autocast.
     """
     own = tensors if W is None else (W, *tensors)
     trained = W is not None and W.requires_grad
@@ -75,13 +76,13 @@ class _Delta(torch.autograd.Function):
         if W is None:
             y = linear(flat, D.to(dtype), b)
         elif _sums(W):
-            y = linear(flat, (W + D.to(W.dtype)).to(dtype), b)
+            y = linear(flat, D.to(W.dtype).add_(W).to(dtype), b)
         else:
             y = accumulate(linear(flat, W.to(dtype), b), flat, D.to(dtype).t())
         trained = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if trained and source is None else None, W, *tensors)
         ctx.form, ctx.source, ctx.dtype, ctx.shape, ctx.autocast = form, source, dtype, x.shape, autocasts(x)
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(D)))  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -106,7 +107,7 @@ def _gradients(
         if W is None:
             dx = product(dy, M.to(dtype))
         elif _sums(W):
-            dx = product(dy, (W + M.to(W.dtype)).to(dtype))
+            dx = product(dy, M.to(W.dtype).add_(W).to(dtype))
         else:
             dx = accumulate(product(dy, W.to(dtype)), dy, M.to(dtype))
         dx = dx.view(ctx.shape)

@@ -436,8 +436,22 @@ def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> No
 
 
 # ---------------------------------------------------------------------- compiled
-@pytest.mark.parametrize("case", [*FORMULAS, BY_NAME["lora-pissa"]], ids=lambda c: c.name)
+OFTEN = ["lora", "dora", "lora-pissa", "lora-tokens", "loha", "oft", "ia3", "vera", "bitfit"]  # the others: test-all
+COMPILED = [*FORMULAS, BY_NAME["lora-pissa"]]
+SWITCHED = [pytest.param(c, id=c.name, marks=[] if c.name in OFTEN else pytest.mark.slow) for c in COMPILED]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
 def test_compiles_in_one_graph(case: Case) -> None:
+    torch._dynamo.reset()
+    model = adapted(case).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(ids()), model(ids()), torch.float32)
+
+
+@pytest.mark.parametrize("case", SWITCHED)
+def test_compiled_models_follow_what_is_switched_and_merged(case: Case) -> None:
     torch._dynamo.reset()
     model = adapted(case)
     also(model, "second", BY_NAME["lora"], "up", "head")

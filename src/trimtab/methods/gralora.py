@@ -100,9 +100,10 @@ class Gralora(Method):
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         x, k, site = call.drop(self, x, self.options.gralora_dropout), self.gralora_k, self.site
         h = torch.einsum("...jp,jpr->...jr", x.unflatten(-1, (k, -1)), self.gralora_A.to(x.dtype))
-        h = h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # of each row of blocks, those of all its columns
+        # Of each row of blocks, those of all its columns.
+        h = self.scaling * h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)
         dy = torch.einsum("...ir,irq->...iq", h, self.gralora_B.to(x.dtype)).flatten(-2)
         if self.hybrid_r:
             A, B = self.gralora_A_general.to(x.dtype), self.gralora_B_general.to(x.dtype)
-            dy = dy + site.mix(site.apply(x, A), B)
-        return y + self.scaling * dy
+            dy = dy + site.mix(self.scaling * site.apply(x, A), B)
+        return y + dy

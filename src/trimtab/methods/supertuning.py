@@ -107,4 +107,4 @@ class Supertuning(Delta):
         if not self.r:
             return y
         A, B = self.supertuning_lora_A.to(x.dtype), self.supertuning_lora_B.to(x.dtype)
-        return y + self.scaling * (call.drop(self, x, self.options.lora_dropout) @ A.T @ B.T)
+        return y + self.scaling * (call.drop(self, x, self.options.lora_dropout) @ A.T) @ B.T

@@ -101,7 +101,7 @@ def test_derivatives(case: Case) -> None:
 
     x = inputs(torch.float64)[:2, :2].requires_grad_()
     assert torch.autograd.gradcheck(run, (x, *own))
-    assert torch.autograd.gradgradcheck(run, (x, *own), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, *own))
 
 
 @wet
@@ -159,8 +159,8 @@ def test_without_gradients(case: Case, single: Any) -> None:
     with torch.no_grad():
         for v in (x, x[:1, :1], x[0], x[0, 0], x[:0]):
             found, wanted = module(v), single(lambda m, v=v: m(v))(module)
-            assert found.shape == wanted.shape
-            assert_same({"y": found}, {"y": wanted})
+            size = max(1.0, *wanted.abs().flatten().tolist(), 0.0)  # sums are rounded by the size of what they sum
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * size)
 
 
 # ---------------------------------------------------------------------- giving way

@@ -45,9 +45,10 @@ def kept(model: PeftModel, leaf: str) -> list[list[str]]:
     return list(found.values())
 
 
-@pytest.mark.usefixtures("parked")
-@pytest.mark.parametrize("how", ["built", "moved", "copied", "parked", "loaded", "loaded without memory"])
-def test_layers_share_tensors_and_keep_doing_so(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", ["built", "moved", "copied", "parked", "parked as data", "loaded", "loaded without memory"]
+)
+def test_layers_share_tensors_and_keep_doing_so(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LilyConfig(target_modules=["q_proj", "down_proj"], r=3, stride_A=2, init_weights=False)
     model = get_peft_model(llama(num_hidden_layers=3), config)
     x = tokens(vocabulary=64)
@@ -55,7 +56,9 @@ def test_layers_share_tensors_and_keep_doing_so(how: str, tmp_path: Path) -> Non
         model.double()
     elif how == "copied":
         model = copy.deepcopy(model)
-    elif how == "parked":
+    elif how.startswith("parked"):
+        if "data" in how:
+            monkeypatch.setattr("trimtab.graft.residents.ASIDE", 0)
         for i in range(12):
             model.add_adapter(f"other{i}", config)
             model.set_adapter(f"other{i}")

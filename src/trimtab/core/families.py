@@ -290,7 +290,36 @@ class LowRank(Method):
 
 class Delta(Method):
     """dW of full size, formed from few tensors; formed anew for the backward pass instead of being saved, so that
-    training needs no copy of the weights."""
+    training needs no copy of the weights.
+
+    A method whose whole formula is `form` and `sources` takes `summed`, `joined` and `added` for its hooks `weight`,
+    `through` and `after`.
+    """
+
+    form: Callable[..., Tensor]  # dW (out, in), in fp32 at least, of `sources`; a function of its arguments alone
+    dropped: str = ""  # the field of its dropout on the input
+
+    @property
+    def sources(self) -> Sequence[Tensor]:
+        """The tensors that `form` takes."""
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float:
+        """The probability with which entries of its input are dropped in training."""
+        return float(getattr(self.options, self.dropped)) if self.dropped else 0.0
+
+    def summed(self, W: Tensor) -> Tensor:
+        """W + dW."""
+        return W + self.form(*self.sources)
+
+    def joined(self, x: Tensor, call: Call) -> Tensor | None:
+        """The layer with its change in one step, or None where that does not apply."""
+        return None if self.training and self.rate else self.with_delta(x, self.form, *self.sources)
+
+    def added(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        """The layer's output with dW·x added."""
+        return self.plus_delta(y, call.drop(self, x, self.rate), self.form, *self.sources)
 
     def plus_delta(self, y: Tensor, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """y + dW·x with dW = form(*tensors) (out, in). `form` must be a function of its arguments alone."""

@@ -158,13 +158,15 @@ class Residents:
     def convert(self, layer: AdaptedLayer, fn: Any) -> None:
         """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
         for adapter in self.adapters.values():
-            if adapter.aside is not None and adapter.layout.places[0].layer is layer:
+            if not adapter.parked or adapter.layout.places[0].layer is not layer:
+                continue
+            if adapter.aside is not None:
                 self._pack(adapter)
-            if adapter.flat is not None and adapter.layout.places[0].layer is layer:
-                adapter.flat = {
-                    kind: [fn(t) for t in flat] if isinstance(flat, list) else fn(flat)
-                    for kind, flat in adapter.flat.items()
-                }
+            assert adapter.flat is not None
+            adapter.flat = {
+                kind: [fn(t) for t in flat] if isinstance(flat, list) else fn(flat)
+                for kind, flat in adapter.flat.items()
+            }
 
 
 def _stands(layout: Layout, layer: AdaptedLayer, container: str | None) -> bool:

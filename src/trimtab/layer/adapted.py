@@ -176,9 +176,8 @@ class AdaptedLayer(Merging):
 
     def detach(self, adapter: str) -> None:
         """Take an adapter's methods and tensors out of the module tree."""
-        self.methods.pop(adapter, None)
-        for leaves in self.containers.values():
-            leaves.remove(adapter)
+        for store in self.stores:
+            store.pop(adapter, None)
         self.changed()
 
     @property

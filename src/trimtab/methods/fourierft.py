@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import Delta, drawn_places, require_places, wide
-from trimtab.core.method import Call, Leaf, Leaves
+from trimtab.core.method import Leaf, Leaves
 from trimtab.core.site import Site
 
 
@@ -85,11 +85,5 @@ class FourierFT(Delta):
         F = s.new_zeros(out * half).index_put_((rows * half + columns,), kept, accumulate=True)
         return torch.fft.irfft2(F.view(out, half).to(torch.promote_types(F.dtype, torch.complex64)), (out, into))
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(self.fourierft_spectrum)
-
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
-        return self.with_delta(x, self.form, self.fourierft_spectrum)
-
-    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return self.plus_delta(y, x, self.form, self.fourierft_spectrum)
+    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    sources = property(lambda self: (self.fourierft_spectrum,))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import Delta, wide
-from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.method import Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 
 
@@ -86,15 +86,8 @@ class Hira(Delta):
         M = wide(self.site.upper(B)) @ wide(self.site.lower(A))
         return M.mul_(self.site.matrix())
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(*self.factors)
-
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
-        wet = self.training and self.options.hira_dropout
-        return None if wet else self.with_delta(x, self.form, *self.factors)
-
-    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return self.plus_delta(y, call.drop(self, x, self.options.hira_dropout), self.form, *self.factors)
+    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    sources, dropped = factors, "hira_dropout"
 
 
 def names_at(site: Site) -> tuple[str, str]:

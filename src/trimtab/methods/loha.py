@@ -100,16 +100,16 @@ class LoHa(Delta):
         dW = self.site.dense(self.scaling * w1 * w2)
         return dW if rows is None else dW * rows[:, None]
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(*(getattr(self, n) for n in self.names))
+    weight = Delta.summed
+    sources = property(lambda self: [getattr(self, n) for n in self.names])
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
         if self.training and (self.options.module_dropout or self.options.rank_dropout):
             return None
-        return self.with_delta(x, self.form, *(getattr(self, n) for n in self.names))
+        return self.with_delta(x, self.form, *self.sources)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         if skipped(self, call, self.options.module_dropout):
             return y
         rows = kept_rows(self, call, self.options.rank_dropout, rescale=True)
-        return self.plus_delta(y, x, lambda *t: self.form(*t, rows=rows), *(getattr(self, n) for n in self.names))
+        return self.plus_delta(y, x, lambda *t: self.form(*t, rows=rows), *self.sources)

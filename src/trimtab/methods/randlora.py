@@ -56,6 +56,7 @@ class RandLora(Delta):
     config, prefix, targets = RandLoraConfig, "randlora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r", "scaling")
+    weight, dropped = Delta.summed, "randlora_dropout"
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -124,24 +125,20 @@ class RandLora(Delta):
         return U @ D
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sources(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the change is formed from."""
         return self.randlora_lambda, self.randlora_gamma, self.shared("randlora_A"), self.shared("randlora_B")
-
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(*self.tensors)
 
     def few(self, x: Tensor) -> bool:
         """Whether fewer products are needed by way of U and D than to form their product."""
         return x.numel() <= x.shape[-1] * min(self.site.fan_in, self.site.fan_out)
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
-        wet = self.training and self.options.randlora_dropout
-        return None if wet or self.few(x) else self.with_delta(x, self.form, *self.tensors)
+        return None if self.few(x) else self.joined(x, call)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        x = call.drop(self, x, self.options.randlora_dropout)
         if not self.few(x):
-            return self.plus_delta(y, x, self.form, *self.tensors)
-        D, U = (M if self.site.widens(x) else M.to(x.dtype) for M in self.pair(*self.tensors))
+            return self.added(y, x, call)
+        x = call.drop(self, x, self.rate)
+        D, U = (M if self.site.widens(x) else M.to(x.dtype) for M in self.pair(*self.sources))
         return self.site.add(y, self.site.apply(x, D), U)

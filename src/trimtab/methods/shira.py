@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import Delta
-from trimtab.core.method import Call, Leaf, Leaves, require_rank
+from trimtab.core.method import Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -95,11 +95,5 @@ class Shira(Delta):
         S = values.new_zeros(self.site.fan_out * into).index_put_((rows * into + columns,), self.scaling * values)
         return S.view(-1, into)
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(self.shira_weight)
-
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
-        return self.with_delta(x, self.form, self.shira_weight)
-
-    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return self.plus_delta(y, x, self.form, self.shira_weight)
+    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    sources = property(lambda self: (self.shira_weight,))

@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import Delta, drawn_places, require_places, wide
-from trimtab.core.method import Call, Leaf, Leaves
+from trimtab.core.method import Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -124,14 +124,8 @@ class WaveFT(Delta):
         spots, values = at[:, :, None] * into + to[:, None], s[:, None, None] * a[:, :, None] * b[:, None]
         return dW.index_put_((spots.flatten(),), values.flatten(), accumulate=True).view(out, into)
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(self.waveft_spectrum)
-
-    def through(self, x: Tensor, call: Call) -> Tensor | None:
-        return self.with_delta(x, self.form, self.waveft_spectrum)
-
-    def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return self.plus_delta(y, x, self.form, self.waveft_spectrum)
+    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    sources = property(lambda self: (self.waveft_spectrum,))
 
 
 def length_of(family: str) -> int:

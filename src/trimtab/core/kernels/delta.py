@@ -82,7 +82,7 @@ class _Delta(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if trained and source is None else None, W, *tensors)
         ctx.form, ctx.source, ctx.dtype, ctx.shape, ctx.autocast = form, source, dtype, x.shape, autocasts(x)
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(D)))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

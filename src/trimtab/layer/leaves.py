@@ -201,10 +201,13 @@ def strangers(modules: Iterable[Any]) -> list[nn.Module]:
 
 def in_training(module: nn.Module) -> bool:
     """Whether a module or one inside is in training mode."""
-    pending = [module]
+    pending: list[nn.Module | None] = [module]
     for each in pending:  # it grows
+        if each is None:
+            continue
         if each.training:
             return True
-        if inside := each._modules:
-            pending += [m for m in inside.values() if m is not None]
+        inside = each._modules.values()
+        if not (isinstance(each, CONTAINERS) and LEAVES.issuperset(map(type, inside))):  # whose mode is its own
+            pending += inside
     return False

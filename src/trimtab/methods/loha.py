@@ -93,11 +93,12 @@ class LoHa(Delta):
     def form(self, *tensors: Tensor, rows: Tensor | None = None) -> Tensor:
         """dW (out, in), its rows weighed by `rows`, in fp32 at least, from the factors in the order of `names`."""
         w1_a, w1_b, w2_a, w2_b, *cores = (wide(t) for t in tensors)
+        w1_a = self.scaling * w1_a  # the smallest that can bear it
         if cores:
             w1, w2 = (tucker(t, a, b).flatten(1) for t, a, b in zip(cores, (w1_a, w2_a), (w1_b, w2_b), strict=True))
         else:
             w1, w2 = w1_a @ w1_b, w2_a @ w2_b
-        dW = self.site.dense(self.scaling * w1 * w2)
+        dW = self.site.dense(w1 * w2)
         return dW if rows is None else dW * rows[:, None]
 
     weight = Delta.summed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -119,8 +118,12 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
     assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
 
-    shutil.rmtree(out)
-    done = trimtab("demo", *args, "--rows", "4", "--verbose")  # a rerun, with fewer rows and others' bars
+
+@pytest.mark.slow
+def test_the_demo_again_with_fewer_rows_and_others_bars(tiny_base) -> None:
+    out = tiny_base / "out"
+    args = ["--model", str(tiny_base / "base"), "--data", str(tiny_base / "data"), "--out", str(out), "--epochs", "3"]
+    done = trimtab("demo", *args, "--rows", "4", "--verbose")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 rows x 3 passes" in done.stdout
     assert "Loading weights" in done.stderr

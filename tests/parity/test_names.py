@@ -86,6 +86,7 @@ def belongs(value: object) -> bool:
     return not isinstance(value, ModuleType) and (not isinstance(home, str) or home.partition(".")[0] == "peft")
 
 
+@cache
 def missing_names() -> dict[str, list[str]]:
     """{module: names that are not answered}."""
     return asked(ASK, public_names())

@@ -56,7 +56,7 @@ def start(tmp_path_factory) -> tuple[str, str]:
     return model, str(folder / "adapter")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param("trainer_lora", marks=pytest.mark.slow), *SCRIPTS[1:]])
 def test_the_same_losses_as_with_the_real_peft(script, start, tmp_path):
     model, adapter = start
     arguments = ("--model", model, "--adapter", adapter)
@@ -74,7 +74,7 @@ def test_the_same_losses_as_with_the_real_peft(script, start, tmp_path):
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
 def test_it_runs_from_nothing_without_the_real_peft(script, tmp_path):
     losses = run(script, tmp_path / "out", alias=True, oracle=False)
     assert losses[-1] < losses[0]

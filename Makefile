@@ -19,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:
 	@echo "make demo      fine-tune a LoRA on a real model and data (10 to 15 minutes on 2 cores after the install)"
 	@echo "make demo-tasks    three tasks trained at once on one model, and one batch that all of them answer"
-	@echo "make test      the tests (about 12 minutes on 2 cores); test-all adds the slow ones and the linters"
+	@echo "make test      the tests (12 to 30 minutes on 2 cores); test-all adds the slow ones and the linters"
 	@echo "make fresh     start as on a new machine: make demo on 8 rows and a plain install, with empty caches"
 	@echo "make bench     the benchmarks (ARGS=--write puts their tables into docs/benchmarks.md)"
 	@echo "make lint      ruff and mypy        make format   apply ruff's fixes and layout"

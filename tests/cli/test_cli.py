@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,10 +97,16 @@ def tiny_base(tmp_path):
     return tmp_path
 
 
+def demo(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The demo on the tiny model, three passes over its rows."""
+    places = {"--model": "base", "--data": "data", "--out": "out"}
+    words = [word for option, name in places.items() for word in (option, str(folder / name))]
+    return trimtab("demo", *words, "--epochs", "3", *more)
+
+
 def test_the_demo_from_end_to_end(tiny_base) -> None:
     out = tiny_base / "out"
-    args = ["--model", str(tiny_base / "base"), "--data", str(tiny_base / "data"), "--out", str(out), "--epochs", "3"]
-    done = trimtab("demo", *args)
+    done = demo(tiny_base)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("trainable params:", "held-out loss", "exact match", "before", "after", "times as large", "loss.png"):
         assert words in done.stdout, words
@@ -121,9 +128,7 @@ def test_the_demo_from_end_to_end(tiny_base) -> None:
 
 @pytest.mark.slow
 def test_the_demo_again_with_fewer_rows_and_others_bars(tiny_base) -> None:
-    out = tiny_base / "out"
-    args = ["--model", str(tiny_base / "base"), "--data", str(tiny_base / "data"), "--out", str(out), "--epochs", "3"]
-    done = trimtab("demo", *args, "--rows", "4", "--verbose")
+    done = demo(tiny_base, "--rows", "4", "--verbose")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 rows x 3 passes" in done.stdout
     assert "Loading weights" in done.stderr

@@ -436,7 +436,7 @@ def test_copies_are_whole_and_apart(case: Case, site: str, duplicate: Any) -> No
 
 
 # ---------------------------------------------------------------------- compiled
-FOLLOWED = ["lora", "dora", "oft", "ia3", "bitfit"]  # one of each way to compute; the others: test-all
+FOLLOWED = ["lora", "dora", "loha", "oft", "ia3", "bitfit"]  # one of each way to compute; the others: test-all
 COMPILED = [*FORMULAS, BY_NAME["lora-pissa"]]
 SWITCHED = [pytest.param(c, id=c.name, marks=[] if c.name in FOLLOWED else pytest.mark.slow) for c in COMPILED]
 

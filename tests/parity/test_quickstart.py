@@ -16,6 +16,13 @@ SCRIPTS = ["trainer_lora", "trl_sft", "accelerate_loop"]
 STEPS = 8
 
 
+def scripts(*often: str) -> pytest.MarkDecorator:
+    """All scripts; those that are not named run in `make test-all` alone."""
+    return pytest.mark.parametrize(
+        "script", [pytest.param(s, marks=[] if s in often else pytest.mark.slow) for s in SCRIPTS]
+    )
+
+
 def run(script: str, output: Path, *arguments: str, alias: bool, oracle: bool = True) -> list[float]:
     """Run a script and return its losses."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
@@ -56,7 +63,7 @@ def start(tmp_path_factory) -> tuple[str, str]:
     return model, str(folder / "adapter")
 
 
-@pytest.mark.parametrize("script", [pytest.param("trainer_lora", marks=pytest.mark.slow), *SCRIPTS[1:]])
+@scripts("trl_sft", "accelerate_loop")
 def test_the_same_losses_as_with_the_real_peft(script, start, tmp_path):
     model, adapter = start
     arguments = ("--model", model, "--adapter", adapter)
@@ -74,7 +81,7 @@ def test_the_same_losses_as_with_the_real_peft(script, start, tmp_path):
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+@scripts("trainer_lora")
 def test_it_runs_from_nothing_without_the_real_peft(script, tmp_path):
     losses = run(script, tmp_path / "out", alias=True, oracle=False)
     assert losses[-1] < losses[0]

@@ -187,13 +187,18 @@ class Leaves(nn.Module):
 CONTAINERS, LEAVES = (Group, Leaves), frozenset({Leaf, LinearLeaf})
 
 
+def _apart(module: nn.Module) -> Iterable[Any]:
+    """The modules inside that may have a mode of their own: a container of leaves alone has none."""
+    inside = module._modules.values()
+    return () if isinstance(module, CONTAINERS) and LEAVES.issuperset(map(type, inside)) else inside
+
+
 def strangers(modules: Iterable[Any]) -> list[nn.Module]:
     """What others have put among the containers of a layer (not inside leaves): it has a mode of its own."""
     found, pending = [], list(modules)
     for module in pending:  # it grows
         if isinstance(module, CONTAINERS):
-            inside = module._modules.values()
-            pending += () if LEAVES.issuperset(map(type, inside)) else inside
+            pending += _apart(module)
         elif type(module) not in LEAVES and module is not None:
             found.append(module)
     return found
@@ -201,13 +206,10 @@ def strangers(modules: Iterable[Any]) -> list[nn.Module]:
 
 def in_training(module: nn.Module) -> bool:
     """Whether a module or one inside is in training mode."""
-    pending: list[nn.Module | None] = [module]
+    pending = [module]
     for each in pending:  # it grows
-        if each is None:
-            continue
-        if each.training:
-            return True
-        inside = each._modules.values()
-        if not (isinstance(each, CONTAINERS) and LEAVES.issuperset(map(type, inside))):  # whose mode is its own
-            pending += inside
+        if each is not None:
+            if each.training:
+                return True
+            pending += _apart(each)
     return False

@@ -93,7 +93,7 @@ class LoHa(Delta):
     def form(self, *tensors: Tensor, rows: Tensor | None = None) -> Tensor:
         """dW (out, in), its rows weighed by `rows`, in fp32 at least, from the factors in the order of `names`."""
         w1_a, w1_b, w2_a, w2_b, *cores = (wide(t) for t in tensors)
-        w1_a = self.scaling * w1_a  # the smallest that can bear it
+        w1_a = self.scaling * w1_a  # small: the change itself would be scaled in one more tensor of its size
         if cores:
             w1, w2 = (tucker(t, a, b).flatten(1) for t, a, b in zip(cores, (w1_a, w2_a), (w1_b, w2_b), strict=True))
         else:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from trimtab.core.fields import SCALARS, default_of
 from trimtab.core.fields import check as check_fields
-from trimtab.core.fields import default_of
 from trimtab.core.fields import nested as settled
 from trimtab.core.io import CONFIG_NAME as CONFIG_NAME
 from trimtab.core.io import advice, locate, push_to_hub, reading, split_hub_arguments, write_whole
@@ -199,7 +199,9 @@ class PeftConfig:
 
     def copy(self: Config) -> Config:
         """A deep copy: what a model does to its config never reaches the caller's object."""
-        return copy.deepcopy(self)
+        own = self.shallow()
+        own.__dict__.update({k: copy.deepcopy(v) for k, v in vars(self).items() if type(v) not in SCALARS})
+        return own
 
     def shallow(self: Config) -> Config:
         """A copy that shares its values, for `resolve`: validation is not run again."""
@@ -212,8 +214,7 @@ class PeftConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`: names sorted, sets as sorted lists."""
-        fields = {k: v for k, v in self.to_dict().items() if k not in self.runtime}
-        return dict(sorted({**self.unknown, **_plain(fields)}.items()))
+        return dict(sorted({**self.unknown, **_plain(self.to_dict())}.items()))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into the folder (created if need be), whole or not at all."""

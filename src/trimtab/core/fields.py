@@ -44,19 +44,21 @@ def check(config: Any) -> None:
         ConfigError: names each field whose value is of another type, what it is and what the field takes.
     """
     kind: Any = type(config)
-    hints, faults = _hints(kind), []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+    faults = []
+    for name, hint, whole in _taken(kind):
+        value = getattr(config, name)
+        if type(value) in whole:
+            continue
         try:
-            plain = fitted(value, hints[f.name])
+            plain = fitted(value, hint)
         except Misfit as nested:
-            wanted = str(nested) or described(hints[f.name])
-            faults.append(f"`{f.name}` should be {wanted}, not {_shown(value)}{_advice(value, hints[f.name])}")
+            wanted = str(nested) or described(hint)
+            faults.append(f"`{name}` should be {wanted}, not {_shown(value)}{_advice(value, hint)}")
         else:
             if plain is not value:
-                setattr(config, f.name, plain)
-            if f.name.endswith("dropout") and isinstance(plain, int | float) and not 0 <= plain <= 1:
-                faults.append(f"`{f.name}` should be a share from 0 to 1, not {_shown(value)}")
+                setattr(config, name, plain)
+            if name.endswith("dropout") and isinstance(plain, int | float) and not 0 <= plain <= 1:
+                faults.append(f"`{name}` should be a share from 0 to 1, not {_shown(value)}")
     if faults:
         raise ConfigError(f"{kind.__name__}: {'; '.join(faults)}.")
 
@@ -196,8 +198,11 @@ def _same(value: Any, found: Any, kind: Any) -> bool:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _taken(cls: Any) -> list[tuple[str, Any, set[Any]]]:
+    """Each field of a config's class: its name, its type, and those of that type's members of which any value does."""
+    hints = typing.get_type_hints(cls)
+    whole = {bool, str, type(None)}  # numbers have bounds
+    return [(f.name, hints[f.name], whole & {*_options(hints[f.name])}) for f in dataclasses.fields(cls)]
 
 
 def _shown(value: Any, limit: int = 80) -> str:

@@ -47,7 +47,11 @@ class Stack:
 
 def stacks(names: Names) -> list[Stack]:
     """The model's stacks of experts, with what each parameter was."""
-    found = [Stack(path, module) for path, module in names.modules.items() if _last(path) == "experts"]
+    found = [
+        Stack(path, module)
+        for path, module in names.modules.items()
+        if path.endswith("experts") and _last(path) == "experts"
+    ]
     found = [stack for stack in found if stack.parameters]
     for transform in names.transforms if found else ():
         sources = [pattern.replace("\\", "") for pattern in transform.source_patterns]

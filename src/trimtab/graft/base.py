@@ -51,10 +51,9 @@ class Base:
                 found.append(child)
                 child = child._modules["base_layer" if isinstance(child, AdaptedLayer) else "original_module"]
             assert child is not None
-            if id(child) in self._paths:
-                self.holders.setdefault(self._paths[id(child)], []).append((parent, attribute))
+            if (known := self._paths.setdefault(id(child), own)) is not own:
+                self.holders.setdefault(known, []).append((parent, attribute))
                 continue
-            self._paths[id(child)] = own
             self.modules[own] = child
             self.holders[own] = [(parent, attribute)]
             for wrapper in found:
@@ -63,8 +62,10 @@ class Base:
                 else:
                     wrapper.path = own
                     self.layers[f"{own}.{wrapper.param}" if wrapper.param else own] = wrapper
-            self._own(child, own)
-            self._read(child, own)
+            if child._parameters:
+                self._own(child, own)
+            if child._modules:
+                self._read(child, own)
 
     def _own(self, module: nn.Module, path: str) -> None:
         for parameter in module._parameters.values():

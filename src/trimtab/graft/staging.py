@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -65,7 +66,7 @@ class Stage:
         found = known.get(key)
         if found is not None and self._stands(found, autocast):
             complete = found.config.copy()
-            for field in config.to_dict().keys() - set(OWN_FIELDS):
+            for field in {f.name for f in dataclasses.fields(config)} - config.runtime - set(OWN_FIELDS):
                 setattr(config, field, getattr(complete, field))
             known[key] = known.pop(key)  # the last used is the last to go
             return found

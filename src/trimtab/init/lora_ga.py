@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.core.config import help_field
 from trimtab.core.families import wide
+from trimtab.core.seeded import seeded
 from trimtab.errors import ConfigError
 
 GRADIENT = "_peft_loraga_grad"  # where a layer keeps its gradient until then
@@ -57,8 +58,7 @@ def lora_ga(method: Any) -> Tensor:
             f"LoRA-GA needs 2r directions, but '{method.site.name}' has {min(G.shape)}: r={r} is too much."
         )
     settings = method.options.lora_ga_config or LoraGAConfig()
-    with torch.random.fork_rng():  # the same gradient, the same start
-        torch.manual_seed(0)
+    with seeded(0, G.device):  # the same gradient, the same start
         U, _, V = torch.svd_lowrank(G, min(4 * r, *G.shape), niter=4)
         chance = torch.randperm(2 * r)[:r].sort().values
     first, second = slice(0, r), slice(r, 2 * r)

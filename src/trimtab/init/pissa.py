@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.families import wide
+from trimtab.core.seeded import seeded
 
 
 def pissa(method: Any, niter: int | None = None) -> Tensor:
@@ -17,8 +18,7 @@ def pissa(method: Any, niter: int | None = None) -> Tensor:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         U, S, Vh = U[..., :r], S[..., :r], Vh[..., :r, :]
     else:
-        with torch.random.fork_rng():  # the same W, the same split: a saved adapter finds the base it was trained on
-            torch.manual_seed(0)
+        with seeded(0, W.device):  # the same W, the same split: a saved adapter finds the base it was trained on
             U, S, V = torch.svd_lowrank(W, r, niter=niter)
         Vh = V.mT
     root = (S / s).sqrt()

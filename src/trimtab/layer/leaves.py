@@ -208,8 +208,8 @@ def in_training(module: nn.Module) -> bool:
     """Whether a module or one inside is in training mode."""
     pending = [module]
     for each in pending:  # it grows
-        if each is not None:
-            if each.training:
-                return True
-            pending += _apart(each)
+        if each.training:
+            return True
+        if each._modules:
+            pending += [inside for inside in _apart(each) if inside is not None]
     return False

@@ -21,6 +21,7 @@ from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.extras import need
 from trimtab.core.families import wide
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
+from trimtab.core.seeded import seeded
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -210,8 +211,7 @@ def decomposed(site: Site, config: Any) -> tuple[Tensor, Tensor]:
 
 def leading(M: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
     """(U (..., out, r), V (..., r, in)) of the first singular vectors of M (..., out, in), by random products."""
-    with torch.random.fork_rng(devices=[M.device] if M.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, M.device):
         U, _, V = torch.svd_lowrank(M, q=r, niter=POWERS)
     return U, V.mT
 

@@ -16,6 +16,7 @@ from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import cayley, skew, wide
 from trimtab.core.method import Call, Leaf, Leaves, Method
+from trimtab.core.seeded import seeded
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -107,8 +108,7 @@ class Psoft(Method):
         if config.psoft_svd == "full":
             U, S, V = torch.linalg.svd(W, full_matrices=False)
             return U[:, :r], S[:r], V[:r]
-        with torch.random.fork_rng(devices=[] if W.device.type == "cpu" else [W.device]):
-            torch.manual_seed(config.random_seed)
+        with seeded(config.random_seed, W.device):
             U, S, V = torch.svd_lowrank(W, q=r, niter=config.psoft_svd_lowrank_niter)
         return U, S, V.mT
 

@@ -59,7 +59,7 @@ SITES: dict[str, str] = {
 
 def toy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Toy:
     """The same toy every time, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return Toy().to(dtype).eval()
 
 
@@ -113,7 +113,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         self.conv = nn.Conv2d(6, 8, 3, padding=1, stride=2)
         self.grouped = nn.Conv2d(8, 4, 3, groups=2, padding=1)
         self.point = nn.Conv2d(4, 12, 1)
@@ -178,7 +178,7 @@ del EXPERTS["max_position_embeddings"]  # some of them take it with their rotati
 
 def llama(seed: int = 0, cls: type = tf.LlamaForCausalLM, **changes: Any) -> Any:
     """A Llama of two narrow layers, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return cls(tf.LlamaConfig(**{**LLAMA, **changes})).eval()
 
 
@@ -189,14 +189,14 @@ def classifier(seed: int = 0, **changes: Any) -> Any:
 
 def gpt2(seed: int = 0, cls: type = tf.GPT2LMHeadModel, **changes: Any) -> Any:
     """A GPT-2 of two narrow layers with tied embeddings, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
     return cls(tf.GPT2Config(**{**sizes, **changes})).eval()
 
 
 def bert(seed: int = 0, cls: type = tf.BertForSequenceClassification, **changes: Any) -> Any:
     """An encoder of two narrow layers, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     sizes = {
         "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": 3,
@@ -206,7 +206,7 @@ def bert(seed: int = 0, cls: type = tf.BertForSequenceClassification, **changes:
 
 def t5(seed: int = 0, **changes: Any) -> Any:
     """An encoder and a decoder of two narrow layers, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     sizes = {
         "vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ class Case:
         names = names or self.names
         return config_class(self.peft_type)(target_modules=list(names), **{**self.options, **more})
 
-    @property
+    @cached_property  # asked for each of the many thousand rows
     def method(self) -> Any:
         """The class that does it."""
         return method_class(config_class(self.peft_type)(**self.options))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The layers of the toy that its method can adapt."""
         able = tuple(name for name, kind in SITES.items() if kind in self.method.kinds)

@@ -18,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from trimtab import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -390,7 +391,7 @@ def held(world: World) -> Held:
     world.moves_to(torch.float64)
     gc.collect()
     objects = gc.get_objects()
-    tensors = [o for o in objects if issubclass(type(o), Tensor)]
+    tensors = [o for o in objects if issubclass(type(o), Tensor) and not issubclass(type(o), FakeTensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     numbers = sum(p.numel() for p in world.model.parameters())
     return Held(len(tensors), sum(storages.values()), len(objects), numbers, tracemalloc.get_traced_memory()[0])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import wide
-from trimtab.core.kernels import spared
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -100,10 +99,10 @@ class Gralora(Method):
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         x, k, site = call.drop(self, x, self.options.gralora_dropout), self.gralora_k, self.site
-        with spared(x):
-            h = torch.bmm(x.reshape(-1, k, site.fan_in // k).transpose(0, 1), self.gralora_A.to(x.dtype))
-        h = self.scaling * h.unflatten(-1, (k, -1)).transpose(0, 2).flatten(2)  # of each row i, all columns' (i, t, r)
-        dy = torch.bmm(h, self.gralora_B.to(x.dtype)).transpose(0, 1).reshape(y.shape)
+        h = torch.einsum("...jp,jpr->...jr", x.unflatten(-1, (k, -1)), self.gralora_A.to(x.dtype))
+        # Of each row of blocks, those of all its columns.
+        h = self.scaling * h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)
+        dy = torch.einsum("...ir,irq->...iq", h, self.gralora_B.to(x.dtype)).flatten(-2)
         if self.hybrid_r:
             A, B = self.gralora_A_general.to(x.dtype), self.gralora_B_general.to(x.dtype)
             dy = dy + site.mix(self.scaling * site.apply(x, A), B)

@@ -6,7 +6,6 @@ from trimtab.core.kernels.grouped import layered
 from trimtab.core.kernels.half import HALF, add_product, project
 from trimtab.core.kernels.loss import linear_cross_entropy
 from trimtab.core.kernels.lowrank import Layer, fits, lora_linear, lora_linear_group
-from trimtab.core.kernels.rebuilt import spared
 
 __all__ = [
     "HALF",
@@ -20,5 +19,4 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "project",
-    "spared",
 ]

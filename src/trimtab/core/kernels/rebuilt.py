@@ -9,15 +9,12 @@ did, operation by operation, so the tensor that comes back is the same bit by bi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from trimtab.core.kernels.usual import ordinary, recorded
 
 Recipe = Callable[[], Tensor]
 DEPTH = 4  # how many nodes a recipe may go back
@@ -58,26 +55,6 @@ def rebuilt(x: Tensor) -> Rebuilt | None:
         found = Rebuilt.known[id(node)] = Rebuilt(node, recipe)
     found.users += 1
     return found
-
-
-def spared(x: Tensor) -> AbstractContextManager[Any]:
-    """A block whose operations may save `x`, or views of it: it is formed anew instead of being kept."""
-    source = None if recorded() or not ordinary(x) else rebuilt(x)
-    if source is None:
-        return nullcontext()
-    source.users -= 1  # what is saved asks
-    place = x.untyped_storage().data_ptr()
-
-    def pack(t: Tensor) -> Any:
-        if t.untyped_storage().data_ptr() != place:
-            return t
-        source.users += 1
-        return t.shape, t.stride(), t.storage_offset()
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else source.take().as_strided(*kept)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def packed() -> bool:

@@ -39,10 +39,12 @@ def cayley(Q: Tensor, terms: int | None = None) -> Tensor:
         return torch.linalg.solve(I - Q, I + Q, left=False)
     if terms <= 2:
         return I + 2 * Q if terms == 2 else I.expand(Q.shape)
-    R = I
-    for _ in range(max(2, terms - 2)):  # by Horner's rule, with as many terms as PEFT takes
-        R = I + Q @ R
-    return (I + Q) @ R
+    # Of (I + Q)(I + Q + ... + Q^m), m as PEFT has it, two powers a product: I + 2 Q + Q² (2 I + 2 Q + Q² (...)).
+    m, first, P = max(2, terms - 2), I + 2 * Q, Q @ Q
+    R = first + I + P if m % 2 else 2 * I + Q
+    for _ in range(m // 2 - 1):
+        R = first + I + P @ R
+    return first + P @ R
 
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -327,6 +329,12 @@ class Delta(Method):
             M = form(*tensors)
             return y + self.site.apply(x, M.to(x.dtype) if x.is_floating_point() else M)
         return y + delta_linear(x, None, None, form, *tensors)
+
+    def times(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """x·Mᵀ with a factor M = form(*tensors), formed anew as a delta is where it need not stay in fp32."""
+        if self.site.widens(x):
+            return self.site.apply(x, form(*tensors))
+        return delta_linear(x, None, None, form, *tensors)
 
     def with_delta(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
         """The layer's own product and dW·x in one step, or None where the layer has no plain weight."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
 from trimtab.core.families import wide
+from trimtab.core.kernels import anew
 from trimtab.core.method import Call, Leaf, Leaves, Method, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -86,7 +87,8 @@ class C3A(Method):
         return W + circulants(wide(self.c3a_kernel) / self.site.fan_in)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        return y + convolved(wide(x), wide(self.c3a_kernel) / self.site.fan_in).to(x.dtype)
+        form = lambda x, c: convolved(wide(x), wide(c) / self.site.fan_in).to(x.dtype)
+        return y + anew(form, x, self.c3a_kernel)  # spectra of x are larger than x
 
 
 def circulants(c: Tensor) -> Tensor:

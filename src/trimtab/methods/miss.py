@@ -89,6 +89,7 @@ class Miss(Delta):
         D, x = self.miss_block, call.drop(self, x, self.options.miss_dropout)
         if self.bat:
             return self.plus_delta(y, x, self.form, D)
-        x = F.pad(x, (0, -x.shape[-1] % len(D))).unflatten(-1, (-1, len(D))).sum(-2)  # what one D sees, summed
+        x = F.pad(x, (0, short)) if (short := -x.shape[-1] % len(D)) else x  # (padding by nothing copies)
+        x = x.unflatten(-1, (-1, len(D))).sum(-2)  # what one D sees, summed
         h = x @ D.to(x.dtype)
         return y + h.repeat(*[1] * (h.ndim - 1), y.shape[-1] // h.shape[-1])

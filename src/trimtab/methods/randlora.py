@@ -112,17 +112,27 @@ class RandLora(Delta):
         for M, u in zip((A, B), drawn, strict=True):
             M.copy_(u / u.std())
 
-    def pair(self, lam: Tensor, gamma: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """D (r n, in) and U (out, r n) with dW = U D, in fp32 at least."""
-        (r, n), d, side = lam.shape, gamma.shape[1], max(self.site.fan_in, self.site.fan_out)
-        scaled = torch.einsum("kn,nj->knj", self.scaling * wide(lam), wide(gamma)) * wide(A[:, :, :d])
-        bases, scaled = wide(B[:side, :n].reshape(side, r * n)), scaled.flatten(0, 1)
-        return (scaled, bases) if self.site.fan_out == side else (bases.T, scaled.T)
+    @property
+    def tall(self) -> bool:
+        """Whether the outputs are no fewer than the inputs; else the product is transposed."""
+        return self.site.fan_out >= self.site.fan_in
+
+    def scaled(self, lam: Tensor, gamma: Tensor, A: Tensor) -> Tensor:
+        """s diag(λ) A diag(γ) of all terms (r n, d), or its transpose (d, r n), in fp32 at least."""
+        scales = (self.scaling * wide(lam))[:, :, None] * wide(gamma)
+        M = scales.mul_(wide(A[:, :, : gamma.shape[1]])).flatten(0, 1)  # in place: as large as the weight
+        return M if self.tall else M.T
+
+    def bases(self, B: Tensor) -> Tensor:
+        """All B_i side by side (out, r n), or their transpose (r n, in), in fp32 at least."""
+        (r, n), side = self.randlora_lambda.shape, max(self.site.fan_in, self.site.fan_out)
+        M = wide(B[:side, :n].reshape(side, r * n))
+        return M if self.tall else M.T
 
     def form(self, *tensors: Tensor) -> Tensor:
         """The change (out, in), in fp32 at least."""
-        D, U = self.pair(*tensors)
-        return U @ D
+        S, M = self.scaled(*tensors[:3]), self.bases(tensors[3])
+        return M @ S if self.tall else S @ M
 
     @property
     def sources(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -140,5 +150,9 @@ class RandLora(Delta):
         if not self.few(x):
             return self.added(y, x, call)
         x = call.drop(self, x, self.rate)
-        D, U = (M if self.site.widens(x) else M.to(x.dtype) for M in self.pair(*self.sources))
-        return self.site.add(y, self.site.apply(x, D), U)
+        *own, B = self.sources
+        M = self.bases(B) if (widens := self.site.widens(x)) else self.bases(B).to(x.dtype)
+        if self.tall:
+            return self.site.add(y, self.times(x, self.scaled, *own), M)
+        h = self.site.apply(x, M)
+        return self.site.add(y, h, self.scaled(*own)) if widens else y + self.times(h, self.scaled, *own)

@@ -1,5 +1,6 @@
 """Fused steps: autograd functions of plain tensors, each proved equal to its plain spelling. They know no layer."""
 
+from trimtab.core.kernels.anew import anew
 from trimtab.core.kernels.delta import delta_linear
 from trimtab.core.kernels.grouped import layered
 from trimtab.core.kernels.half import HALF, add_product, project
@@ -10,6 +11,7 @@ __all__ = [
     "HALF",
     "Layer",
     "add_product",
+    "anew",
     "delta_linear",
     "fits",
     "layered",

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.fsync = os.fstat  # it waits for the disk, 4 ms each of thousands: what tests write need not outlast the machine
 
 gc.disable()  # what is imported and collected stays: to look it through again and again takes 5 s of each process
 

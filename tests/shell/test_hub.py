@@ -104,9 +104,14 @@ def trimtab(*words: str, env: dict[str, str], folder: Path) -> subprocess.Comple
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
 
 
-PUSH = """
+LOCAL = """
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimtab import PeftModel
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+print(model(torch.tensor([[5, 6, 7]])).logits.sum().item())
+"""
+PUSH = """
 AutoModelForCausalLM.from_pretrained("base").push_to_hub("me/base")
 AutoTokenizer.from_pretrained("base").push_to_hub("me/base")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/base"), "adapter")
@@ -120,49 +125,34 @@ from trimtab import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("me/adapter")
 print(model(torch.tensor([[5, 6, 7]])).logits.sum().item())
 """
-LOCAL = """
-import torch
-from transformers import AutoModelForCausalLM
-from trimtab import PeftModel
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
-print(model(torch.tensor([[5, 6, 7]])).logits.sum().item())
+VERBS = """
+from typer.testing import CliRunner
+from trimtab.cli import app
+for line in (
+    "train --model me/base --data me/sums --output run --max-steps 2",
+    "inspect me/adapter",
+    "generate --adapter run/adapter --prompt 1+1= --max-new-tokens 2",
+):
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 0, (line, done.output, done.exception)
 """
 
 
 def test_ids_of_the_hub_wherever_a_folder_can_stand(hub: dict[str, str], tmp_path: Path) -> None:
     adapter_folder(tmp_path / "adapter", base_folder(tmp_path / "base"))
-    python(PUSH, hub, tmp_path)
+    expected = python(LOCAL + PUSH, hub, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= Hub.repositories["me/adapter"].keys()
     assert "model.safetensors" not in Hub.repositories["me/adapter"]
     told = Hub.repositories["me/config"]["adapter_config.json"]
     assert told == Hub.repositories["me/adapter"]["adapter_config.json"]
 
-    expected = python(LOCAL, hub, tmp_path)
-    elsewhere = {**hub, "HF_HOME": str(tmp_path / "elsewhere")}
-    assert python(LOAD, elsewhere, tmp_path) == expected
-    assert python(LOAD, {**elsewhere, "HF_HUB_OFFLINE": "1"}, tmp_path) == expected  # from the cache
-
     rows = "prompt,completion\n" + "".join(f"{i}+{i}=,is {2 * i}\n" for i in range(40))
     Hub.repositories["me/sums"] = {"train.csv": rows.encode()}
-    words = ("train", "--model", "me/base", "--data", "me/sums", "--output", "run", "--max-steps", "2")
-    done = trimtab(*words, env=elsewhere, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    elsewhere = {**hub, "HF_HOME": str(tmp_path / "elsewhere")}
+    assert python(LOAD + VERBS, elsewhere, tmp_path) == expected
     written = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "me/base"
-    done = trimtab("inspect", "me/adapter", env=elsewhere, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = trimtab(
-        "generate",
-        "--adapter",
-        "run/adapter",
-        "--prompt",
-        "1+1=",
-        "--max-new-tokens",
-        "2",
-        env=elsewhere,
-        folder=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    assert python(LOAD, {**elsewhere, "HF_HUB_OFFLINE": "1"}, tmp_path) == expected  # from the cache
 
 
 def test_ids_that_are_not_there(hub: dict[str, str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ SCALARS: dict[Any, str] = {
     type(None): "None",
 }
 MANY: dict[Any, str] = {int: "whole numbers", float: "numbers (finite, to 1e10)", bool: "booleans", str: "strings"}
+PLAIN = (bool, str, type(None))  # of these every value is one of the type
 LISTS = (list, tuple, set, frozenset)
 
 
@@ -89,6 +90,8 @@ def fitted(value: Any, hint: Any) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
         value = value.item()
     options = _options(hint)
+    if type(value) in PLAIN and type(value) in options:  # most fields of most configs
+        return value
     for convert in (False, True):  # first what it is, then what it can be read as: 1 is an int before it is a bool
         for option in options:
             try:

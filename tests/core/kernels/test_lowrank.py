@@ -18,23 +18,28 @@ from trimtab.core.dropout import Dropout, Several, rows_of
 from trimtab.core.kernels import Layer, lora_linear, lora_linear_group
 
 IN, OUT, RANK = 24, 40, 4
+NARROW = {"width": 6, "out": 7}  # for derivatives by differences: a pass for each number that goes in
 ROWS = rows_of(torch.empty(3, 5, IN))
 DROP = Dropout(0.3, 7, ROWS)
 Tensors = dict[str, Any]
 
 
 def tensors(
-    dtype: torch.dtype = torch.float32, factors: torch.dtype | None = None, out: int = OUT, seed: int = 0
+    dtype: torch.dtype = torch.float32,
+    factors: torch.dtype | None = None,
+    out: int = OUT,
+    seed: int = 0,
+    width: int = IN,
 ) -> Tensors:
-    """x (3, 5, in), a frozen W, a bias and factors that matter as much as W."""
+    """x (3, 5, width), a frozen W, a bias and factors that matter as much as W."""
     draw = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     factors = factors or dtype
     return {
-        "x": make(3, 5, IN).to(dtype).requires_grad_(),
-        "W": (make(out, IN) / IN**0.5).to(dtype),
+        "x": make(3, 5, width).to(dtype).requires_grad_(),
+        "W": (make(out, width) / width**0.5).to(dtype),
         "b": make(out).to(dtype),
-        "A": (make(RANK, IN) / IN**0.5).to(factors).requires_grad_(),
+        "A": (make(RANK, width) / width**0.5).to(factors).requires_grad_(),
         "B": (make(out, RANK) / RANK**0.5).to(factors).requires_grad_(),
     }
 
@@ -113,15 +118,15 @@ def test_everything_dropped_leaves_the_base() -> None:
 
 @drops
 def test_first_and_second_derivatives(drop: Dropout | None) -> None:
-    t = tensors(torch.float64)
+    t = tensors(torch.float64, **NARROW)
     run = lambda x, A, B: lora_linear(x, t["W"], t["b"], A, B, 0.7, drop)
     assert torch.autograd.gradcheck(run, (t["x"], t["A"], t["B"]))
     assert torch.autograd.gradgradcheck(run, (t["x"], t["A"], t["B"]))
 
 
 def test_second_derivatives_through_a_rebuilt_input() -> None:
-    t = tensors(torch.float64)
-    gate = torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
+    t = tensors(torch.float64, **NARROW)
+    gate = torch.randn(3, 5, NARROW["width"], dtype=torch.float64, requires_grad=True)
     run = lambda x, gate, A, B: lora_linear(x * gate, t["W"], t["b"], A, B, 0.7)
     assert torch.autograd.gradgradcheck(run, (t["x"], gate, t["A"], t["B"]))
 
@@ -174,9 +179,11 @@ def test_a_group_of_which_one_output_is_unused() -> None:
 
 
 # ---------------------------------------------------------------------- pieces of a batch, each with its own factors
-def pieces(drop: Any, dtype: torch.dtype, factors: torch.dtype | None = None) -> tuple[Tensor, list[Tensors]]:
-    """x (3, 5, in) of three pieces and two layers of it, with factors for each piece."""
-    made = [[tensors(dtype, factors, out=out, seed=7 * k + g) for g in range(3)] for k, out in enumerate((OUT, 16))]
+def pieces(
+    drop: Any, dtype: torch.dtype, factors: torch.dtype | None = None, out: int = OUT, width: int = IN
+) -> tuple[Tensor, list[Tensors]]:
+    """x (3, 5, width) of three pieces and two layers of it, with factors for each piece."""
+    made = [[tensors(dtype, factors, o, 7 * k + g, width) for g in range(3)] for k, o in enumerate((out, 16))]
     both = [
         layer[0] | {n: torch.stack([t[n].detach() for t in layer]).requires_grad_() for n in "AB"} | {"drop": drop}
         for layer in made
@@ -217,7 +224,7 @@ def test_pieces_equal_their_own_formulas(drop: Any, dtype: torch.dtype) -> None:
 
 @pieces_drops
 def test_derivatives_of_pieces(drop: Any) -> None:
-    x, (first, _) = pieces(drop, torch.float64)
+    x, (first, _) = pieces(drop, torch.float64, **NARROW)
     run = lambda x, A, B: lora_linear_group(x, [Layer(first["W"], first["b"], A, B, 0.7, drop)])
     assert torch.autograd.gradcheck(run, (x, first["A"], first["B"]))
     assert torch.autograd.gradgradcheck(run, (x, first["A"], first["B"]))

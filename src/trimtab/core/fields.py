@@ -23,7 +23,7 @@ SCALARS: dict[Any, str] = {
     type(None): "None",
 }
 MANY: dict[Any, str] = {int: "whole numbers", float: "numbers (finite, to 1e10)", bool: "booleans", str: "strings"}
-PLAIN = (bool, str, type(None))  # of these every value is one of the type
+PLAIN = frozenset({bool, str, type(None)})  # of these every value is one of the type: numbers have bounds
 LISTS = (list, tuple, set, frozenset)
 
 
@@ -90,8 +90,6 @@ def fitted(value: Any, hint: Any) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
         value = value.item()
     options = _options(hint)
-    if type(value) in PLAIN and type(value) in options:  # most fields of most configs
-        return value
     for convert in (False, True):  # first what it is, then what it can be read as: 1 is an int before it is a bool
         for option in options:
             try:
@@ -201,11 +199,10 @@ def _same(value: Any, found: Any, kind: Any) -> bool:
 
 
 @functools.cache
-def _taken(cls: Any) -> list[tuple[str, Any, set[Any]]]:
+def _taken(cls: Any) -> list[tuple[str, Any, frozenset[Any]]]:
     """Each field of a config's class: its name, its type, and those of that type's members of which any value does."""
     hints = typing.get_type_hints(cls)
-    whole = {bool, str, type(None)}  # numbers have bounds
-    return [(f.name, hints[f.name], whole & {*_options(hints[f.name])}) for f in dataclasses.fields(cls)]
+    return [(f.name, hints[f.name], PLAIN & {*_options(hints[f.name])}) for f in dataclasses.fields(cls)]
 
 
 def _shown(value: Any, limit: int = 80) -> str:

@@ -46,3 +46,14 @@ def parked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """What adapters are that leave the module tree: modules beside it, or numbers only."""
     if request.param == "data":
         monkeypatch.setattr("trimtab.graft.residents.ASIDE", 0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what runs often and does not look at loss.png: to draw it takes half of a run of four steps."""
+
+    def touched(result: object, path: Path, title: str) -> Path:
+        path.touch()
+        return path
+
+    monkeypatch.setattr("trimtab.train.assembly.plot_losses", touched)

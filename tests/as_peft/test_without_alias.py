@@ -1,12 +1,10 @@
-"""`from trimtab import ...` without the alias: a plain loop, accelerate, and the Trainer. Run in fresh interpreters."""
+"""`from trimtab import ...` without the alias: a plain loop, accelerate, and the Trainer. In a fresh interpreter."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from tests.as_peft import tiny
 
@@ -74,12 +72,11 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("middle", [LOOP, ACCELERATE, TRAINER], ids=["loop", "accelerate", "trainer"])
-def test_training_and_saving(middle, tmp_path):
+def test_training_and_saving(tmp_path):
     environment = tiny.environment()
     environment["PYTHONPATH"] += f":{ROOT}"
     done = subprocess.run(
-        [sys.executable, "-c", START + middle + END, str(tmp_path)],
+        [sys.executable, "-c", "".join(START + how + END for how in (LOOP, ACCELERATE, TRAINER)), str(tmp_path)],
         capture_output=True,
         text=True,
         env=environment,

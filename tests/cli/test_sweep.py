@@ -14,6 +14,7 @@ from tests.cli.test_cli import tiny_base  # noqa: F401  a fixture
 from trimtab.cli import app
 from trimtab.errors import PeftError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ["--precision", "fp32", "--max-steps", "6"]
 
 

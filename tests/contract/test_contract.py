@@ -301,7 +301,7 @@ def test_a_few_steps_lower_the_loss(case: Case, site: str) -> None:
     goal = torch.randn(model(ids()).shape, generator=torch.Generator().manual_seed(5))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
-    for _ in range(15):
+    for _ in range(8):
         loss = (model(ids()) - goal).square().mean()
         optimiser.zero_grad()
         loss.backward()

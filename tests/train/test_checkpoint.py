@@ -24,6 +24,7 @@ from trimtab.train.loop import Event
 from trimtab.train.report import console_for
 from trimtab.train.run import Outcome, run_training
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 QUIET = console_for(quiet=True)
 MAIN = "import torch; torch.set_num_threads(1); from trimtab.cli import main; main()"
 

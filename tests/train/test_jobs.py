@@ -22,6 +22,7 @@ from trimtab.train.jobs import read_jobs, run_jobs
 from trimtab.train.loop import Event
 from trimtab.train.run import run_training
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 OWN: dict[str, dict[str, Any]] = {
     "one": {"r": 2, "learning_rate": 1e-2, "seed": 3, "lora_dropout": 0.2},
     "two": {"method": "dora", "r": 4, "target_modules": "q_proj,v_proj", "max_steps": 5},

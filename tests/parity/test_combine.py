@@ -109,6 +109,13 @@ def test_types(kind: str, weights: list[float], sign: str, stripes: Callable[[],
     assert (one - two).abs().max() <= 1e-4 * max(1.0, two.abs().max())
 
 
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "magnitude_prune"])
+@pytest.mark.parametrize("other", ["mica", True])
+def test_mica_is_a_pair_like_any_other(kind: str, other: Any) -> None:
+    own = {"init_lora_weights": "mica", "target_modules": ["up", "head"]}
+    assert_same(*both({"a": own, "b": {**own, "init_lora_weights": other}}, [1.0, -0.5], kind, density=0.6))
+
+
 @pytest.mark.parametrize("density", [0.2, 0.9, 1.0])
 def test_density(density: float) -> None:
     for kind in ("ties", "magnitude_prune", "ties_svd"):

@@ -22,6 +22,7 @@ class Mica(LowRank):
     example = {"init_lora_weights": "mica"}
     prefix = "lora_"
     kinds = fused = frozenset({"linear", "embedding"})
+    combine, combined_config = LowRank.combined, LowRank.settle
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:

@@ -7,7 +7,8 @@ model takes PEFT minutes a step: so on its first four blocks, with random weight
 
 Time: all arms in one process on one copy of the base's weights, interleaved forwards and backwards (ABBA), medians of
 processor seconds.
-Memory: the growth of the peak resident size over two steps, each arm in a fresh process.
+Memory: each arm in a fresh process: the growth of the peak resident size over two steps, which differs by tens of MB
+between equal runs, and the most that a step allocates, which does not.
 Without the `peft` package the columns of PEFT stay empty.
 """
 
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
+
+from common import memory_of
 
 warnings.filterwarnings("ignore")
 
@@ -114,16 +116,11 @@ def batch(tokens: int) -> Any:
     return torch.randint(0, 49000, (2, tokens // 2))
 
 
-def memory(library: str, method: str, tokens: int, everywhere: bool) -> float:
-    """Peak resident growth over two steps, in MB, in this process."""
+def memory(library: str, method: str, tokens: int, everywhere: bool) -> tuple[float, float]:
+    """See `common.memory_of`."""
     base = small_model() if everywhere else base_model()
     model, ids = adapted(library, method, base, everywhere), batch(tokens)
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    fields = lambda: dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
-    before = int(fields()["VmRSS"].split()[0])
-    for _ in range(2):
-        step(model, ids)
-    return (int(fields()["VmHWM"].split()[0]) - before) / 1024
+    return memory_of(lambda: step(model, ids))
 
 
 def main() -> None:
@@ -138,7 +135,7 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(memory(*options.memory_of, options.tokens, options.all_linear))
+        print(*memory(*options.memory_of, options.tokens, options.all_linear))
         return
     everywhere = options.all_linear
     first, *others = methods(everywhere)
@@ -156,22 +153,24 @@ def main() -> None:
                 times[arm].append(time.process_time() - start)
         print(f"round {round_} of {options.rounds}", file=sys.stderr)
     del arms
-    peaks = {}
+    held = {}
     for arm in times:
         command = [sys.executable, __file__, "--tokens", str(options.tokens), "--memory-of", *arm]
         command += ["--all-linear"] if everywhere else []
-        peaks[arm] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        held[arm] = [f"{float(number):.0f} MB" for number in said[-2:]]
     lora = statistics.median(times["trimtab", "LoRA r16"])
     rows = []
     for method in chosen:
         mine = statistics.median(times["trimtab", method])
-        row = [method, f"{mine * 1000:.0f} ms", f"{mine / lora:.2f}", f"{peaks['trimtab', method]:.0f} MB"]
+        row = [method, f"{mine * 1000:.0f} ms", f"{mine / lora:.2f}", *held["trimtab", method]]
         if "peft" in libraries:
             theirs = statistics.median(times["peft", method])
-            row += [f"{theirs / lora:.2f}", f"{theirs / mine:.2f}", f"{peaks['peft', method]:.0f} MB"]
+            row += [f"{theirs / lora:.2f}", f"{theirs / mine:.2f}", *held["peft", method]]
         rows.append(row)
-    head = ["method", "step", "relative to our LoRA", "peak growth"]
-    head += ["PEFT relative to our LoRA", "PEFT / ours", "PEFT peak growth"] if "peft" in libraries else []
+    head = ["method", "step", "relative to our LoRA", "resident", "allocated"]
+    other = ["PEFT relative to our LoRA", "PEFT / ours", "PEFT resident", "PEFT allocated"]
+    head += other if "peft" in libraries else []
     import report
 
     text = report.table(head, rows)

@@ -16,16 +16,14 @@ import copy
 import functools
 import importlib
 import importlib.util
-import itertools
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import clocks, ratio
+from common import clocks, memory_of, ratio
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore")
@@ -111,26 +109,16 @@ def check_parity(base: nn.Module, ids: Tensor, options: Any) -> str:
 
 
 def memory(arm: str, options: Any) -> tuple[float, float]:
-    """In this process, in MB: the growth of the peak resident size over two steps, and what a third step allocates.
-
-    The first has the allocator's habits in it and differs by tens of MB between equal runs; the second does not.
-    """
+    """See `common.memory_of`."""
     base, ids = load(options)
     build, fused = arms(options)[arm]
     model = build(base)
-    lines = lambda: Path("/proc/self/status").read_text().splitlines()
-    status = lambda key: next(int(line.split()[1]) for line in lines() if line.startswith(key))
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    before = status("VmRSS")
-    for _ in range(2):
+
+    def run() -> None:
         step(model, ids, fused)
         model.zero_grad(set_to_none=True)
-    grown = status("VmHWM") - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(model, ids, fused)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    running = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return grown / 1024, max(running) / 2**20
+
+    return memory_of(run)
 
 
 def main() -> None:

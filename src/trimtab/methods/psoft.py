@@ -136,10 +136,11 @@ class Psoft(Method):
         return W + self.scaling * (B @ self.turn()) @ A
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        A, B = self.tensor("_psoft_A_cache"), wide(self.tensor("_psoft_B_cache"))
+        A, B = self.tensor("_psoft_A_cache"), self.tensor("_psoft_B_cache")
         x = call.drop(self, x, self.options.psoft_dropout)
         h = self.site.apply(x, A.to(y.dtype)) * self.scaling
-        return self.site.add(y, h, (B @ self.turn()).to(y.dtype))
+        # Turned first, so that nothing of B's size is kept, or has a gradient.
+        return self.site.add(y, self.site.mix(h, self.turn().to(y.dtype)), B.to(y.dtype))
 
 
 def within(Q: Tensor, eps: float | None) -> Tensor:

@@ -330,12 +330,6 @@ class Delta(Method):
             return y + self.site.apply(x, M.to(x.dtype) if x.is_floating_point() else M)
         return y + delta_linear(x, None, None, form, *tensors)
 
-    def times(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """x·Mᵀ with a factor M = form(*tensors), formed anew as a delta is where it need not stay in fp32."""
-        if self.site.widens(x):
-            return self.site.apply(x, form(*tensors))
-        return delta_linear(x, None, None, form, *tensors)
-
     def with_delta(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
         """The layer's own product and dW·x in one step, or None where the layer has no plain weight."""
         plain = self.site.plain()

@@ -10,9 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the block torch draws from this seed, on the CPU and on `device`; after it all is as it was before.
+    """Inside the block torch draws from this seed, on the CPU and on `device`.
 
-    torch.manual_seed would seed every accelerator there is, and only this one is put back.
+    After it these two go on as before; an accelerator that is not CUDA's stays seeded. torch.manual_seed would seed
+    every accelerator there is.
     """
     cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if cuda else []):

@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import Delta, one_projection, wide
+from trimtab.core.kernels import delta_linear
 from trimtab.core.method import Call, Leaf, Leaves, require_rank
 from trimtab.core.report import warn
 from trimtab.core.site import Site
@@ -151,8 +152,11 @@ class RandLora(Delta):
             return self.added(y, x, call)
         x = call.drop(self, x, self.rate)
         *own, B = self.sources
-        M = self.bases(B) if (widens := self.site.widens(x)) else self.bases(B).to(x.dtype)
+        if self.site.widens(x):  # both factors stay in fp32
+            S, M = self.scaled(*own), self.bases(B)
+            D, U = (S, M) if self.tall else (M, S)
+            return self.site.add(y, self.site.apply(x, D), U)
+        M = self.bases(B).to(x.dtype)  # of the other, which is trained, nothing is kept
         if self.tall:
-            return self.site.add(y, self.times(x, self.scaled, *own), M)
-        h = self.site.apply(x, M)
-        return self.site.add(y, h, self.scaled(*own)) if widens else y + self.times(h, self.scaled, *own)
+            return self.site.add(y, delta_linear(x, None, None, self.scaled, *own), M)
+        return y + delta_linear(self.site.apply(x, M), None, None, self.scaled, *own)

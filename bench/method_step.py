@@ -1,9 +1,10 @@
 """Time and memory of one training step of each method on SmolLM2-135M, relative to LoRA's, ours and PEFT's.
 
-    python bench/method_step.py [--all-linear] [--tokens 256] [--rounds 5] [--only NAME ...] [--write]
+    python bench/method_step.py [--all-linear] [--tokens 256] [--rounds N] [--only NAME ...] [--write]
 
 --all-linear: the methods that form a delta or a rotation anew in each step, on every linear layer, which on the whole
-model takes PEFT minutes a step: so on its first four blocks, with random weights. Without it: all kinds, on q and v.
+model takes PEFT minutes a step: so on its first four blocks, with random weights and without the head, which has no
+adapter and would be most of the step. Without it: all kinds, on q and v of the whole model.
 
 Time: all arms in one process on one copy of the base's weights, interleaved forwards and backwards (ABBA), medians of
 processor seconds; PEFT / ours is the median of the rounds' ratios, of steps one right after the other, with quartiles.
@@ -76,16 +77,16 @@ def methods(everywhere: bool) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def small_model() -> Any:
-    """The model's first blocks, with random weights."""
+    """The model's first blocks, with random weights and without the head."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel
 
     from trimtab.files.sources import resolve_base
 
     config = AutoConfig.from_pretrained(resolve_base("smollm2-135m-instruct"))
     config.num_hidden_layers = BLOCKS
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModel.from_config(config, dtype=torch.float32)
 
 
 def base_model() -> Any:
@@ -101,11 +102,15 @@ def adapted(library: str, method: str, base: Any, everywhere: bool) -> Any:
     name, fields = methods(everywhere)[method]
     module = __import__(library)
     shared = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    return module.get_peft_model(shared, getattr(module, name)(task_type="CAUSAL_LM", **fields)).train()
+    task = None if everywhere else "CAUSAL_LM"
+    return module.get_peft_model(shared, getattr(module, name)(task_type=task, **fields)).train()
 
 
-def step(model: Any, ids: Any) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+def step(model: Any, ids: Any, everywhere: bool) -> None:
+    if everywhere:
+        model(input_ids=ids).last_hidden_state.square().mean().backward()
+    else:
+        model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -120,13 +125,13 @@ def memory(library: str, method: str, tokens: int, everywhere: bool) -> tuple[fl
     """See `common.memory_of`."""
     base = small_model() if everywhere else base_model()
     model, ids = adapted(library, method, base, everywhere), batch(tokens)
-    return memory_of(lambda: step(model, ids))
+    return memory_of(lambda: step(model, ids, everywhere))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of each arm a step (default 5, with --all-linear 20)")
     parser.add_argument(
         "--all-linear", action="store_true", help="recomputed deltas and rotations on every linear layer"
     )
@@ -144,14 +149,15 @@ def main() -> None:
     base, ids = small_model() if everywhere else base_model(), batch(options.tokens)
     arms = {(library, m): adapted(library, m, base, everywhere) for m in chosen for library in libraries}
     times: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
-    for round_ in range(options.rounds + 1):
+    rounds = options.rounds or (20 if everywhere else 5)
+    for round_ in range(rounds + 1):
         order = list(arms) if round_ % 2 else list(reversed(arms))
         for arm in order:
             start = time.process_time()  # processor seconds: what other processes take does not count
-            step(arms[arm], ids)
+            step(arms[arm], ids, everywhere)
             if round_:  # the first round warms up
                 times[arm].append(time.process_time() - start)
-        print(f"round {round_} of {options.rounds}", file=sys.stderr)
+        print(f"round {round_} of {rounds}", file=sys.stderr)
     del arms
     held = {}
     for arm in times:
@@ -177,7 +183,7 @@ def main() -> None:
     import report
 
     text = report.table(head, rows)
-    where = f"every linear layer of {BLOCKS} blocks" if everywhere else "q and v"
+    where = f"every linear layer of {BLOCKS} blocks without the head" if everywhere else "q and v"
     title = f"One training step of each method on {where} of SmolLM2-135M, fp32, 2 x {options.tokens // 2} tokens"
     if options.write:
         report.write("method_step-all" if everywhere else "method_step", title, text)

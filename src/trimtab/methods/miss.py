@@ -91,5 +91,6 @@ class Miss(Delta):
             return self.plus_delta(y, x, self.form, D)
         x = F.pad(x, (0, short)) if (short := -x.shape[-1] % len(D)) else x  # (padding by nothing copies)
         x = x.unflatten(-1, (-1, len(D))).sum(-2)  # what one D sees, summed
-        h = x @ D.to(x.dtype)
-        return y + h.repeat(*[1] * (h.ndim - 1), y.shape[-1] // h.shape[-1])
+        if (times := y.shape[-1] // D.shape[1]) == 1:
+            return self.site.add(y, x, D.T.to(x.dtype))
+        return y + (x @ D.to(x.dtype)).repeat(*[1] * (x.ndim - 1), times)

@@ -70,6 +70,16 @@ def test_fields_defaults_and_files(name: str, tmp_path: Path) -> None:
     assert configs[0].is_adaption_prompt == configs[1].is_adaption_prompt
 
 
+@pytest.mark.parametrize("name", [n for n in CLASSES if n not in ("AdaptionPromptConfig", "IA3Config")])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_lists_of_names_are_sets_where_they_are_in_peft(name: str, field: str) -> None:
+    if field not in {f.name for f in dataclasses.fields(getattr(peft, name))}:
+        return
+    theirs, ours = (getattr(made(library, name, **{field: ["a", "b"]}), field) for library in (peft, trimtab))
+    assert type(ours) is type(theirs)
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_read_whoever_wrote_it(name: str, tmp_path: Path) -> None:
     for writer in (peft, trimtab):

@@ -96,11 +96,6 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def as_set(value: Any) -> Any:
-    """A list of names as a set, as PEFT keeps it; a string or None as it is."""
-    return set(value) if isinstance(value, list | tuple) else value
-
-
 def match_pattern(keys: Iterable[str], name: str) -> str | None:
     """The first key of a `rank_pattern` or `alpha_pattern` (a suffix or a regular expression) that fits `name`."""
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
@@ -340,10 +335,13 @@ class LayerConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")  # of names; PEFT keeps some methods' lists
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = as_set(self.target_modules)
-        self.exclude_modules = as_set(self.exclude_modules)
+        for name in self.sets:
+            if isinstance(value := getattr(self, name), list | tuple):
+                setattr(self, name, set(value))
         if faults := idle(vars(self)):
             raise ConfigError(next(iter(faults.values())))
 

@@ -299,6 +299,7 @@ class Delta(Method):
     """
 
     form: Callable[..., Tensor]  # dW (out, in), in fp32 at least, of `sources`; a function of its arguments alone
+    onto: Callable[..., Tensor] | None = None  # W + dW of a W and `sources`, where that costs less than dW by itself
     dropped: str = ""  # the field of its dropout on the input
 
     @property
@@ -313,11 +314,11 @@ class Delta(Method):
 
     def summed(self, W: Tensor) -> Tensor:
         """W + dW."""
-        return W + self.form(*self.sources)
+        return W + self.form(*self.sources) if self.onto is None else self.onto(W, *self.sources)
 
     def joined(self, x: Tensor, call: Call) -> Tensor | None:
         """The layer with its change in one step, or None where that does not apply."""
-        return None if self.training and self.rate else self.with_delta(x, self.form, *self.sources)
+        return None if self.training and self.rate else self.with_delta(x, self.form, *self.sources, onto=self.onto)
 
     def added(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         """The layer's output with dW·x added."""
@@ -330,7 +331,25 @@ class Delta(Method):
             return y + self.site.apply(x, M.to(x.dtype) if x.is_floating_point() else M)
         return y + delta_linear(x, None, None, form, *tensors)
 
-    def with_delta(self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
+    def with_delta(
+        self, x: Tensor, form: Callable[..., Tensor], *tensors: Tensor, onto: Callable[..., Tensor] | None = None
+    ) -> Tensor | None:
         """The layer's own product and dW·x in one step, or None where the layer has no plain weight."""
         plain = self.site.plain()
-        return None if plain is None else delta_linear(x, *plain, form, *tensors)
+        return None if plain is None else delta_linear(x, *plain, form, *tensors, onto=onto)
+
+
+class Sparse(Delta):
+    """A change of which few entries are not zero: added to a copy of W, without a second matrix of its size."""
+
+    entries: Callable[..., tuple[Tensor, Tensor]]  # their places (n,), counted row by row, and values (n,)
+
+    def form(self, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        """dW (out, in), in fp32 at least."""
+        return self.onto(wide(tensors[0]).new_zeros(self.site.fan_out, self.site.fan_in), *tensors)
+
+    def onto(self, W: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        """W + dW (out, in)."""
+        places, values = self.entries(*tensors)
+        dtype = torch.promote_types(W.dtype, values.dtype)
+        return W.to(dtype).flatten().scatter_add(0, places, values.to(dtype)).view(W.shape)

@@ -108,11 +108,9 @@ class Glora(Delta):
     def form(self, *tensors: Tensor) -> Tensor:
         """dW (out, in), in fp32 at least; it follows from the base's own W, whatever stands between."""
         parts = dict(zip(self.weighs, tensors, strict=True))
-        W = self.site.matrix()
-        dW = wide(W).new_zeros(W.shape)
-        if (A := self.value("A", parts)) is not None:
-            dW = dW + W * A
-        return dW if (B := self.value("B", parts)) is None else dW + B
+        A, B, W = self.value("A", parts), self.value("B", parts), self.site.matrix()
+        dW = wide(W).new_zeros(W.shape) if A is None else wide(W) * A
+        return dW if B is None else dW + B
 
     def moved(self) -> Tensor | None:
         """db (out,); None where the layer has no bias."""
@@ -128,15 +126,25 @@ class Glora(Delta):
             db = db + wide(self.site.matrix()) @ C[:, 0]
         return db
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.form(*map(self.tensor, self.weighs))
+    @property
+    def sources(self) -> list[Tensor]:  # type: ignore[override]
+        """What the change is formed from."""
+        return [self.tensor(leaf) for leaf in self.weighs]
+
+    weight = Delta.summed
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        y = self.joined(x, call) if self.weighs else None
+        return None if y is None else self.shifted(y)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if b is None or (db := self.moved()) is None else b + db
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        if self.weighs:
-            y = self.plus_delta(y, x, self.form, *map(self.tensor, self.weighs))
+        return self.shifted(self.added(y, x, call) if self.weighs else y)
+
+    def shifted(self, y: Tensor) -> Tensor:
+        """An output with db added."""
         return y if (db := self.moved()) is None else y + db.to(y.dtype)
 
 

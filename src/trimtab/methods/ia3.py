@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimtab.core.combining import Recipe
-from trimtab.core.config import LayerConfig, PeftType, as_set, help_field
+from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.method import Call, Leaf, Leaves, Method
 from trimtab.core.site import Site
 from trimtab.core.targets import matches
@@ -51,10 +51,11 @@ class IA3Config(LayerConfig):
     layers_to_transform: ClassVar[None] = None  # type: ignore[misc]
     layers_pattern: ClassVar[None] = None  # type: ignore[misc]
 
+    sets: ClassVar[tuple[str, ...]] = (*LayerConfig.sets, "feedforward_modules")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.IA3
-        self.feedforward_modules = as_set(self.feedforward_modules)
         wanted, inputs = self.target_modules, self.feedforward_modules
         if isinstance(wanted, set) and isinstance(inputs, set) and not all(_covers(wanted, name) for name in inputs):
             raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")

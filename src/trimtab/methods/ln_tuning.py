@@ -41,6 +41,7 @@ class LNTuningConfig(LayerConfig):
 
     layers_to_transform: ClassVar[None] = None  # type: ignore[misc]
     layers_pattern: ClassVar[None] = None  # type: ignore[misc]
+    sets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,7 @@ class OSFConfig(LayerConfig):
     exclude_modules: ClassVar[None] = None  # type: ignore[misc]
     layers_to_transform: ClassVar[None] = None  # type: ignore[misc]
     layers_pattern: ClassVar[None] = None  # type: ignore[misc]
+    sets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import Delta
+from trimtab.core.families import Sparse
 from trimtab.core.method import Leaf, Leaves, require_rank
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -45,7 +45,7 @@ class ShiraConfig(LayerConfig):
         self.mask_fn: Callable[..., Tensor] | None = None
 
 
-class Shira(Delta):
+class Shira(Sparse):
     """A sparse delta of high rank."""
 
     when = "fast switching: 1 or 2 % of the entries change"
@@ -88,12 +88,10 @@ class Shira(Delta):
         else:
             self.shira_weight.normal_()
 
-    def form(self, values: Tensor) -> Tensor:
-        """S (out, in)."""
+    def entries(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The places and values of S."""
         rows, columns = self.shira_indices.long()
-        into = self.site.fan_in
-        S = values.new_zeros(self.site.fan_out * into).index_put_((rows * into + columns,), self.scaling * values)
-        return S.view(-1, into)
+        return rows * self.site.fan_in + columns, self.scaling * values
 
-    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    weight, through, after = Sparse.summed, Sparse.joined, Sparse.added
     sources = property(lambda self: (self.shira_weight,))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
-from trimtab.core.families import Delta, wide
+from trimtab.core.families import Sparse, wide
 from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -50,12 +50,13 @@ class SupertuningConfig(LayerConfig):
             self.lora_alpha = 2 * self.r
 
 
-class Supertuning(Delta):
+class Supertuning(Sparse):
     """A sparse delta where the weight is largest, with or without one of low rank."""
 
     when = "sparse updates where weights are largest"
     config, prefix, targets = SupertuningConfig, "supertuning_", ATTENTION
     kinds = fused = frozenset({"linear"})
+    sources = property(lambda self: (self.supertuning_values,))
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -93,17 +94,19 @@ class Supertuning(Delta):
             if config.init_weights:
                 B.zero_()
 
-    def form(self, values: Tensor) -> Tensor:
-        """S (out, in)."""
-        S = values.new_zeros(self.site.fan_out * self.site.fan_in)
-        return S.index_put_((self.supertuning_indices.long(),), values).view(self.site.fan_out, -1)
+    def entries(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The places and values of S."""
+        return self.supertuning_indices.long(), values
+
+    def through(self, x: Tensor, call: Call) -> Tensor | None:
+        return None if self.r else self.joined(x, call)  # A and B by themselves need fewer products than their product
 
     def weight(self, W: Tensor) -> Tensor:
-        W = W + self.form(self.supertuning_values)
+        W = self.summed(W)
         return W + self.scaling * (wide(self.supertuning_lora_B) @ wide(self.supertuning_lora_A)) if self.r else W
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        y = self.plus_delta(y, x, self.form, self.supertuning_values)
+        y = self.added(y, x, call)
         if not self.r:
             return y
         A, B = self.supertuning_lora_A.to(x.dtype), self.supertuning_lora_B.to(x.dtype)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.core.config import PeftConfig, PeftType, as_set, help_field
+from trimtab.core.config import PeftConfig, PeftType, help_field
 from trimtab.core.method import INPUT_EMBEDDING, Call, Leaf, Leaves, Method
 from trimtab.core.site import EmbeddingSite, Site
 
@@ -30,7 +30,6 @@ class TrainableTokensConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
-        self.target_modules = as_set(self.target_modules)
 
 
 class TrainableTokens(Method):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field, match_pattern
-from trimtab.core.families import Delta, drawn_places, require_places, wide
+from trimtab.core.families import Sparse, drawn_places, require_places, wide
 from trimtab.core.method import Leaf, Leaves
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
@@ -61,7 +61,7 @@ class WaveFTConfig(LayerConfig):
         return own
 
 
-class WaveFT(Delta):
+class WaveFT(Sparse):
     """A delta of full size that is sparse in wavelets."""
 
     when = "the number of parameters is to be set exactly"
@@ -108,13 +108,12 @@ class WaveFT(Delta):
         if config.use_idwt:
             self.waveft_filters.copy_(filters_of(config.wavelet_family))
 
-    def form(self, spectrum: Tensor) -> Tensor:
-        """dW (out, in), in fp32 at least."""
+    def entries(self, spectrum: Tensor) -> tuple[Tensor, Tensor]:
+        """Where dW is not zero, some places several times, and what comes there."""
         s, places = self.scaling * wide(spectrum), self.waveft_places
         out, into = self.site.fan_out, self.site.fan_in
-        dW = s.new_zeros(out * into)
         if not self.options.use_idwt:
-            return dW.index_put_((places,), s).view(out, into)
+            return places, s
         filters = wide(self.waveft_filters)
         edge = filters.shape[1] // 2 - 1  # F stands in the middle of a matrix that is larger by the filter's length
         rows, columns = ((size + 1) // 2 + edge for size in (out, into))  # of a quarter
@@ -122,9 +121,9 @@ class WaveFT(Delta):
         at, a = spread(i % rows, filters[j // columns], out)  # details of columns go by their rows
         to, b = spread(j % columns, filters[i // rows], into)
         spots, values = at[:, :, None] * into + to[:, None], s[:, None, None] * a[:, :, None] * b[:, None]
-        return dW.index_put_((spots.flatten(),), values.flatten(), accumulate=True).view(out, into)
+        return spots.flatten(), values.flatten()
 
-    weight, through, after = Delta.summed, Delta.joined, Delta.added
+    weight, through, after = Sparse.summed, Sparse.joined, Sparse.added
     sources = property(lambda self: (self.waveft_spectrum,))
 
 

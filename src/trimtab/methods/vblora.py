@@ -6,7 +6,8 @@ weighed by the softmax of those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ class VBLoRA(Method):
     config, prefix, targets = VBLoRAConfig, "vblora_", TARGETS
     kinds = fused = frozenset({"linear"})
     views = ("r", "topk")
+    acts = ("get_nb_savable_parameters", "print_savable_parameters")
 
     @classmethod
     def share(cls, config: Any, sites: Sequence[Site]) -> Leaves:
@@ -147,3 +149,26 @@ class VBLoRA(Method):
             else:
                 holder[key].copy_(logits)
         return value
+
+    # ------------------------------------------------------------------ how large that file is
+    @staticmethod
+    def get_nb_savable_parameters(of: Callable[..., Any], model: Any, adapter: str | None = None) -> tuple[int, int]:
+        """The numbers that an adapter's file has, counted as fp32: (VB-LoRA's, those that are trained beside it).
+
+        Args:
+            adapter: whose; the active adapter's by default.
+        """
+        methods = of(adapter)
+        bank = methods[0].shared("vblora_vector_bank").numel()
+        leaves = [leaf for method in methods for leaf in method.declared.values() if leaf.file]
+        own = sum(math.prod(leaf.shape) * (leaf.dtype.itemsize / 4 if leaf.dtype else 1) for leaf in leaves)
+        beside = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "vblora_" not in n)
+        return int(bank + own), beside
+
+    @staticmethod
+    def print_savable_parameters(of: Callable[..., Any], model: Any, adapter: str | None = None) -> None:
+        """Print how many numbers an adapter's file has."""
+        own, beside = VBLoRA.get_nb_savable_parameters(of, model, adapter)
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + beside:,d}"
+        )

@@ -1,0 +1,28 @@
+"""What PEFT's own example notebooks print and ask, on tiny models."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+
+import pytest
+
+from tests.parity.models import build
+from tests.parity.pairs import BOTH, quiet
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("vectors", [20, 300])
+def test_how_much_vb_lora_saves(few: bool, vectors: int) -> None:
+    answers = []
+    for library in BOTH:
+        config = library.VBLoRAConfig(
+            r=2, num_vectors=vectors, vector_length=8, save_only_topk_weights=few,
+            target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"],
+        )  # fmt: skip
+        model = quiet(library.get_peft_model, build("llama"), config)
+        with redirect_stdout(io.StringIO()) as said:
+            model.print_savable_parameters()
+            model.base_model.print_savable_parameters()
+        answers.append((model.get_nb_savable_parameters("default"), said.getvalue()))
+    assert answers[0] == answers[1]

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 
 from tests.parity.models import build
-from tests.parity.pairs import BOTH, quiet
+from tests.parity.pairs import BOTH, config_of, quiet
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -26,3 +26,16 @@ def test_how_much_vb_lora_saves(few: bool, vectors: int) -> None:
             model.base_model.print_savable_parameters()
         answers.append((model.get_nb_savable_parameters("default"), said.getvalue()))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("names", ["zyx", "cab", "bca"])
+def test_who_follows_the_active_adapter_that_is_deleted(names: str) -> None:
+    followers = []
+    for library in BOTH:
+        fields = {"r": 2, "target_modules": ["q_proj"]}
+        model = quiet(library.get_peft_model, build("llama"), config_of(library, fields), names[0])
+        for name in names[1:]:
+            quiet(model.add_adapter, name, config_of(library, fields))
+        quiet(model.delete_adapter, names[0])
+        followers.append(model.active_adapters)
+    assert followers[0] == followers[1]

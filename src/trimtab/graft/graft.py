@@ -336,7 +336,7 @@ class Graft:
         active = [n for n in self.board.route.active if n != name]
         if len(active) != len(self.board.route.active):
             if not active and self.adapters:
-                active = [next(iter(self.adapters))]
+                active = [min(self.adapters)]
                 warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {active[0]}.")
             self.set_active(active, trainable=adapter.trainable)
 

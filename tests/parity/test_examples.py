@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 
 from tests.parity.models import build
-from tests.parity.pairs import BOTH, config_of, quiet
+from tests.parity.pairs import BOTH, config_of, quiet, spoken
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -39,3 +40,18 @@ def test_who_follows_the_active_adapter_that_is_deleted(names: str) -> None:
         quiet(model.delete_adapter, names[0])
         followers.append(model.active_adapters)
     assert followers[0] == followers[1]
+
+
+def test_why_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    reasons = []
+    for library in BOTH:
+        model = build("llama")
+        model.name_or_path = str(tmp_path / "base")
+        quiet(model.resize_token_embeddings, model.config.vocab_size + 3)
+        fields = {"r": 2, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+        model = quiet(library.get_peft_model, model, config_of(library, fields))
+        said = spoken(model.save_pretrained, tmp_path / library.__name__)
+        reasons.append({text.rstrip(".") for text in said if "save_embedding_layers" in text})
+    assert reasons[0] == reasons[1]
+    assert "as embedding layers found" in reasons[0].pop()

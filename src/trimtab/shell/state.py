@@ -146,10 +146,13 @@ def adapter_tensors(
     named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
     if embeddings is True or (embeddings == "auto" and (named or resized)):
         if embeddings == "auto":
-            why = "as the embedding layer has been resized during finetuning" if resized else (
-                "as embedding layers found in `target_modules`: "
-                "the base's embedding goes into the adapter's file. Pass "
-                "`save_embedding_layers=False` to leave it out")  # fmt: skip
+            resizing = "as the embedding layer has been resized during finetuning"
+            why = "as embedding layers found in `target_modules`" if named else resizing
+            if not resized:  # then the base model has it all the same
+                why += (
+                    ": the base's embedding goes into the adapter's file. "
+                    "Pass `save_embedding_layers=False` to leave it out"
+                )
             warn(f"Setting `save_embedding_layers` to `True` {why}.", UserWarning)
         taken = {s.disk for s in slots}
         some = embeddings == "auto" and not resized  # then just the adapted ones

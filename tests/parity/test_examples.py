@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests.parity.models import build
 from tests.parity.pairs import BOTH, config_of, quiet, spoken
@@ -55,3 +58,32 @@ def test_why_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) ->
         reasons.append({text.rstrip(".") for text in said if "save_embedding_layers" in text})
     assert reasons[0] == reasons[1]
     assert "as embedding layers found" in reasons[0].pop()
+
+
+class Around(nn.Module):
+    """A model that passes on what it lacks itself, as the examples for embeddings of sentences have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        out: Tensor = self.model(**inputs).logits
+        return torch.nn.functional.normalize(out.mean(1), dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+
+def test_a_model_around_another_is_not_named_by_its_path() -> None:
+    named = []
+    for library in BOTH:
+        inner = build("llama")
+        inner.name_or_path = "inner/model"
+        fields = {"r": 2, "target_modules": ["q_proj"], "task_type": "FEATURE_EXTRACTION"}
+        model = quiet(library.get_peft_model, Around(inner), config_of(library, fields))
+        named.append(model.peft_config["default"].base_model_name_or_path)
+    assert named == [None, None]

@@ -318,5 +318,6 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _name_of(model: nn.Module) -> str | None:
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "name_or_path", None)
+    own = vars(model)  # not what a model around another one passes on: that path has the inner model only
+    name = own.get("name_or_path") or getattr(own.get("config"), "name_or_path", None)
     return name if isinstance(name, str) and name else None

@@ -286,3 +286,35 @@ def test_the_mask_of_a_decoder_s_next_pass_has_the_prefix() -> None:
         out = model.prepare_inputs_for_generation(torch.tensor([[0, 8, 9]]), decoder_attention_mask=mask)
         shapes.append((out["past_key_values"].get_seq_length(), out["decoder_attention_mask"].shape[1]))
     assert shapes == [(5, 3), (5, 8)]
+
+
+@pytest.mark.parametrize("method", ["prefix", "cartridge", "projected"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {
+            "num_layers": 28,
+            "token_dim": 3072,
+            "num_attention_heads": 24,
+        },  # of the model that the config was written for
+        {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4},
+        {"token_dim": 32},
+        {"num_layers": 5},
+    ],
+)
+def test_a_prefix_fits_the_cache_whatever_sizes_the_config_has(method: str, given: dict[str, int]) -> None:
+    """Configs that are written by hand hold the model's width and heads; its cache may have other ones."""
+    name, fields = METHODS[method]
+    found, logits = [], []
+    for library in (peft, trimtab):
+        config = getattr(library, name)(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields, **given)
+        model = library.get_peft_model(sharp("llama"), config).eval()
+        made = model.peft_config["default"]
+        shapes = {n: tuple(p.shape) for n, p in model.prompt_encoder.named_parameters()}
+        found.append((made.token_dim, made.num_attention_heads, made.num_layers, shapes))
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        logits.append(model(input_ids=torch.tensor([[7, 8, 9]])).logits)
+    assert found[0] == found[1]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)

@@ -91,15 +91,13 @@ def complete(config: Any, model: Any, cached: bool) -> None:
             raise ConfigError(f"Please specify `{field}` in `peft_config`: the model's config does not tell it.")
         return int(value)
 
-    given = config.token_dim
     config.num_layers = fact("num_layers", "num_hidden_layers", "num_layers", "n_layer")
     config.token_dim = fact("token_dim", *WIDTHS)
-    heads = config.num_attention_heads
     config.num_attention_heads = fact(
         "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
     )
     kv_heads = getattr(facts, "num_key_value_heads", None)
-    if cached and given is None and heads is None and isinstance(kv_heads, int):
+    if cached and isinstance(kv_heads, int):  # what is given may be the model's; a prefix has the cache's
         width = getattr(facts, "head_dim", None) or config.token_dim // config.num_attention_heads
         config.num_attention_heads, config.token_dim = kv_heads, width * kv_heads
     if config.num_transformer_submodules is None:
@@ -252,7 +250,8 @@ def prefilled(prompt: Tensor, config: Any, base: Any, rows: int) -> Any:
     # Where encoder and decoder both count as submodules, PEFT deals four entries a layer out of the prompt repeated
     # twice: two for self-attention, two for the cross-attention that ignores them. Adapters are trained with that.
     each = 2 * config.num_transformer_submodules
-    for layer in range(config.num_layers):
+    held = len(cache.layers) or config.num_layers  # a config for a deeper model has more
+    for layer in range(min(config.num_layers, held)):
         first = each * layer % len(pairs)
         cache.update(pairs[first], pairs[first + 1], layer)
     return EncoderDecoderCache(cache, DynamicCache()) if decodes else cache

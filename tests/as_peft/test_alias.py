@@ -34,6 +34,19 @@ def test_the_package_looks_installed():
     assert [d.metadata["Name"] for d in importlib.metadata.distributions(name="peft")] == ["peft"]
 
 
+def test_the_package_has_a_folder():
+    """PEFT's method comparison asks git about the commit in it, unless it is in site-packages."""
+    import peft
+    import peft.tuners.lora
+
+    assert Path(peft.__path__[0]).is_dir()
+    assert Path(peft.__file__).parent == Path(peft.__path__[0])
+    assert Path(peft.tuners.lora.__path__[0]).is_dir()
+    assert importlib.util.find_spec("peft").submodule_search_locations == list(peft.__path__)
+    with pytest.raises(ModuleNotFoundError, match="lacks it"):  # nothing of trimtab's is found below peft
+        importlib.import_module("peft.finder")
+
+
 @pytest.mark.parametrize("library", ["transformers.utils", "accelerate.utils", "diffusers.utils", "trl.trainer.utils"])
 def test_libraries_see_it(library):
     assert importlib.import_module(library).is_peft_available()

@@ -94,7 +94,10 @@ class AliasFinder(MetaPathFinder):
                 f"No module named '{fullname}': trimtab, which stands in for peft here, lacks it (see {DIFFERENCES})",
                 name=fullname,
             )
-        return ModuleSpec(fullname, AliasLoader(), origin="trimtab.as_peft", is_package=is_package(fullname))
+        spec = ModuleSpec(fullname, AliasLoader(), origin="trimtab.as_peft", is_package=is_package(fullname))
+        if spec.submodule_search_locations is not None:  # scripts look there for a commit; modules are found here first
+            spec.submodule_search_locations.append(str(Path(__file__).parent))
+        return spec
 
     def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
         """The distribution `peft`, where it or any is asked for."""

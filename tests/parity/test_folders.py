@@ -98,6 +98,16 @@ def test_several_adapters(arguments: dict[str, Any], tmp_path: Path) -> None:
                 near(run(load(library, "llama", folder), "llama"), wanted)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["model.embed_tokens"], "model.embed_tokens", None])
+def test_trained_tokens_leave_the_embedding_out(targets: Any, tmp_path: Path) -> None:
+    """The rows alone are saved, also where the embedding is named: it is what they spare the file."""
+    for library, name in zip(BOTH, ("ours", "theirs"), strict=True):
+        config = library.TrainableTokensConfig(token_indices=[3, 4], target_modules=targets)
+        quiet(quiet(library.get_peft_model, build("llama"), config).save_pretrained, str(tmp_path / name))
+    ours, theirs = (weights_file(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() == {"base_model.model.model.embed_tokens.trainable_tokens_delta"}
+
+
 def resized(library: Any, fields: dict[str, Any], size: int, base: Path) -> Any:
     model = build("llama")
     model.name_or_path = str(base)

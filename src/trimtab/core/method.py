@@ -173,6 +173,7 @@ class Method:
     listed: ClassVar[str] = ""  # what PEFT lists below a layer that has nothing but this method
     tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
     echoes: ClassVar[bool] = False  # those layers have them in the file as well, if it is the adapter's own method
+    spares: ClassVar[bool] = False  # it is there to keep the embedding it adapts out of the file
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     # Formulas see the model's calls: the fact "seen" has "model", "inputs", and "start", the tokens the cache has then.
     watches: ClassVar[bool] = False

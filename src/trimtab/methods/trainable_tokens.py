@@ -39,7 +39,7 @@ class TrainableTokens(Method):
     example = {"token_indices": [0]}
     config, prefix, listed = TrainableTokensConfig, "trainable_tokens_", "token_adapter"
     kinds = fused = frozenset({"embedding", "linear"})
-    tied = echoes = True
+    tied = echoes = spares = True
     targets = {"*": INPUT_EMBEDDING}
     views = ("token_indices", "trainable_tokens_original")
 

@@ -13,6 +13,7 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import trimtab
+from tests.parity.models import build
 from tests.parity.pairs import quiet, spoken
 
 CLASSES = sorted(c.__name__ for c in PEFT_TYPE_TO_CONFIG_MAPPING.values())
@@ -136,3 +137,23 @@ def test_said_with_the_same_first_words(name: str, fields: dict[str, Any]) -> No
     )
     assert len(theirs) == len(ours) == 1, (theirs, ours)
     assert theirs[0].split()[:4] == ours[0].split()[:4]
+
+
+def test_the_settings_of_a_run_are_the_loading_call_s(tmp_path: Path) -> None:
+    """`ephemeral_gpu_offload`, as the guide to DoRA passes it; a method without such settings says that it has none."""
+    found = []
+    for library in (trimtab, peft):
+        base, asked = lambda: build("llama"), {"ephemeral_gpu_offload": True}
+        lora, ia3 = tmp_path / library.__name__, tmp_path / f"{library.__name__}-ia3"
+        library.get_peft_model(base(), library.LoraConfig(target_modules=["q_proj"])).save_pretrained(str(lora))
+        scales = library.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+        library.get_peft_model(base(), scales).save_pretrained(str(ia3))
+        model = library.PeftModel.from_pretrained(base(), str(lora), **asked)
+        model.load_adapter(str(lora), "b", **asked)  # PEFT writes it down in `from_pretrained` alone
+        given = library.LoraConfig(target_modules=["q_proj"], runtime_config=library.LoraRuntimeConfig(**asked))
+        library.PeftModel.from_pretrained(base(), str(lora), config=given)
+        configs = [model.peft_config[name] for name in ("default", "b")]
+        found.append([c.runtime_config.ephemeral_gpu_offload for c in (*configs, given)])
+        with pytest.warns(UserWarning, match="Ephemeral GPU offloading is not supported for this model"):
+            library.PeftModel.from_pretrained(base(), str(ia3), **asked)
+    assert found[0] == found[1] == [True, False, False]

@@ -24,6 +24,7 @@ from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell import mixtures
 from trimtab.shell.training import Training
 
+SETTINGS = "runtime_config"  # of one run: the call's, whatever the config holds
 SIZE = re.compile(r"(^|_)(r|rank|dim|size|num|tokens|layers|heads)(_|$)")  # in the names of fields
 
 
@@ -195,3 +196,12 @@ def adopt(adapter: Adapter, config: Any) -> None:
         follows = method.options is own
         places.append(dataclasses.replace(place, method=method.twin("", method.options), follows=follows))
     adapter.layout = dataclasses.replace(adapter.layout, config=own.copy(), places=places)
+
+
+def settle(config: Any, ephemeral_gpu_offload: bool) -> None:
+    """Put what a call that loads an adapter asks for into the settings of the run, which no file has."""
+    if SETTINGS in config.runtime:
+        settings = getattr(config, SETTINGS)
+        setattr(config, SETTINGS, dataclasses.replace(settings, ephemeral_gpu_offload=ephemeral_gpu_offload))
+    elif ephemeral_gpu_offload:
+        warn("Ephemeral GPU offloading is not supported for this model. Ignoring.", UserWarning)

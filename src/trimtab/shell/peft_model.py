@@ -19,7 +19,7 @@ from trimtab.layer.leaves import in_training
 from trimtab.shell import saving
 from trimtab.shell.arguments import require_config, require_model, require_source
 from trimtab.shell.generation import Generation
-from trimtab.shell.loading import Source, keep
+from trimtab.shell.loading import Source, keep, settle
 from trimtab.shell.tuner import tuner_class
 
 # Heads that a task trains whole, whatever the config says.
@@ -286,6 +286,7 @@ class PeftModel(Generation):
         )
         own: Any = source.config
         own.inference_mode = not is_trainable
+        settle(own, ephemeral_gpu_offload)
         try:
             with source.blamed():
                 adapted = task_class(own, cls)(model, own, adapter_name, autocast_adapter_dtype, tensors=source)

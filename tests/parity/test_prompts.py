@@ -318,3 +318,17 @@ def test_a_prefix_fits_the_cache_whatever_sizes_the_config_has(method: str, give
         logits.append(model(input_ids=torch.tensor([[7, 8, 9]])).logits)
     assert found[0] == found[1]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("start", [None, True, False, "zero"])
+def test_how_a_prefix_starts(start: bool | str | None, projected: bool) -> None:
+    """At random, or as zeros: keys and values that change little until they are trained."""
+    zeros = []
+    for library in (peft, trimtab):
+        fields = {"init_weights": start, "prefix_projection": projected}
+        config = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
+        model = library.get_peft_model(sharp("llama"), config)
+        zeros.append({n: not p.any() for n, p in model.prompt_encoder.named_parameters()})
+    assert zeros[0] == zeros[1]
+    assert any(zeros[1].values()) == (start == "zero")

@@ -14,12 +14,14 @@ from trimtab.core.config import PeftType, PromptLearningConfig, help_field
 from trimtab.core.method import Call
 from trimtab.core.model_method import PromptMethod
 
+ZERO = "zero"  # a start
+
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
     """The configuration of a trained prefix."""
 
-    init_weights: bool | str | None = help_field("How the prefix starts; None and True: at random.", None)
+    init_weights: bool | str | None = help_field('"zero": as zeros; anything else: at random.', None)
     encoder_hidden_size: int | None = help_field("The width of the MLP; the token dimension when None.", None)
     prefix_projection: bool = help_field("Train the prefix through an MLP.", False)
 
@@ -56,6 +58,9 @@ class PrefixTuning(PromptMethod):
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.Linear):
                 module.reset_parameters()
+        if config.init_weights == ZERO:  # keys that take some attention from every token, and values that add nothing
+            for part in (self.transform[-1] if self.projected else self.embedding).parameters():
+                nn.init.zeros_(part)
 
     def prompt(self, call: Call) -> Tensor:
         return self.transform(self.embedding.weight) if self.projected else self.embedding.weight

@@ -77,17 +77,14 @@ class Supertuning(Sparse):
         return leaves
 
     def setup(self, config: Any) -> None:
-        self.r = config.r
         self.scaling = self.unit = config.lora_alpha / config.r if config.r else 1.0
 
     def reset(self, config: Any) -> None:
         W = self.site.matrix().flatten().abs()
         self.supertuning_indices.copy_(W.topk(len(self.supertuning_values), largest=config.select_top).indices)
-        if config.init_weights:
-            self.supertuning_values.zero_()
-        else:
-            self.supertuning_values.normal_()
-        if self.r:
+        start = nn.init.zeros_ if config.init_weights else nn.init.normal_
+        start(self.supertuning_values)
+        if config.r:
             A, B = self.supertuning_lora_A, self.supertuning_lora_B
             for factor in (A, B, A):  # twice: the same seed gives the start it gives in PEFT
                 nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
@@ -99,15 +96,15 @@ class Supertuning(Sparse):
         return self.supertuning_indices.long(), values
 
     def through(self, x: Tensor, call: Call) -> Tensor | None:
-        return None if self.r else self.joined(x, call)  # A and B by themselves need fewer products than their product
+        return None if self.options.r else self.joined(x, call)  # B A formed would take more products
 
     def weight(self, W: Tensor) -> Tensor:
-        W = self.summed(W)
-        return W + self.scaling * (wide(self.supertuning_lora_B) @ wide(self.supertuning_lora_A)) if self.r else W
+        BA = wide(self.supertuning_lora_B) @ wide(self.supertuning_lora_A) if self.options.r else 0
+        return self.summed(W) + self.scaling * BA
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
         y = self.added(y, x, call)
-        if not self.r:
+        if not self.options.r:
             return y
         A, B = self.supertuning_lora_A.to(x.dtype), self.supertuning_lora_B.to(x.dtype)
         return y + self.scaling * (call.drop(self, x, self.options.lora_dropout) @ A.T) @ B.T

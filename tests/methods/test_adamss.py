@@ -10,7 +10,7 @@ import torch
 from tests.methods.nets import Net, adapted, check_gradients, image, merging_changes_nothing, numbers, same
 from tests.methods.test_oft import times
 from trimtab import AdamssConfig, PeftModel, get_peft_model
-from trimtab.methods.adamss import rank_of
+from trimtab.methods.adamss import SCHEDULE, rank_of
 
 
 @pytest.mark.parametrize("name", ["linear", "conv", "point"])
@@ -77,6 +77,15 @@ def asa() -> Any:
 
 def left(model: Any) -> list[str]:
     return [n for n, p in model.named_parameters() if p.requires_grad and "adamss_A" in n]
+
+
+def test_a_schedule_that_does_not_act_may_be_none() -> None:
+    none = dict.fromkeys(SCHEDULE)
+    assert AdamssConfig(**none).to_dict().items() >= none.items()
+    adapted(AdamssConfig(target_modules=["linear"], r=4, num_subspaces=2, **none))
+    for name in SCHEDULE:
+        with pytest.raises(ValueError, match=f"needs numbers for its schedule, and {name} are None"):
+            AdamssConfig(use_asa=True, **{name: None})
 
 
 def test_clusters_of_least_importance_are_frozen() -> None:

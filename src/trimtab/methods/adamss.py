@@ -26,6 +26,15 @@ from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
 AVERAGES = ("adamss_sensitivity", "adamss_uncertainty")
+SCHEDULE = (  # of `use_asa`: without it None will do for each, as PEFT's scripts have it
+    "asa_target_subspaces",
+    "init_warmup",
+    "final_warmup",
+    "mask_interval",
+    "asa_importance_beta",
+    "asa_uncertainty_beta",
+    "asa_schedule_exponent",
+)
 KMEANS_SEED, POWERS = 123456789, 2  # as PEFT has them: the clusters are not in the file, they are found again on load
 
 
@@ -40,13 +49,13 @@ class AdamssConfig(LayerConfig):
         "'orthogonal': A from the cluster, B = 0; None: a small random B.", "orthogonal"
     )
     use_asa: bool = help_field("In training, freeze clusters of little importance.", False)
-    asa_target_subspaces: int = help_field("How many clusters of all layers are trained in the end.", 50)
-    init_warmup: int = help_field("Steps before any is frozen.", 50)
-    final_warmup: int = help_field("The step from which on none is.", 1000)
-    mask_interval: int = help_field("Steps between two cuts.", 100)
-    asa_importance_beta: float = help_field("How much of the old importance its average keeps.", 0.85)
-    asa_uncertainty_beta: float = help_field("How much of the old uncertainty its average keeps.", 0.85)
-    asa_schedule_exponent: float = help_field("The exponent of the schedule.", 3.0)
+    asa_target_subspaces: int | None = help_field("How many clusters of all layers are trained in the end.", 50)
+    init_warmup: int | None = help_field("Steps before any is frozen.", 50)
+    final_warmup: int | None = help_field("The step from which on none is.", 1000)
+    mask_interval: int | None = help_field("Steps between two cuts.", 100)
+    asa_importance_beta: float | None = help_field("How much of the old importance its average keeps.", 0.85)
+    asa_uncertainty_beta: float | None = help_field("How much of the old uncertainty its average keeps.", 0.85)
+    asa_schedule_exponent: float | None = help_field("The exponent of the schedule.", 3.0)
     use_dynamic_rank: bool = help_field("A cluster's rank follows from its singular values.", False)
     svd_threshold: float = help_field("The share of the largest squared one that counts.", 0.1)
     random_seed: int = help_field("The seed of the decomposition.", 0)
@@ -60,17 +69,20 @@ class AdamssConfig(LayerConfig):
             raise ConfigError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
         if not self.use_asa:
             return
+        own: Any = self
+        if absent := [name for name in SCHEDULE if getattr(self, name) is None]:
+            raise ConfigError(f"`use_asa=True` needs numbers for its schedule, and {', '.join(absent)} are None.")
         for name in ("asa_target_subspaces", "mask_interval"):
             if getattr(self, name) <= 0:
                 raise ConfigError(
                     f"`{name}` must be a positive integer when `use_asa=True`, got {getattr(self, name)}."
                 )
-        if self.asa_schedule_exponent <= 0:
+        if own.asa_schedule_exponent <= 0:
             raise ConfigError(
                 "`asa_schedule_exponent` must be a positive number when `use_asa=True`, got "
                 f"{self.asa_schedule_exponent}."
             )
-        if self.init_warmup >= self.final_warmup:
+        if own.init_warmup >= own.final_warmup:
             raise ConfigError(
                 "`init_warmup` must be smaller than `final_warmup` when `use_asa=True` so that ASA has a non-empty "
                 f"pruning ramp, got init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."

@@ -50,6 +50,21 @@ def test_entries_that_a_function_chooses_are_in_the_file(tmp_path: Any) -> None:
         get_peft_model(line(), config)
 
 
+def test_entries_of_another_type_are_chosen_by_a_function(tmp_path: Any) -> None:
+    said = r"Argument self.mask_type='custom' is not recognized, please supply your own masking function"
+    with pytest.warns(UserWarning, match=said):
+        config = ShiraConfig(target_modules=["0"], r=1, mask_type="custom", random_seed=3)
+    with pytest.raises(ValueError, match=r"needs a function that chooses: set `config.mask_fn`"):
+        get_peft_model(line(), config)
+    config.mask_fn = lambda layer, r: corner(layer, r)  # without a seed, which is that of "random"
+    model = adapted(config, line())
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=said):
+        read = PeftModel.from_pretrained(line().double(), str(tmp_path))
+    x = torch.randn(4, 7, dtype=torch.float64)
+    same(read(x), model(x), 1e-6)
+
+
 def test_a_seed_and_ranks_that_cannot_be() -> None:
     def places(seed: int) -> Any:
         config = ShiraConfig(target_modules=["0"], r=1, random_seed=seed)

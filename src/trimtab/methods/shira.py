@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import LayerConfig, PeftType, help_field
 from trimtab.core.families import Sparse
 from trimtab.core.method import Leaf, Leaves, require_rank
+from trimtab.core.report import warn
 from trimtab.core.site import Site
 from trimtab.errors import ConfigError
 
@@ -25,12 +26,13 @@ class ShiraConfig(LayerConfig):
     """The configuration of a SHiRA adapter.
 
     Attributes:
-        mask_fn: (the layer, r, random_seed=...) -> a tensor of the weight's shape, not zero at the entries to train;
-            set it on the config to choose them yourself. It is not saved: the file holds the entries.
+        mask_fn: (the layer, r) -> a tensor of the weight's shape, not zero at the entries to train; set it on the
+            config to choose them yourself. With `mask_type="random"` it gets `random_seed=...`, too. It is not saved:
+            the file holds the entries.
     """
 
     r: int = help_field("r (in + out) entries of a layer are trained, as many as LoRA of that rank has.", 32)
-    mask_type: Literal["random"] = help_field("How the entries are chosen.", "random")
+    mask_type: str = help_field("How the entries are chosen; any word but 'random': by `mask_fn`.", "random")
     random_seed: int | None = help_field("The seed of the choice; None: torch's own generator.", None)
     fan_in_fan_out: bool = help_field("The weight is stored (in, out), as in GPT-2; found out by itself.", False)
     init_weights: bool = help_field("Start from zeros; else random.", True)
@@ -43,6 +45,12 @@ class ShiraConfig(LayerConfig):
         super().__post_init__()
         self.peft_type = PeftType.SHIRA
         self.mask_fn: Callable[..., Tensor] | None = None
+        if self.mask_type != "random":
+            warn(
+                f"Argument self.mask_type={self.mask_type!r} is not recognized, please supply your own masking "
+                "function by calling `config.mask_fn = my_mask_fn`.",
+                UserWarning,
+            )
 
 
 class Shira(Sparse):
@@ -73,13 +81,15 @@ class Shira(Sparse):
     def reset(self, config: Any) -> None:
         n, shape = len(self.shira_weight), (self.site.fan_out, self.site.fan_in)
         if config.mask_fn is not None:
-            mask = config.mask_fn(self.site.layer, config.r, random_seed=config.random_seed)
+            seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+            mask = config.mask_fn(self.site.layer, config.r, **seed)
             places = (mask.T if self.site.flipped else mask).to("cpu").nonzero().T
             if places.shape != (2, n):
                 raise ConfigError(f"`mask_fn` chose {places.shape[-1]} entries of '{self.site.name}' instead of {n}.")
+        elif config.mask_type != "random":
+            raise ConfigError(f"`mask_type={config.mask_type!r}` needs a function that chooses: set `config.mask_fn`.")
         else:
-            seed = config.random_seed
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            generator = None if config.random_seed is None else torch.Generator().manual_seed(config.random_seed)
             places = torch.randperm(shape[0] * shape[1], generator=generator)[:n].sort().values
             places = torch.stack([places // shape[1], places % shape[1]])
         self.shira_indices.copy_(places)

@@ -83,6 +83,12 @@ def test_mica_trains_a_alone_along_the_least_of_w() -> None:
     check_gradients(model, image())
 
 
+def test_mica_takes_no_more_columns_than_there_are() -> None:
+    said = r"MiCA requires `r` <= min\(in_features, out_features\) but got r=6 .* \(max usable r is 5\).* 'linear'"
+    with pytest.raises(ValueError, match=said):
+        adapted(LoraConfig(target_modules=["linear"], r=6, init_lora_weights="mica"))
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [([1, 7, 8, 2], 3), ([7, 8, 7, 8], 2), ([8, 7, 1, 2], 0), ([7, 7, 7, 8], 2), ([7, 8, 7, 7], 4)],

@@ -13,6 +13,7 @@ from torch import Tensor
 from trimtab.core.families import LowRank, wide
 from trimtab.core.method import Call, Leaf, Leaves
 from trimtab.core.site import Site
+from trimtab.errors import ConfigError
 
 
 class Mica(LowRank):
@@ -26,6 +27,11 @@ class Mica(LowRank):
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
+        if config.r > (most := min(site.fan_in, site.fan_out)):
+            raise ConfigError(
+                f"MiCA requires `r` <= min(in_features, out_features) but got r={config.r} for a layer with weight "
+                f"shape ({site.fan_out}, {site.fan_in}) (max usable r is {most}). It is '{site.name}'."
+            )
         (A, B), (below, above) = cls.pair(site, config.r), cls.pair(site, config.r).values()
         return {A: below, B: Leaf(above.shape, train=False)}  # (r, in), (out, r)
 

@@ -38,6 +38,15 @@ def adapted(name: str = "default") -> PeftModel:
     return model
 
 
+@pytest.mark.parametrize("name", [None, 3, "no", ["default", "no"]])
+def test_an_adapter_that_is_none_cannot_be_set(name: Any) -> None:
+    model = adapted()
+    for holder in (model, model.base_model):
+        with pytest.raises(AdapterNameError, match=r"Adapter (None|3|no) not found"):
+            holder.set_adapter(name)
+    assert model.active_adapters == ["default"]
+
+
 # ---------------------------------------------------------------------- arguments of another kind
 WRONG: list[tuple[Any, str]] = [
     (lambda: get_peft_model(CONFIG, toy()), "takes the model first, and then the config: they are swapped"),  # type: ignore[arg-type]

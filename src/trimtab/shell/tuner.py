@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,8 @@ class Tuner(Running, Choosing):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter or several (the first innermost) and train just these; with `inference_mode`, train none."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
+        names: list[Any] = list(adapter_name) if several else [adapter_name]
         if self.graft.merged:
             for name in names:  # before anything is undone
                 self.graft.require(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,29 @@ def test_loading_into_a_name_that_is_there_reads_the_scales_of_the_file(saved: A
     assert all(now[n] is p for n, p in held.items()), "an optimiser that holds them goes on"
     model.add_adapter("beside", LoraConfig(r=4, target_modules=["up", "down"]))
     assert model.base_model.model.up.scaling["beside"] == 2.0, "others of the former config keep theirs"
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_loading_over_an_adapter_of_the_base_takes_its_place(folder: Path, tmp_path: Path) -> None:
+    """PEFT's Whisper example restores its checkpoints so."""
+    model = get_peft_model(toy(), CONFIG).eval()
+    base, start = model.base_model.model, model(IDS)
+    shutil.copytree(folder, tmp_path / "wrong")
+    edit(tmp_path / "wrong", r=3)
+    with pytest.raises(AdapterFileError, match="wrong"):
+        PeftModel.from_pretrained(base, tmp_path / "wrong")
+    assert torch.equal(model(IDS), start)
+    assert model.active_adapters == ["default"]
+    with pytest.warns(UserWarning, match=r"Already found a `peft_config` .* Adapter 'default' is replaced"):
+        read = PeftModel.from_pretrained(base, folder)
+    assert read.base_model.model is base
+    fresh = PeftModel.from_pretrained(toy(), folder)
+    assert torch.equal(model(IDS), fresh(IDS))
+    assert torch.equal(read(IDS), fresh(IDS))
+    assert model.active_adapters == ["default"]
+    assert not any(p.requires_grad for p in model.parameters())
+    PeftModel.from_pretrained(base, folder, adapter_name="other")
+    assert sorted(model.peft_config) == ["default", "other"]
 
 
 def test_loading_another_method_into_a_name_that_is_there(tmp_path: Path) -> None:

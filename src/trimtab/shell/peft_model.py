@@ -14,12 +14,13 @@ from trimtab.core.io import push_to_hub, split_hub_arguments
 from trimtab.core.report import warn
 from trimtab.core.targets import inside
 from trimtab.errors import ArgumentError, ConfigError
-from trimtab.graft.graft import find_graft
+from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.leaves import in_training
 from trimtab.shell import saving
 from trimtab.shell.arguments import require_config, require_model, require_source
 from trimtab.shell.generation import Generation
 from trimtab.shell.loading import Source, keep, settle
+from trimtab.shell.replacing import replaced
 from trimtab.shell.tuner import tuner_class
 
 # Heads that a task trains whole, whatever the config says.
@@ -252,7 +253,7 @@ class PeftModel(Generation):
         """A model with an adapter loaded from a folder or the Hub.
 
         Args:
-            model: the base model, adapted in place.
+            model: the base model, adapted in place. An adapter of this name that it has already is replaced.
             model_id: the adapter's folder or Hub id.
             is_trainable: train it further; else everything is frozen and in evaluation mode.
             config: used instead of the one in the folder; it becomes the adapter's own, completed.
@@ -287,8 +288,16 @@ class PeftModel(Generation):
         own: Any = source.config
         own.inference_mode = not is_trainable
         settle(own, ephemeral_gpu_offload)
+        graft = None if find_graft(model) is None else Graft.of(model)
+        if graft is not None and graft.adapters:
+            said = f" Adapter '{adapter_name}' is replaced." if adapter_name in graft.adapters else ""
+            warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
+                f"the model. Make sure to know what you are doing!{said}",
+                UserWarning,
+            )
         try:
-            with source.blamed():
+            with source.blamed(), replaced(graft, adapter_name):
                 adapted = task_class(own, cls)(model, own, adapter_name, autocast_adapter_dtype, tensors=source)
         except BaseException:
             discard_empty(model)

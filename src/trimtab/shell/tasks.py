@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from trimtab.files.codec import modules_of
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell.arguments import require_config, require_model
 from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
-from trimtab.shell.state import adapter_tensors
+from trimtab.shell.replacing import replaced
 from trimtab.shell.tuner import tuner_class
 
 
@@ -142,10 +141,10 @@ def get_peft_model(
         model = model.get_base_model()
     graft = None if find_graft(model) is None else Graft.of(model)  # which looks whether its adapters are still there
     if graft is not None and graft.adapters:
-        replaced = f"Adapter '{adapter_name}' is replaced. " if adapter_name in graft.adapters else ""
+        taken = f"Adapter '{adapter_name}' is replaced. " if adapter_name in graft.adapters else ""
         warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            f"different config, make sure to call `.unload()` before. {replaced}To give it an adapter beside those "
+            f"different config, make sure to call `.unload()` before. {taken}To give it an adapter beside those "
             "it has, call add_adapter(name, config) of the PeftModel."
         )
     if revision is not None:
@@ -158,31 +157,11 @@ def get_peft_model(
         peft_config.revision = revision
     cls = task_class(peft_config, PeftModel)
     try:
-        with _replaced(graft, adapter_name):
+        with replaced(graft, adapter_name):
             return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, strict=strict)
     except BaseException:
         discard_empty(model)
         raise
-
-
-@contextlib.contextmanager
-def _replaced(graft: Graft | None, name: str) -> Iterator[None]:
-    """Make room for a new adapter of a name that is taken; the old one comes back if the new one cannot be had."""
-    if graft is None or name not in graft.adapters:
-        yield
-        return
-    old, active = graft.adapters[name], graft.board.route.active
-    tensors = {key: value.detach().clone() for key, value in adapter_tensors(graft, name, False, None).items()}
-    config = old.config.copy()
-    graft.delete(name)
-    try:
-        yield
-    except BaseException:
-        graft.add(name, config, tensors=lambda slots: tensors, trainable=old.trainable)
-        graft.set_active(active, trainable=None)
-        raise
-    if name in active and name not in graft.board.route.active:
-        graft.set_active(active, trainable=None)
 
 
 def inject_adapter_in_model(

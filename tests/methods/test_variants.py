@@ -24,6 +24,7 @@ from trimtab import (
     get_peft_model,
 )
 from trimtab.errors import ConfigError, PeftWarning
+from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods.alora import invoked
 
 R, ALPHA = 4, 6
@@ -120,6 +121,22 @@ def test_alora_leaves_the_base_as_it_is_before_the_invocation() -> None:
         model(inputs_embeds=base.get_input_embeddings()(x))
     with pytest.raises(ValueError, match="does not go with init_lora_weights='pissa'"):
         get_peft_model(llama(), LoraConfig(alora_invocation_tokens=[7], init_lora_weights="pissa"))
+
+
+def test_a_hook_may_say_where_alora_acts() -> None:
+    """PEFT's example of multi-token prediction hooks the layers of a model that is called without its wrapper."""
+    x = tokens(vocabulary=64)
+    x[:2, 2], x[2:, 2] = 7, 9
+    model = adapted(LoraConfig(target_modules=["q_proj", "v_proj"], r=R, alora_invocation_tokens=[7]), llama())
+    expected, base = model(x).logits, model.base_model.model
+    offsets = [x.shape[1] - 2] * 2 + [None] * (len(x) - 2)
+    for layer in [m for m in base.modules() if isinstance(m, AdaptedLayer)]:
+        layer.register_forward_pre_hook(lambda m, args, kw: kw.update(alora_offsets=offsets), with_kwargs=True)
+    same(base(x).logits, expected)
+    offsets[:] = [None] * len(x)
+    with model.disable_adapter():
+        plain = base(x).logits
+    same(base(x).logits, plain)
 
 
 def test_tied_layers_share_one_pair() -> None:

@@ -175,6 +175,7 @@ class Method:
     echoes: ClassVar[bool] = False  # those layers have them in the file as well, if it is the adapter's own method
     spares: ClassVar[bool] = False  # it is there to keep the embedding it adapts out of the file
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
+    told: ClassVar[tuple[str, ...]] = ()  # arguments of a layer's own call that are for the formula, as hooks give them
     # Formulas see the model's calls: the fact "seen" has "model", "inputs", and "start", the tokens the cache has then.
     watches: ClassVar[bool] = False
     # Static methods that the model shows: (what gives an adapter's methods by its name or those of the active one, the

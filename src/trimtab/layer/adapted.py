@@ -67,9 +67,18 @@ class AdaptedLayer(Merging):
     # ------------------------------------------------------------------ forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output under the current route."""
+        if kwargs and (told := self.told(kwargs)):
+            extras = {**self.board.route_here(quiet=True).call.extras, **{name: kwargs.pop(name) for name in told}}
+            with self.board.handing(extras):
+                return self.forward(*args, **kwargs)
         route = self.board.now()
         kept = self.kept
         return (kept[1] if kept is not None and kept[0] is route else self.step(route))(*args, **kwargs)
+
+    def told(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """Which arguments of a call are for formulas here, not for the frozen layer."""
+        words = {word for methods in self.methods.values() for method in methods for word in method.told}
+        return [name for name in kwargs if name in words]
 
     def step(self, route: Route) -> Step:
         """How to compute under a route."""

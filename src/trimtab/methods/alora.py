@@ -35,7 +35,7 @@ class ALora(LowRank):
 
     when = "adapters invoked in a conversation that keep the base's cache"
     example = {"alora_invocation_tokens": [1]}
-    prefix, watches = "lora_", True
+    prefix, watches, told = "lora_", True, ("alora_offsets",)
     kinds = fused = frozenset({"linear"})
     mergeable = False
 
@@ -65,15 +65,18 @@ class ALora(LowRank):
         raise no_weight(self)
 
     def after(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        count = call.fact(self, "invoked")
+        count, known = call.fact(self, "invoked"), call.fact(self, "length")
+        if (offsets := call.extras.get("alora_offsets")) is not None:  # a hook says it, of the tokens of this pass
+            count, known = torch.tensor([n or 0 for n in offsets]), None
         h, B = self.update(call.drop(self, x, self.dropout))
         if count is None:  # the layer is called by itself
             return self.site.add(y, h, B, shift=self.shift)
         if h.ndim != 3 or len(h) % len(count):
             raise RouteError(f"aLoRA at '{self.site.name}' sees an input {list(x.shape)} whose tokens cannot be told.")
         count = count.repeat_interleave(len(h) // len(count))  # beams
-        known, given = call.fact(self, "length"), h.shape[1]
-        places = torch.arange(given, device=h.device) + call.begins(self, known, given)
+        given = h.shape[1]
+        begin, known = (0, given) if known is None else (call.begins(self, known, given), known)
+        places = torch.arange(given, device=h.device) + begin
         count = count[:, None].to(h.device)
         acts = ((count > 0) & (places >= known - count))[..., None].to(h.dtype)
         y = self.site.add(y, h * acts, B)

@@ -292,6 +292,11 @@ class Method:
         return None
 
     @classmethod
+    def reported(cls, term: Tensor, config: Any) -> Mapping[str, Tensor]:
+        """What the outputs show of that term, as attributes: {name: value}."""
+        return {}
+
+    @classmethod
     def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         """What an adapter does before optimiser step `t` (1, 2 ...), its gradients there."""
 

@@ -64,6 +64,11 @@ class ModelMethod(nn.Module):
         return None
 
     @classmethod
+    def reported(cls, term: Tensor, config: Any) -> Mapping[str, Tensor]:
+        """What the outputs show of that term."""
+        return {}
+
+    @classmethod
     def begin(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         """What an adapter does before optimiser step `t`."""
 

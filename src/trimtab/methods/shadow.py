@@ -200,3 +200,7 @@ class Shadow(Method):
     def penalty(cls, methods: Sequence[Any], config: Any) -> Tensor | None:
         term, methods[0].term = methods[0].term, None  # no graph is kept
         return term  # type: ignore[no-any-return]
+
+    @classmethod
+    def reported(cls, term: Tensor, config: Any) -> Mapping[str, Tensor]:
+        return {"shadow_loss": term / config.auxiliary_loss_weight}

@@ -135,8 +135,12 @@ class Running(nn.Module):
         terms = {} if left else self.penalties(names)
         if terms or self.added:
             self.added = tuple(terms)
-        for term in terms.values():
+        for name, term in terms.items():
             loss = loss + term.to(loss.device)
+            adapter = self.graft.adapters[name]
+            for called, value in adapter.method.reported(term, adapter.config).items():
+                setattr(outputs, called, value)
+                self.__dict__[f"last_{called}"] = value.detach()  # wrappers of several processes rebuild the outputs
         if terms:
             outputs.loss = loss
         return outputs

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.as_peft.parts import IncrementalPCA
 from trimtab.errors import PeftWarning
+from trimtab.init.eva import gathered, in_processes
 
 __all__ = ["HashHook", "SVDHook"]
 
@@ -55,12 +56,7 @@ class _Hook:
     @torch.no_grad()
     def gather_layer_inputs(self, layer_input: Tensor) -> Tensor:
         """The rows of all processes."""
-        distributed = torch.distributed
-        if not (self.gather_distributed_inputs and distributed.is_available() and distributed.is_initialized()):
-            return layer_input
-        parts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, layer_input.cpu())  # processes may have other numbers of rows
-        return torch.cat(parts).to(layer_input.device)
+        return gathered(layer_input) if self.gather_distributed_inputs and in_processes() else layer_input
 
 
 class SVDHook(_Hook):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.core.config import help_field
+from trimtab.core.report import warn
 from trimtab.errors import ConfigError
 
 
@@ -94,3 +96,22 @@ def distribute(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     for at in values.argsort(descending=True, stable=True)[:budget].tolist():
         ranks[names[at]] += 1
     return ranks
+
+
+def in_processes(speak: bool = False) -> bool:
+    """Whether there are processes that a layer's rows can be gathered from; `speak`: say what that asks of them."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and speak:
+        warn(
+            "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore EVA initialization "
+            "will gather tensors from all ranks. Ensure the model does not receive the same inputs on different ranks.",
+            UserWarning,
+        )
+    return distributed
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (n, features) of all processes, which may have other numbers of them."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError
 from trimtab.graft.graft import grafted
-from trimtab.init.eva import Watched, distribute
+from trimtab.init.eva import Watched, distribute, gathered, in_processes
 from trimtab.shell.starts import evaluating, hooked, moved, targets
 
 
@@ -60,6 +60,7 @@ def get_eva_state_dict(
         model: a model with an adapter, or a plain one with `peft_config`.
         dataloader: batches; it is gone through until all vectors have converged.
         prepare_layer_inputs_fn: a function of (a layer's input, what the one before gave, its name), or one by layer.
+        gather_distributed_inputs: look at the rows of all processes, so that all find the same.
     """
     graft = grafted(model)
     if peft_config is None:
@@ -68,6 +69,7 @@ def get_eva_state_dict(
         peft_config = graft.configs[adapter_name]
     if peft_config.init_lora_weights != "eva":
         raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+    several = gather_distributed_inputs and in_processes(speak=True)
     layers, prefix = targets(model, graft, peft_config, adapter_name), "" if graft is None else "base_model.model."
     if not layers:
         raise ConfigError("EVA starts linear layers only, and the config selects none.")
@@ -91,10 +93,11 @@ def get_eva_state_dict(
                 twins = {n: first.setdefault((id(x), watched[n].n), n) for n, x in seen.items()}
                 left = {n for n, twin in twins.items() if n == twin}
             for name in sorted(left, key=list(layers).index):
-                rows = prepare_layer_inputs_fn
-                rows = rows.get(name) if isinstance(rows, Mapping) else rows
-                rows = rows or prepare_layer_inputs_fn_language_modeling
-                watched[name].see(rows(seen[name], chosen if prepare_model_inputs_fn else None, prefix + name))
+                of = prepare_layer_inputs_fn
+                of = of.get(name) if isinstance(of, Mapping) else of
+                of = of or prepare_layer_inputs_fn_language_modeling
+                rows = of(seen[name], chosen if prepare_model_inputs_fn else None, prefix + name)
+                watched[name].see(gathered(rows) if several else rows)
             shares = {n: watched[twins[n]].pca.share for n in seen}
             if all(len(share) for share in shares.values()):
                 given = distribute(shares, sum(ranks.values()))

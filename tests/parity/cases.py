@@ -88,6 +88,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens_tied_dict": ("gpt2", {"trainable_token_indices": {"wte": [0, 7]}}),
     "tokens_head": ("llama", {"trainable_token_indices": {"embed_tokens": [4], "lm_head": [2, 9]}}),
     "tokens_t5": ("t5", {"trainable_token_indices": {"shared": [4, 8]}}),
+    "tokens_tied_head": ("llama_tied", {"trainable_token_indices": {"lm_head": [4, 8]}}),
+    "tokens_tied_both": ("llama_tied", {"trainable_token_indices": {"lm_head": [4, 8], "embed_tokens": [4, 8]}}),
+    "tokens_tied_apart": ("llama_tied", {"trainable_token_indices": {"lm_head": [4, 8], "embed_tokens": [8, 9, 4]}}),
     # sites
     "toy": ("toy", {"target_modules": SITES}),
     "toy_linear": ("toy", {"target_modules": ["plain", "biased"]}),

@@ -67,6 +67,9 @@ def test_merge(name: str, fields: dict[str, Any]) -> None:
     near(run(merged, name), before, 3e-5)
     if fields.get("lora_bias"):  # PEFT refuses to merge it into a layer without a bias
         return
+    tokens = fields.get("trainable_token_indices")
+    if name == "llama_tied" and isinstance(tokens, dict) and tokens["lm_head"] != tokens.get("embed_tokens"):
+        return  # PEFT's merge puts what the head alone has into the embedding, too (docs/differences.md)
     other = quiet(theirs.merge_and_unload)
     assert parameters(merged).keys() == parameters(other).keys()
     for key, weight in parameters(other).items():

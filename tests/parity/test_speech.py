@@ -99,6 +99,15 @@ FAULTS: dict[str, tuple[Act, str]] = {
         wrap(trainable_token_indices={"nothing": [1]}),
         "Target modules {'nothing'} not found in the base model",
     ),
+    "tokens of tied layers that differ": (
+        lambda lib: lib.get_peft_model(
+            build("llama_tied"),
+            lib.LoraConfig(
+                trainable_token_indices={"lm_head": [1, 2], "embed_tokens": [2, 3]}, ensure_weight_tying=True
+            ),
+        ),
+        "Cannot ensure weight tying when different token indices are specified for tied layers",
+    ),
     "one name for several": (
         then(lambda lib, m: m.merge_adapter("default")),
         "adapter_names should be a list of strings, got 'default'",

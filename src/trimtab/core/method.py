@@ -171,9 +171,10 @@ class Method:
     # other fields that follow from the model_type, the same way
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     listed: ClassVar[str] = ""  # what PEFT lists below a layer that has nothing but this method
-    tied: ClassVar[bool] = False  # the tensors at one layer serve every layer that is tied to it
+    # kinds of site whose tensors serve every layer that is tied to it
+    tied: ClassVar[frozenset[str]] = frozenset()
+    partial: ClassVar[bool] = False  # changes some rows of an embedding: its file never has the base's along with them
     echoes: ClassVar[bool] = False  # those layers have them in the file as well, if it is the adapter's own method
-    spares: ClassVar[bool] = False  # it is there to keep the embedding it adapts out of the file
     extras: ClassVar[tuple[str, ...]] = ()  # arguments of the forward that are for the formula, not for the model
     told: ClassVar[tuple[str, ...]] = ()  # arguments of a layer's own call that are for the formula, as hooks give them
     # Formulas see the model's calls: the fact "seen" has "model", "inputs", and "start", the tokens the cache has then.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -147,6 +147,7 @@ def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, st
         wanted = getattr(config, field_name, None) or {}
         if not isinstance(wanted, dict):
             wanted = {input_embedding(base): wanted}
+        named: dict[str, list[Any]] = {}
         for key, value in wanted.items():
             paths = [n for n in base.modules if matches({key}, n)]
             if not paths:
@@ -154,10 +155,33 @@ def companions(base: Base, config: Any) -> dict[str, tuple[type[Method], Any, st
                     f"Target modules {{'{key}'}} not found in the base model, which `{field_name}` names. Please check "
                     f"the target modules and try again.{nearest([key], base.modules)}"
                 )
-            own = config_class(peft_type)(**{argument: list(value)})  # type: ignore[arg-type]
-            for path in paths:
-                found |= dict.fromkeys([path, *base.tied(path)], (method_class(own), own, prefix))
+            named |= {path: list(value) for path in paths}
+        for path, value, tied in _groups(base, config, field_name, named):
+            own = config_class(peft_type)(**{argument: value})  # type: ignore[arg-type]
+            found |= dict.fromkeys([path, *tied], (method_class(own), own, prefix))
     return found
+
+
+def _groups(
+    base: Base, config: Any, field_name: str, named: dict[str, list[Any]]
+) -> Iterator[tuple[str, list[Any], list[str]]]:
+    """(module, what is wanted there, the modules tied to it that follow it), as PEFT has it: embeddings lead.
+
+    A head that is tied follows its embedding, unless it is named alone or for something else: then it goes its own way.
+    """
+    leads = [n for n in named if kind(base.modules[n]) == "embedding"]
+    for path in leads:
+        tied = base.tied(path)
+        apart = {n: named[n] for n in tied if named.get(n, named[path]) != named[path]}
+        if apart and getattr(config, "ensure_weight_tying", False):
+            raise ConfigError(
+                "Cannot ensure weight tying when different token indices are specified for tied layers: "
+                f"`{field_name}` has { {path: named[path], **apart} }. Please use the same indices for all of them, or "
+                "set ensure_weight_tying=False."
+            )
+        yield path, named[path], [n for n in tied if n not in apart]
+    followed = {n for path in leads for n in base.tied(path) if named.get(n) == named[path]}
+    yield from ((path, value, []) for path, value in named.items() if path not in {*leads, *followed})
 
 
 def input_embedding(base: Base) -> str:

@@ -89,7 +89,7 @@ class Stage:
         sites = {path: self._site(path, params.get(path, "")) for path in plans}
         own = [sites[path] for path, wanted in plans.items() if any(cls is method for cls, _, _ in wanted)]
         layout.shared = method.share(config, Sites(self.base.model, own))
-        homes: dict[int, int] = {}
+        homes: dict[tuple[int, int], int] = {}
         keepers, at = method.joint(config, own), []  # at: the place of each of `own`
         for path, wanted in plans.items():
             site = sites[path]
@@ -106,7 +106,8 @@ class Stage:
                     borrowed = {leaf: i for leaf, i in kept.items() if i != len(layout.places)}
                 home = len(layout.places)
                 if cls.tied:
-                    home = homes.setdefault(id(layer.frozen._parameters.get(site.param, layer)), home)
+                    shared = id(layer.frozen._parameters.get(site.param, layer))
+                    home = homes.setdefault((shared, id(options)), home)
                 formula.declared = leaves
                 formula.templates = {name: leaf_template(prefix + leaf_template(name)) for name in leaves}
                 formula.trained = tuple(name for name, leaf in leaves.items() if trains(leaf))
@@ -119,10 +120,13 @@ class Stage:
     def _plans(self, config: Any, method: type[Method], targets: list[Target]) -> dict[str, list[Wanted]]:
         """Path -> the methods there."""
         plans: dict[str, list[Wanted]] = {t.name: [(method, config.resolve(t.name), "")] for t in targets}
-        for target in targets if method.tied else ():
-            for path in self.base.tied(target.name):
+        for target in targets:
+            for path in self.base.tied(target.name) if target.kind in method.tied else ():
                 plans[path] = plans[target.name]
-        for path, companion in companions(self.base, config).items():
+        beside = companions(self.base, config)
+        if any(path in plans for path in beside):  # of tied modules the first keeps the tensors: as `beside` has it
+            plans = {path: plans.get(path, []) for path in (*beside, *plans)}
+        for path, companion in beside.items():
             plans.setdefault(path, []).append(companion)
         for target in targets:
             cls = site_class(self.base.modules[target.module], target.param or None)

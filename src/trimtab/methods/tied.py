@@ -29,7 +29,7 @@ class Tied(LowRank):
     bias = LowRank.lifted
     kinds = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     fused = frozenset({"linear", "embedding", "conv"})
-    tied = echoes = True
+    tied, echoes = kinds, True
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:

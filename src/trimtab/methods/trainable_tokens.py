@@ -39,7 +39,8 @@ class TrainableTokens(Method):
     example = {"token_indices": [0]}
     config, prefix, listed = TrainableTokensConfig, "trainable_tokens_", "token_adapter"
     kinds = fused = frozenset({"embedding", "linear"})
-    tied = echoes = spares = True
+    tied = frozenset({"embedding"})  # a head that is named goes alone
+    echoes = partial = True
     targets = {"*": INPUT_EMBEDDING}
     views = ("token_indices", "trainable_tokens_original")
 

@@ -87,7 +87,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 def test_equals_single_operations(case: Case, dtype: torch.dtype, single: Any) -> None:
     module, x = layer(case, dtype), inputs(dtype)
     declined = any(case.options.get(n) for n in ("rank_dropout", "lora_bias", "hira_dropout", "randlora_dropout"))
-    declined = declined or case.peft_type == "SUPERTUNING" and case.options.get("r") is not None
+    declined = declined or (case.peft_type == "SUPERTUNING" and case.options.get("r") is not None)
     assert is_fused(module(x.requires_grad_())) != declined, "else nothing is compared here"
     assert_same(step(module, x), single(lambda m: step(m, x))(module), 1e-6 if dtype == torch.float32 else 1e-13)
 

@@ -24,6 +24,7 @@ from tests.parity.pairs import (
     parameters,
     quiet,
     run,
+    spoken,
     stir,
     weights_file,
 )
@@ -279,6 +280,43 @@ def test_injected_from_state_dict() -> None:
     for library, model in zip(BOTH, models, strict=True):
         quiet(library.set_peft_model_state_dict, model, state)
     near(tensor_of(models[0](**batch("llama"))), tensor_of(models[1](**batch("llama"))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "k_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        {"target_modules": ["nothing"]},
+    ],
+    ids=["default", "less", "same", "more", "a layer", "excluded", "nothing"],
+)
+def test_injected_from_a_state_dict_that_is_not_the_configs(fields: dict[str, Any]) -> None:
+    """The state dict wins; what the config names besides, or lacks, is told in PEFT's words."""
+    source = adapt(peft, "llama", {"target_modules": ["q_proj", "k_proj"]})
+    state = {k.removeprefix("base_model.model."): v for k, v in peft.get_peft_model_state_dict(source).items()}
+    models, said = [build("llama") for _ in BOTH], []
+    for library, model in zip(BOTH, models, strict=True):
+        texts = spoken(library.inject_adapter_in_model, library.LoraConfig(**fields), model, state_dict=state)
+        said.append([text.strip() for text in texts if "While injecting" in text])
+    assert said[0] == said[1]
+    assert parameters(models[0]).keys() == parameters(models[1]).keys()
+
+
+def test_status_of_injected_models() -> None:
+    """A model of transformers is called by its class, any other is not."""
+    for name in ("llama", "bert", "toy"):
+        status = []
+        for library in BOTH:
+            model = build(name)
+            config = library.LoraConfig(target_modules=["q_proj", "query", "plain"])
+            quiet(library.inject_adapter_in_model, config, model)
+            status.append(str(library.get_model_status(model)))
+        assert status[0] == status[1]
 
 
 def test_config_from_pretrained(tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ FAULTS: dict[str, tuple[Act, str]] = {
         ).get_layer_status(),
         "got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported",
     ),
+    "state of prompts, of the model": (
+        lambda lib: lib.get_peft_model(
+            build("llama"), lib.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        ).get_model_status(),
+        r"get_model_status\(\) got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported",
+    ),
     "rank 0 of a conversion": (
         then(lambda lib, m: lib.convert_to_lora(m, rank=0)),
         "Passing a rank of 0 doesn't make sense",

@@ -69,6 +69,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: the model has no adapters.
         ArgumentError: its adapters (prompts) are of the model as a whole.
     """
+    return _rows(model, "get_layer_status")
+
+
+def _rows(model: nn.Module, asked: str) -> list[TunerLayerStatus]:
     model, graft = unwrap(model), _graft(model)
     prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
     order = {path: i for i, path in enumerate(graft.base.modules)}
@@ -92,8 +96,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         )
     if not rows:
         raise ArgumentError(
-            "get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not "
-            "supported: no layer of the model is adapted."
+            f"{asked}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported: "
+            "no layer of the model is adapted."
         )
     return rows
 
@@ -127,13 +131,13 @@ def _described(part: AdaptedLayer | SavedModule, graft: Graft) -> tuple[str, str
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of the whole model."""
     model, graft = unwrap(model), _graft(model)
-    rows = get_layer_status(model)
+    rows = _rows(model, "get_model_status")
     trainable, total = count_parameters(model)
     names = sorted({a for r in rows for a in r.available_adapters})
     tuner = model._modules.get("base_model")
     tuner = tuner if getattr(tuner, "model", None) is graft.model else None
     return TunerModelStatus(  # only a PeftModel tells types, as programs expect that tell one by them
-        base_model_type="other" if tuner is None else type(graft.model).__name__,
+        base_model_type=_called(model) if tuner is None else type(graft.model).__name__,
         adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types={} if tuner is None else {a: type_name(graft.adapters[a].config) for a in names},
         trainable_params=trainable,
@@ -147,6 +151,15 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         devices={a: sorted({d for r in rows for d in r.devices.get(a, [])}) for a in names},
         quantization_backend=_same([r.quantization_backend for r in rows]),
     )
+
+
+def _called(model: nn.Module) -> str:
+    """What PEFT calls a model with injected adapters: by its class where it is transformers'."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        return "other"
+    return type(model).__name__ if isinstance(model, PreTrainedModel) else "other"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

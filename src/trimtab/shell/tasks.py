@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from trimtab.core.config import PeftConfig, type_name
 from trimtab.core.report import warn
 from trimtab.core.targets import matches
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, NoMatchingPeftModuleError
 from trimtab.files.codec import modules_of
+from trimtab.graft.base import Base
 from trimtab.graft.graft import Graft, find_graft
+from trimtab.graft.selection import choose
+from trimtab.methods import method_class
 from trimtab.shell.arguments import require_config, require_model
 from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
 from trimtab.shell.replacing import replaced
@@ -164,6 +168,29 @@ def get_peft_model(
         raise
 
 
+def _compare(model: nn.Module, config: Any, there: set[str]) -> None:
+    """Say where the modules of a state dict are not those that the config names."""
+    graft = find_graft(model)
+    base = graft.base if graft else Base(model)
+    with warnings.catch_warnings():  # it is asked, not used
+        warnings.simplefilter("ignore")
+        try:
+            asked = {t.name for t in choose(base, config.copy(), method_class(config), False) if not t.param}
+        except NoMatchingPeftModuleError:
+            asked = set()
+        except ConfigError:  # it names none, and there is no default for this model: the state dict says all
+            return
+    only = {"The PEFT config": sorted(asked - there), "The state_dict": sorted(there - asked)}
+    more = [f"{who} contained these additional target modules: {names}." for who, names in only.items() if names]
+    if more:
+        warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            + " ".join(more),
+            RuntimeWarning,
+        )
+
+
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: nn.Module,
@@ -187,15 +214,17 @@ def inject_adapter_in_model(
             raise ConfigError(
                 f"The state dict has no tensors of an adapter of method {kind}: {list(state_dict)[:5]} ..."
             )
-        peft_config = peft_config.copy()
-        own = getattr(peft_config, "target_parameters", None) or ()  # those are told by the config
+        config: Any = peft_config.copy()
+        own = getattr(config, "target_parameters", None) or ()  # those are told by the config
         known = {path: module for path, module in model.named_modules() if path in paths}
         held = {
             p
             for p, m in known.items()
             if any(matches(set(own), f"{p}.{n}") for n, _ in m.named_parameters(recurse=False))
         }
-        peft_config.target_modules = paths - held
+        _compare(model, config, set(known) - held)
+        config.target_modules, config.exclude_modules = paths - held, None
+        peft_config = config
     try:
         tuner_class(peft_config.peft_type)(model, peft_config, adapter_name, low_cpu_mem_usage)
     except BaseException:

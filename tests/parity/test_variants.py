@@ -22,6 +22,7 @@ from tests.parity.pairs import (
     near,
     quiet,
     run,
+    spoken,
     stir,
     trainable,
     weights_file,
@@ -337,6 +338,17 @@ def test_layers_that_are_repeated(name: str, tmp_path: Path) -> None:
             near(run(read.eval(), name), expected)
     near(run(quiet(ours.merge_and_unload), name), expected)
     assert float((run(quiet(theirs.merge_and_unload), name) - expected).detach().abs().max()) > 0.1
+
+
+def test_nothing_is_said_of_layers_that_are_repeated() -> None:
+    """They share their weights because that was asked for; a tied embedding is told as ever."""
+    fields = {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["q_proj"]}
+    for library in BOTH:
+        assert spoken(library.get_peft_model, build("llama"), library.LoraConfig(**fields)) == []
+        wider = library.LoraConfig(**{**fields, "target_modules": ["q_proj", "embed_tokens"]})
+        assert [t[:40] for t in spoken(library.get_peft_model, build("llama_tied"), wider)] == [
+            "Model has `tie_word_embeddings=True` and"
+        ]
 
 
 @pytest.mark.parametrize(("general", "k"), [(0, 1), (0, 2), (2, 3)])

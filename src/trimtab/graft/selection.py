@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ TIED = (
 )
 
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Pick = Callable[[Any, list[Target]], list[Target]]
 
 
@@ -119,7 +121,7 @@ def note(base: Base, config: Any, targets: list[Target]) -> None:
             config.fan_in_fan_out = flipped[-1]  # how PEFT notes it
     names = [t.name for t in targets]
     if (ensured := getattr(config, "ensure_weight_tying", None)) is not None:
-        tied = [name for name in names if base.tied(name)]
+        tied = [name for name in names if any(not _repeats(config, name, n) for n in base.tied(name))]
         whole = set(config.modules_to_save or ())
         if ensured and not tied and not any(base.tied(name) for name in base.modules if matches(whole, name)):
             warn(
@@ -131,6 +133,11 @@ def note(base: Base, config: Any, targets: list[Target]) -> None:
     for field_name in config.patterns:
         if unused := unused_patterns(getattr(config, field_name, {}) or {}, names):
             warn(f"`{field_name}` keys {unused} fit none of the adapted modules.{nearest(unused, base.modules)}")
+
+
+def _repeats(config: Any, name: str, other: str) -> bool:
+    """Whether two modules share a weight because `layer_replication` repeats the layer they are in, as was asked."""
+    return bool(getattr(config, "layer_replication", None)) and NUMBER.sub("", name) == NUMBER.sub("", other)
 
 
 def without_parts(base: Base, targets: list[Target]) -> list[Target]:

@@ -90,9 +90,10 @@ def test_budget_and_importance() -> None:
             for name in ("lora_A", "lora_B", "lora_E"):
                 p = getattr(layer, name)["default"]
                 I, U = averages.get((n, name), (torch.zeros_like(p), torch.zeros_like(p)))
-                now = (held[n, name] * p.grad).abs().detach()
-                I = config.beta1 * I + (1 - config.beta1) * now
-                U = config.beta2 * U + (1 - config.beta2) * (now - I).abs()
+                if t < end:  # the last cut goes by what was seen before it
+                    now = (held[n, name] * p.grad).abs().detach()
+                    I = config.beta1 * I + (1 - config.beta1) * now
+                    U = config.beta2 * U + (1 - config.beta2) * (now - I).abs()
                 averages[n, name] = I, U
                 parts[name] = numbers(I * U)
             A, B, E = parts["lora_A"], parts["lora_B"], parts["lora_E"]

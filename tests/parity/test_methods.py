@@ -528,6 +528,31 @@ def test_thirty_steps_of_adalora(tmp_path: Path) -> None:
         near(run(read.eval(), "llama"), run(theirs, "llama"), 1e-4)
 
 
+@pytest.mark.parametrize(("total", "tinit", "tfinal", "every"), [(6, 1, 1, 1), (9, 0, 2, 2)])
+def test_the_last_cut_of_adalora_takes_no_gradient_in(total: int, tinit: int, tfinal: int, every: int) -> None:
+    """It goes by the averages of the steps before."""
+    fields = {"init_r": 6, "target_r": 2, "total_step": total, "tinit": tinit, "tfinal": tfinal, "deltaT": every}
+    kept = []
+    for library in BOTH:
+        torch.manual_seed(0)
+        model = quiet(library.get_peft_model, build("llama"), library.AdaLoraConfig(task_type="CAUSAL_LM", **fields))
+        stir(model.train(), 0.1)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for t in range(total):
+            if t == total - tfinal:  # a gradient that would turn the order over
+                for n, p in model.named_parameters():
+                    if "lora_A" in n:
+                        p.grad = torch.linspace(0, 1e6, p.numel()).reshape(p.shape)
+            else:
+                x = torch.randint(3, 40, (4, 8), generator=torch.Generator().manual_seed(t))
+                model(input_ids=x, labels=x).loss.backward()
+                optimiser.step()
+            model.base_model.update_and_allocate(t)
+            optimiser.zero_grad()
+        kept.append({k.removesuffix(".default"): v for k, v in model.peft_config["default"].rank_pattern.items()})
+    assert kept[0] == kept[1]
+
+
 # ---------------------------------------------------------------------- where PEFT is wrong
 def test_oft_on_a_kernel_is_no_identity_in_peft() -> None:
     """Theirs changes the output before any training; ours does not, and its forward is its merged one."""

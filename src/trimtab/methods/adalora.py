@@ -157,7 +157,7 @@ class AdaLora(Method):
     @classmethod
     def step(cls, methods: Sequence[Any], config: Any, t: int) -> None:
         end = config.total_step - config.tfinal
-        if t <= end:
+        if t < end:
             for m in methods:
                 m.observe(config.beta1, config.beta2)
         budget, due = cls.budget(methods, config, t)

@@ -118,4 +118,4 @@ def embeddings(base: Base, adapter: Adapter, reading: bool = False) -> list[Slot
 def targets_embeddings(adapter: Adapter) -> bool:
     """Whether the adapter adapts one of the embeddings that PEFT then saves along."""
     wanted = getattr(adapter.config, "target_modules", None) or ()  # in a regular expression as text
-    return not adapter.method.partial and any(name in wanted for name in EMBEDDINGS)
+    return any(name in wanted for name in EMBEDDINGS) and not adapter.method.partial  # a prompt has no targets

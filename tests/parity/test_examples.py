@@ -60,6 +60,20 @@ def test_why_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) ->
     assert "as embedding layers found" in reasons[0].pop()
 
 
+@pytest.mark.parametrize("given", [None, "my/base", "other/base"])
+def test_a_config_names_the_model_it_is_used_on(given: str | None) -> None:
+    named, warned = [], []
+    for library in BOTH:
+        model = build("llama")
+        model.name_or_path = "my/base"
+        config = config_of(library, {"r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": given})
+        warned.append([text for text in spoken(library.get_peft_model, model, config) if "renamed" in text])
+        named.append(quiet(library.get_peft_model, model, config).peft_config["default"].base_model_name_or_path)
+    assert named == ["my/base", "my/base"]
+    assert warned[0] == warned[1]
+    assert len(warned[0]) == (given == "other/base")
+
+
 class Around(nn.Module):
     """A model that passes on what it lacks itself, as the examples for embeddings of sentences have it."""
 

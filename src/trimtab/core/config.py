@@ -269,7 +269,8 @@ class PeftConfig:
                 "on save."
             )
         config = cls(**{k: v for k, v in attributes.items() if k in known})
-        config.__dict__["_unknown"] = unknown
+        if unknown:
+            config.__dict__["_unknown"] = unknown
         return config
 
     @classmethod
@@ -340,7 +341,7 @@ class LayerConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.sets:
-            if isinstance(value := getattr(self, name), list | tuple):
+            if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
         if faults := idle(vars(self)):
             raise ConfigError(next(iter(faults.values())))

@@ -80,7 +80,7 @@ class PeftModel(Generation):
         """A copy of the config, completed from the model and the task; where a `new` one names none, this class's."""
         config: Any = given.copy()
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = _name_of(model)
+            config.base_model_name_or_path = name_of(model)
         own = next((task for task, cls in TASK_CLASSES.items() if cls is type(self)), None) if new else None
         heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type or own)), ())
         if heads and "modules_to_save" in vars(config):  # trained tokens alone train no head
@@ -327,7 +327,8 @@ def _checkpoints(model: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-def _name_of(model: nn.Module) -> str | None:
+def name_of(model: nn.Module) -> str | None:
+    """Where a model came from, or None where it does not say."""
     own = vars(model)  # not what a model around another one passes on: that path has the inner model only
     name = own.get("name_or_path") or getattr(own.get("config"), "name_or_path", None)
     return name if isinstance(name, str) and name else None

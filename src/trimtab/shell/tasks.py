@@ -19,7 +19,7 @@ from trimtab.graft.graft import Graft, find_graft
 from trimtab.graft.selection import choose
 from trimtab.methods import method_class
 from trimtab.shell.arguments import require_config, require_model
-from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, task_class
+from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, name_of, task_class
 from trimtab.shell.replacing import replaced
 from trimtab.shell.tuner import tuner_class
 
@@ -151,14 +151,7 @@ def get_peft_model(
             f"different config, make sure to call `.unload()` before. {taken}To give it an adapter beside those "
             "it has, call add_adapter(name, config) of the PeftModel."
         )
-    if revision is not None:
-        if peft_config.revision is not None and peft_config.revision != revision:
-            warn(
-                f"peft config has already set base model revision to {peft_config.revision}, "
-                f"overwriting with revision {revision}"
-            )
-        peft_config = peft_config.copy()
-        peft_config.revision = revision
+    peft_config = _of(model, peft_config, revision)
     cls = task_class(peft_config, PeftModel)
     try:
         with replaced(graft, adapter_name):
@@ -166,6 +159,26 @@ def get_peft_model(
     except BaseException:
         discard_empty(model)
         raise
+
+
+def _of(model: nn.Module, given: PeftConfig, revision: str | None) -> Any:
+    """A copy of a config that says which model it is used on, whatever it said before."""
+    config, name = given.copy(), name_of(model)
+    if name is not None and config.base_model_name_or_path not in (None, name):
+        warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{config.base_model_name_or_path}' to "
+            f"'{name}'. Please ensure that the correct base model is loaded when loading this checkpoint.",
+            UserWarning,
+        )
+        config.base_model_name_or_path = name
+    if revision is not None:
+        if config.revision is not None and config.revision != revision:
+            warn(
+                f"peft config has already set base model revision to {config.revision}, "
+                f"overwriting with revision {revision}"
+            )
+        config.revision = revision
+    return config
 
 
 def _compare(model: nn.Module, config: Any, there: set[str]) -> None:

@@ -157,6 +157,32 @@ def test_training_goes_on_from_a_file_and_a_file_goes_back_into_a_trained_model(
     same(PeftModel.from_pretrained(llama(), tmp_path / "once more")(x).logits, y, 1e-6)
 
 
+def test_an_adapter_that_was_cut_down_to_its_pattern_goes_on(tmp_path: Path) -> None:
+    """Parked and back, saved in training and resumed, merged: with the smaller tensors."""
+    model, x = trained(AdaLoraConfig(**SCHEDULE), 12).eval(), tokens(vocabulary=64)
+    model.resize_modules_by_rank_pattern(model.peft_config["default"].rank_pattern, "default")
+    kept = [tuple(a.lora_A["default"].shape) for a in adapters(model)]
+    assert len(set(kept)) > 1
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    y = model(x).logits
+    same(again.eval()(x).logits, y, 1e-6)
+    for one in (model, again):
+        one.train()(input_ids=x, labels=x).loss.backward()
+        torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1).step()
+        one.update_and_allocate(14)
+    y = model.eval()(x).logits
+    same(again.eval()(x).logits, y, 1e-6)
+    for n in range(10):  # so many that the first one leaves the module tree
+        model.add_adapter(f"other{n}", AdaLoraConfig(init_r=2, target_r=1, total_step=9))
+        model.set_adapter(f"other{n}")
+    model.set_adapter("default")
+    assert [tuple(a.lora_A["default"].shape) for a in adapters(model)] == kept
+    same(model(x).logits, y, 1e-6)
+    model.merge_adapter()
+    same(model(x).logits, y, 1e-5)
+
+
 def test_a_loaded_adapter_counts_a_step_it_is_told_of_once(tmp_path: Path) -> None:
     model = trained(AdaLoraConfig(**SCHEDULE), 5)
     model.save_pretrained(tmp_path)

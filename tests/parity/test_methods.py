@@ -553,6 +553,84 @@ def test_the_last_cut_of_adalora_takes_no_gradient_in(total: int, tinit: int, tf
     assert kept[0] == kept[1]
 
 
+def sizes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("form", ["named", "bare", "tensors", "part"])
+def test_adalora_cut_down_to_its_pattern(form: str, tmp_path: Path) -> None:
+    """`resize_modules_by_rank_pattern`: smaller parameters of the same names, the same outputs, the same file."""
+    models, patterns = [], []
+    for library in BOTH:
+        model, log = schedule(library, 24)
+        y = run(model, "llama")
+        pattern: Any = dict(log[-1][1])
+        if form != "bare":
+            pattern = {f"{key}.default": left for key, left in pattern.items()}
+        if form == "tensors":
+            pattern = {key: torch.tensor(left) for key, left in pattern.items()}
+        if form == "part":
+            pattern = dict(list(pattern.items())[:2])
+        assert model.base_model.resize_modules_by_rank_pattern(pattern, "default") is None
+        near(run(model, "llama"), y)
+        models.append(model)
+        patterns.append(log[-1][1])
+    assert patterns[0] == patterns[1]
+    assert sizes(models[0]) == sizes(models[1])
+    assert len(set(sizes(models[0]).values())) > 6
+    for model, folder in zip(models, "01", strict=True):
+        quiet(model.save_pretrained, str(tmp_path / folder))
+    assert config_file(tmp_path / "0") == config_file(tmp_path / "1")
+    read = quiet(peft.PeftModel.from_pretrained, build("llama", scale=1.0), str(tmp_path / "0"))
+    near(run(read.eval(), "llama"), run(models[0], "llama"), 1e-4)
+
+
+def test_a_state_dict_of_adalora_cut_down_to_the_pattern() -> None:
+    cut = []
+    for library in BOTH:
+        model, log = schedule(library, 24)
+        state = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+        found = model.base_model.resize_state_dict_by_rank_pattern(log[-1][1], state, "default")
+        assert found is state
+        cut.append(found)
+    all_near(cut[0], cut[1])
+    assert len({tensor.shape for tensor in cut[0].values()}) > 6
+
+
+def test_a_rank_pattern_that_is_none() -> None:
+    for library, wrong in ((trimtab, ValueError), (peft, (AttributeError, IndexError))):
+        model, log = schedule(library, 24)
+        key, left = next(iter(log[-1][1].items()))
+        before = sizes(model)
+        for pattern, error in (({key: 2}, TypeError), ({key: left[:3]}, wrong), ({"no.lora_E": left}, wrong)):
+            with pytest.raises(error):
+                model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+        assert sizes(model) == before
+
+
+def test_adalora_cut_twice_is_an_error_in_peft() -> None:
+    """And so is the training of one that was cut; ours stays as it is, and trains on."""
+    x = batch("llama")["input_ids"]
+    for library, right in ((trimtab, True), (peft, False)):
+        model, log = schedule(library, 20)
+        cut = lambda model=model, log=log: model.base_model.resize_modules_by_rank_pattern(log[-1][1], "default")
+        cut()
+        if not right:
+            with pytest.raises(IndexError):
+                cut()
+            with pytest.raises(RuntimeError):
+                model.base_model.update_and_allocate(20)
+            continue
+        y, held = run(model, "llama"), dict(model.named_parameters())
+        cut()
+        assert torch.equal(run(model, "llama"), y)
+        model.train()(input_ids=x, labels=x).loss.backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+        model.base_model.update_and_allocate(25)
+        assert all(held[n] is p for n, p in model.named_parameters())
+        assert not torch.equal(run(model.eval(), "llama"), y)
+
+
 # ---------------------------------------------------------------------- where PEFT is wrong
 def test_oft_on_a_kernel_is_no_identity_in_peft() -> None:
     """Theirs changes the output before any training; ours does not, and its forward is its merged one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -285,3 +285,18 @@ def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
         common(commons, name, adapter.name) if i < 0 else methods[i].tensor(name)
         for i, name, _, _ in adapter.layout.spans()
     ]
+
+
+def method_at(place: Place, name: str) -> Any:
+    """An adapter's own method at a place of its layout."""
+    return next(m for m in place.layer.methods[name] if m.site is place.method.site)
+
+
+def relay(adapter: Adapter, config: Any) -> None:
+    """Give an adapter a layout of its own, of the tensors that it has now."""
+    places = []
+    for place in adapter.layout.places:
+        method = method_at(place, adapter.name)
+        leaves = {k: replace(leaf, shape=tuple(method.tensor(k).shape)) for k, leaf in place.leaves.items()}
+        places.append(replace(place, method=method.twin("", method.options), leaves=leaves))
+    adapter.layout = replace(adapter.layout, config=config, places=places)

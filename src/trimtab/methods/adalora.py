@@ -8,12 +8,12 @@ budget is reached: call `update_and_allocate(step)` after every optimiser step, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.architectures import ATTENTION
 from trimtab.core.config import PeftType, help_field
@@ -210,6 +210,20 @@ class AdaLora(Method):
             left = (config.rank_pattern or {}).get(m.key, [])
             if len(left) == len(m.lora_E):
                 m.lora_E.masked_fill_(~torch.tensor(left, device=m.lora_E.device)[:, None], 0)
+
+    @torch.no_grad()
+    def shrink(self, left: Sequence[bool]) -> None:
+        """Keep just the triplets of a pattern, in new tensors; s stays that of the rank at the start."""
+        keep = torch.tensor(left)
+        for name in [n for n in self.declared if n != "ranknum"]:
+            holder, key = self.place_of(name)
+            old = holder[key]
+            on = keep.to(old.device)
+            new = old[:, on] if name.endswith("_B") else old[on]  # (out, r') or (r', ...)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            holder[key] = new
+            self.declared = {**self.declared, name: replace(self.declared[name], shape=tuple(new.shape))}
 
     # ------------------------------------------------------------------ the file has what is left
     def pack(self, name: str, tensor: Tensor) -> Tensor:

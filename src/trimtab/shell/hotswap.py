@@ -17,7 +17,7 @@ from trimtab.errors import AdapterFileError, ConfigError
 from trimtab.files.codec import PREFIX, Slot, aligned
 from trimtab.files.conversion import Names
 from trimtab.files.soundness import unsound
-from trimtab.graft.adapters import Adapter
+from trimtab.graft.adapters import Adapter, method_at, relay
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import PLAIN
@@ -196,7 +196,7 @@ def _put(slot: Slot, value: Tensor | None, compiled: bool) -> None:
 def _rescale(graft: Graft, adapter: Adapter, config: Any) -> None:
     """Take the ranks and scales of a config, as tensors where the model was prepared for compiling."""
     for place in adapter.layout.places:
-        method = _method(place, adapter.name)
+        method = method_at(place, adapter.name)
         own = config.resolve(method.site.name)
         scale = own.scaling()
         method.r, method.lora_alpha, method.unit = own.r, own.lora_alpha, scale
@@ -207,12 +207,7 @@ def _rescale(graft: Graft, adapter: Adapter, config: Any) -> None:
         method.declared = {k: dataclasses.replace(leaf, shape=_shape(method, k)) for k, leaf in method.declared.items()}
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(adapter.config, field, getattr(config, field))
-    _relay(adapter, adapter.config.copy())
-
-
-def _method(place: Any, name: str) -> Any:
-    """An adapter's own method at a place of its layout."""
-    return next(m for m in place.layer.methods[name] if m.site is place.method.site)
+    relay(adapter, adapter.config.copy())
 
 
 def _shape(method: Any, leaf: str) -> tuple[int, ...]:
@@ -226,16 +221,6 @@ def _axis(leaf: str) -> int | None:
     name, _, rest = leaf.partition(".")
     axes = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
     return None if rest == "bias" else axes.get(name)
-
-
-def _relay(adapter: Adapter, config: Any) -> None:
-    """Give an adapter a layout of its own, of the tensors that it has now."""
-    places = []
-    for place in adapter.layout.places:
-        method = _method(place, adapter.name)
-        leaves = {k: dataclasses.replace(x, shape=tuple(method.tensor(k).shape)) for k, x in place.leaves.items()}
-        places.append(dataclasses.replace(place, method=method.twin("", method.options), leaves=leaves))
-    adapter.layout = dataclasses.replace(adapter.layout, config=config, places=places)
 
 
 @torch.no_grad()
@@ -282,7 +267,7 @@ def prepare_model_for_compiled_hotswap(
     graft = next((g for m in model.modules() if (g := find_graft(m)) is not None), None)
     for adapter in graft.adapters.values() if graft is not None else ():
         if not adapter.parked and adapter.layers:
-            _relay(adapter, adapter.layout.config)
+            relay(adapter, adapter.layout.config)
     for one in config.values() if isinstance(config, dict) else [config] if config is not None else []:
         if target_rank is not None:
             one.r = target_rank

@@ -19,7 +19,7 @@ from trimtab.graft.combine import combine
 from trimtab.graft.graft import Graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import config_class, method_class, prefix_of
-from trimtab.shell import mixtures
+from trimtab.shell import mixtures, ranks
 from trimtab.shell.choosing import Choosing
 from trimtab.shell.loading import Source
 from trimtab.shell.running import Running
@@ -298,6 +298,21 @@ class Tuner(Running, Choosing):
         """
         for name in self.active_adapters:
             steps.by_hand(self.graft.adapters[name], global_step)
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: ranks.Pattern, adapter_name: str) -> None:
+        """Cut an AdaLoRA adapter down to the triplets that a pattern keeps: new, smaller parameters in the same places.
+
+        Args:
+            rank_pattern: {a layer's lora_E: for each triplet whether it stays}, as in the config after training; layers
+                that are not in it, and those that were cut before, stay as they are.
+        """
+        ranks.resize(self.graft, rank_pattern, adapter_name)
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: ranks.Pattern, state_dict: dict[str, Tensor], adapter_name: str
+    ) -> dict[str, Tensor]:
+        """Cut the tensors of a PeftModel's state dict, which is changed and returned, in the same way."""
+        return ranks.resize_state(rank_pattern, state_dict, adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         try:

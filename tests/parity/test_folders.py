@@ -197,6 +197,58 @@ def test_converted_start_faults(tmp_path: Path) -> None:
             quiet(model.save_pretrained, str(tmp_path / "x"), path_initial_model_for_weight_conversion=str(tmp_path))
 
 
+EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "head": ("llama_tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "tied": ("llama_tied", {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True}),
+    "tied by the embedding": ("llama_tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied both": ("llama_tied", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "tied by an expression": ("llama_tied", {"target_modules": ".*(q_proj|lm_head)", "ensure_weight_tying": True}),
+    "gpt2, tied": ("gpt2", {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "gpt2, tied both": ("gpt2", {"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True}),
+    "not tied": ("llama", {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "tokens": ("llama_tied", {"target_modules": ["lm_head"], "trainable_token_indices": [1, 2]}),
+    "tokens, expression": ("llama", {"target_modules": ".*(q_proj|lm_head)", "trainable_token_indices": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), EMBEDDED.values(), ids=EMBEDDED)
+def test_which_embeddings_of_the_base_are_saved(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """By themselves, and why the model says it does so."""
+    keys, said = [], []
+    for library, folder in zip(BOTH, ("ours", "theirs"), strict=True):
+        model = adapt(library, name, fields)
+        texts = spoken(model.save_pretrained, str(tmp_path / folder))
+        said.append(any("Setting `save_embedding_layers` to `True`" in text for text in texts))
+        keys.append(weights_file(tmp_path / folder).keys())
+    assert keys[0] == keys[1]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("key", ["head", "tied", "tied both"])
+def test_a_tied_head_in_the_others_model(key: str, tmp_path: Path) -> None:
+    """Either's file, with what is saved along or without, gives the same outputs in both."""
+    name, fields = EMBEDDED[key]
+    for library, folder in zip(BOTH, ("ours", "theirs"), strict=True):
+        model = adapt(library, name, fields)
+        stir(model)
+        quiet(model.save_pretrained, str(tmp_path / folder))
+        y = run(model.eval(), name)
+        for reader in BOTH:
+            near(run(load(reader, name, tmp_path / folder).eval(), name), y)
+
+
+@pytest.mark.parametrize("fields", [{"ensure_weight_tying": True}, {"trainable_token_indices": [1, 2]}])
+def test_a_head_whose_vocabulary_was_resized_is_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Beside tied pairs and trained tokens as well: the base has no such rows."""
+    quiet(build("llama_tied").save_pretrained, str(tmp_path / "base"))
+    model = build("llama_tied")
+    model.name_or_path = model.config._name_or_path = str(tmp_path / "base")
+    quiet(model.resize_token_embeddings, model.config.vocab_size + 4)
+    config = trimtab.LoraConfig(target_modules=["lm_head"], **fields)
+    quiet(quiet(trimtab.get_peft_model, model, config).save_pretrained, str(tmp_path / "adapter"))
+    assert "base_model.model.lm_head.base_layer.weight" in weights_file(tmp_path / "adapter")
+
+
 STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "gpt2": ("gpt2", {"target_modules": "all-linear"}),

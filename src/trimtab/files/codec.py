@@ -36,7 +36,8 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 ADDED = {"lora_B": 2}
 
 # Names of embeddings whose base weight is saved along when it is adapted or resized.
-EMBEDDINGS = ("embed_tokens", "lm_head")
+HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens", HEAD)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trimtab.core.model_method import PROMPT, Mixture, PromptMethod
-from trimtab.files.codec import EMBEDDINGS, Prompt, Slot, copy_keys, leaf_keys, shared_keys
+from trimtab.files.codec import EMBEDDINGS, HEAD, Prompt, Slot, copy_keys, leaf_keys, shared_keys
 from trimtab.formats import offload
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
@@ -115,7 +115,13 @@ def embeddings(base: Base, adapter: Adapter, reading: bool = False) -> list[Slot
     return found
 
 
-def targets_embeddings(adapter: Adapter) -> bool:
-    """Whether the adapter adapts one of the embeddings that PEFT then saves along."""
-    wanted = getattr(adapter.config, "target_modules", None) or ()  # in a regular expression as text
-    return any(name in wanted for name in EMBEDDINGS) and not adapter.method.partial  # a prompt has no targets
+def targets_embeddings(base: Base, adapter: Adapter) -> bool:
+    """Whether the adapter adapts one of the embeddings that PEFT then saves along: not where tokens are trained."""
+    config = adapter.config
+    wanted = getattr(config, "target_modules", None) or ()  # in a regular expression as text
+    tied = getattr(config, "ensure_weight_tying", False) and base.head is not None and base.tied(base.head)
+    # With ensure_weight_tying PEFT has the embedding's path in the place of its head's name.
+    names = EMBEDDINGS if isinstance(wanted, str) or not tied else [n for n in EMBEDDINGS if n != HEAD]
+    if not any(name in wanted for name in names) or getattr(config, "trainable_token_indices", None):
+        return False
+    return not adapter.method.partial  # a prompt, which has no such fact, has no targets either

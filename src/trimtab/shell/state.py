@@ -143,7 +143,7 @@ def adapter_tensors(
         warn(f"What adapter '{name}' has at modules that are not in the model any more is left out: {lost}.")
     parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]
-    named, resized = targets_embeddings(adapter), embeddings == "auto" and _resized(graft, adapter)
+    named, resized = targets_embeddings(graft.base, adapter), embeddings == "auto" and _resized(graft, adapter)
     if embeddings is True or (embeddings == "auto" and (named or resized)):
         if embeddings == "auto":
             resizing = "as the embedding layer has been resized during finetuning"

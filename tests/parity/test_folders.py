@@ -224,7 +224,7 @@ def test_which_embeddings_of_the_base_are_saved(name: str, fields: dict[str, Any
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("key", ["head", "tied", "tied both"])
+@pytest.mark.parametrize("key", ["head", "tied", "tied both", "tokens"])
 def test_a_tied_head_in_the_others_model(key: str, tmp_path: Path) -> None:
     """Either's file, with what is saved along or without, gives the same outputs in both."""
     name, fields = EMBEDDED[key]

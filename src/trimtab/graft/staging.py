@@ -126,8 +126,13 @@ class Stage:
         beside = companions(self.base, config)
         if any(path in plans for path in beside):  # of tied modules the first keeps the tensors: as `beside` has it
             plans = {path: plans.get(path, []) for path in (*beside, *plans)}
+        leads: dict[int, str] = {}  # companion's config -> the first module it is at, which the others are tied to
         for path, companion in beside.items():
-            plans.setdefault(path, []).append(companion)
+            lead = leads.setdefault(id(companion[1]), path)
+            own = plans.get(path, [])
+            # What follows a tied layer is there before the adapter's own change, as that layer's weight is: as in PEFT.
+            follows = path != lead and not any(cls is method for cls, _, _ in plans[lead])
+            plans[path] = [companion, *own] if follows else [*own, companion]
         for target in targets:
             cls = site_class(self.base.modules[target.module], target.param or None)
             for part in getattr(cls, "parts", ()):

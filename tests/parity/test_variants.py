@@ -384,6 +384,33 @@ def test_arrow(general: int, k: int, tmp_path: Path) -> None:
         ours(IDS)
 
 
+def test_the_routers_config_is_one_of_its_own(tmp_path: Path) -> None:
+    """Of the first adapter it has the layers and the rank, whatever else that says; the adapters' scales act."""
+    fields = {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "lora_dropout": 0.1,
+        "task_type": "CAUSAL_LM",
+        "revision": "x",
+    }
+    for i in range(2):
+        torch.manual_seed(i)
+        model = quiet(peft.get_peft_model, build("llama"), peft.LoraConfig(target_modules=["q_proj"], **fields))
+        stir(model)
+        quiet(model.save_pretrained, str(tmp_path / str(i)))
+    paths = [str(tmp_path / str(i)) for i in range(2)]
+    made = [quiet(lib.create_arrow_model, build("llama"), paths, lib.ArrowConfig(top_k=1)) for lib in BOTH]
+    own = [model.peft_config["arrow_router"].to_dict() for model in made]
+    for config in own:
+        config.pop("arrow_config")
+        config.pop("peft_version", None)
+    assert own[0] == own[1]
+    assert own[0]["task_type"] is None
+    assert not own[0]["inference_mode"]
+    near(made[0](IDS).logits, made[1](IDS).logits, 1e-4)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_penalty_that_is_added_by_hand(labelled: bool) -> None:
     """PEFT's users add it themselves; ours is in the model's loss, and what is left of it is nothing then."""

@@ -10,6 +10,8 @@ from trimtab.errors import ConfigError
 from trimtab.shell.peft_model import PeftModel
 
 ROUTER, TASK, GENERAL = "arrow_router", "task_", "gks_"  # what adapters are called, the last two with numbers
+# What the router's config has of the first adapter's: its layers, and the size of a pair that is for its file alone.
+WHERE = ("r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def create_arrow_model(
@@ -40,9 +42,9 @@ def create_arrow_model(
     model: PeftModel = PeftModel.from_pretrained(base_model, path, adapter_name=first, **adapter_kwargs)
     for name, path in others:
         model.load_adapter(path, adapter_name=name, **adapter_kwargs)
-    config = model.peft_config[first].copy()
+    known = model.peft_config[first]
+    config = type(known)(**{field: getattr(known, field) for field in WHERE})
     config.arrow_config = replace(arrow_config, task_adapter_names=list(tasks), gks_adapter_names=list(general))
-    config.init_lora_weights, config.lora_dropout, config.modules_to_save = True, 0.0, None
     model.add_adapter(ROUTER, config)
     model.set_adapter(ROUTER)
     return model.eval()

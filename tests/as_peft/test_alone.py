@@ -99,7 +99,8 @@ def test_prefixes_and_names_of_leaves():
     assert set(names) <= set(LoHaLayer.adapter_layer_names)
     assert {n.split(".")[1] for n, _ in model.base_model.model.named_parameters() if "hada_" in n} == set(names)
     assert "lora_A" in LoraLayer.adapter_layer_names
-    assert "scaling" in LoraLayer.other_param_names
+    settings = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+    assert LoraLayer.other_param_names == settings
 
 
 @pytest.mark.parametrize("how", ["inject", "get_peft_model", "add_adapter"])

@@ -175,6 +175,44 @@ def test_default_targets_of_a_tuner(name: str) -> None:
     assert {k: sorted(v) for k, v in theirs.items()}.items() <= {k: sorted(v) for k, v in mine.items()}.items()
 
 
+LISTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {}),
+    "dora": ("LoraConfig", {"use_dora": True, "lora_dropout": 0.1}),
+    "adalora": ("AdaLoraConfig", {"total_step": 9}),
+    "lokr": ("LoKrConfig", {}),
+    "boft": ("BOFTConfig", {"boft_block_size": 2}),
+    "road": ("RoadConfig", {"group_size": 2}),
+    "c3a": ("C3AConfig", {"block_size": 4}),
+    "gralora": ("GraloraConfig", {"r": 4}),
+    "vblora": ("VBLoRAConfig", {"r": 2, "vector_length": 8, "num_vectors": 8, "topk": 2}),
+    "poly": ("PolyConfig", {}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), LISTED.values(), ids=LISTED)
+def test_the_settings_that_a_layer_lists(name: str, fields: dict[str, Any]) -> None:
+    """PEFT's, and the layer shows each of them."""
+    mine, theirs = (quiet(layer, library, name, fields) for library in (trimtab, peft))
+    assert sorted(mine.other_param_names) == sorted(theirs.other_param_names)
+    assert all("default" in getattr(mine, attribute) for attribute in mine.other_param_names)
+
+
+def test_the_rank_of_an_adalora_layer() -> None:
+    """That of its tensors, which a rank pattern cuts."""
+    found: list[list[Any]] = [[], []]
+    for which, library in enumerate((trimtab, peft)):
+        model = quiet(
+            library.get_peft_model, build("llama"), library.AdaLoraConfig(total_step=9, target_modules=["q_proj"])
+        )
+        path, one = next((path, m) for path, m in model.named_modules() if path.endswith("q_proj"))
+        found[which].append(one.r["default"])
+        key = path.removeprefix("base_model.model.") + ".lora_E"
+        model.base_model.resize_modules_by_rank_pattern({key: [True] * 5 + [False] * 7}, "default")
+        found[which].append(one.r["default"])
+    assert found[0] == found[1] == [12, 5]
+
+
 def test_a_module_trained_whole() -> None:
     found = []
     for library in (trimtab, peft):

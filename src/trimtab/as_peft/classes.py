@@ -10,6 +10,7 @@ from torch import nn
 from trimtab.as_peft import replaced
 from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.views import listed
 from trimtab.methods import METHODS, config_class, load, prefix_of
 from trimtab.shell.status import quantization_backend
 from trimtab.shell.tasks import inject_adapter_in_model
@@ -62,7 +63,7 @@ class ByMethod(type):
     def other_param_names(cls) -> tuple[str, ...]:
         """The names of its settings that a layer shows."""
         file, method, _ = METHODS[cls.peft_type]
-        return tuple(load(file, method).views)
+        return listed(load(file, method))
 
     def __getattr__(cls, name: str) -> Any:
         return replaced.found(cls, name)

@@ -128,6 +128,7 @@ class LowRank(Method):
     """dW = s·B·A with A (r, in), B (out, r), under LoRA's names (an embedding's pair has names of its own)."""
 
     views = ("r", "lora_alpha", "scaling", "dropout")
+    settings = ("lora_dropout", "use_dora", "use_rslora", "lora_bias")
     elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     @staticmethod

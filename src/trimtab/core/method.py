@@ -166,6 +166,7 @@ class Method:
     padded: bool = False  # it holds its tensors in more room than they need, for hot-swapping (of an object)
     weighed: bool = False  # its update can be weighed for each token, by `Call.strength`
     views: ClassVar[tuple[str, ...]] = ()  # attributes that the layer shows as {adapter: value}, as PEFT's layers do
+    settings: ClassVar[tuple[str, ...]] = ()  # what PEFT's layers list beside these: fields of the config, and tensors
     elsewhere: ClassVar[tuple[str, ...]] = ()  # what holds the tensors it has at layers of other kinds: empty here
     targets: ClassVar[Mapping[str, Any]] = {}  # model_type ("*": any) -> default target_modules
     # other fields that follow from the model_type, the same way

@@ -14,7 +14,7 @@ from trimtab.core.site import Site
 from trimtab.formats import weights
 from trimtab.layer.originals import Originals
 from trimtab.layer.switch import Switched
-from trimtab.layer.views import View
+from trimtab.layer.views import listed
 
 SIZES = {"in_features": ("in_features", "in_channels"), "out_features": ("out_features", "out_channels")}
 CONVERTED = ("linear", "embedding", "conv", "attention", "parameter")  # kinds of layers that a LoRA can change
@@ -146,7 +146,7 @@ class Face(Switched):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The names under which the adapters' settings are shown here."""
-        return tuple(sorted(name for name, make in self.shown.items() if make is View))
+        return tuple(dict.fromkeys(name for ms in self.methods.values() for m in ms for name in listed(type(m))))
 
     def get_base_weight(self) -> Tensor:
         """The frozen layer's weight as it is now, in its own layout; a quantised one dequantised."""

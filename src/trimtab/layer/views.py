@@ -88,6 +88,12 @@ class Drop(nn.Dropout):
         _set(self.method, self.attribute, value)
 
 
+def listed(method: type[Method]) -> tuple[str, ...]:
+    """The names that PEFT's layers of a method list as their settings: a dropout by its field in the config."""
+    own = tuple(name for name in method.views if name != "dropout" or "lora_dropout" not in method.settings)
+    return own + tuple(name for name in method.settings if name not in own)
+
+
 def shows(method: Method) -> Mapping[str, Callable[[Any, str], Any]]:
     """{attribute: what makes it, of a layer and its name} of a layer that has such a method."""
     kinds: Any = type(method), type(method.options)

@@ -96,7 +96,8 @@ class AdaLora(Method):
     example = {"total_step": 1000}
     config, prefix, targets = AdaLoraConfig, "lora_", TARGETS
     kinds = fused = frozenset({"linear", "conv"})
-    views = ("lora_alpha", "scaling")
+    views = ("r", "lora_alpha", "scaling")
+    settings = ("lora_dropout", "ranknum")
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:
@@ -132,6 +133,11 @@ class AdaLora(Method):
             E.zero_()
             A.normal_(0, 0.02)
             B.normal_(0, 0.02)
+
+    @property
+    def r(self) -> int:
+        """How many triplets are here."""
+        return len(self.lora_E)
 
     def s(self) -> Tensor:
         """alpha over the rank at the start (1,)."""

@@ -58,6 +58,7 @@ class BOFT(Method):
 
     when = "norms and angles of the weights are to stay, with more freedom than OFT"
     config, prefix, targets = BOFTConfig, "boft_", ATTENTION
+    settings = ("boft_block_size", "boft_block_num", "boft_dropout")
     kinds = frozenset({"linear", "conv"})
     fused = frozenset({"linear"})  # patches overlap: convolutions rotate them by way of the weight
 

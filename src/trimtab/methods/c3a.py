@@ -57,6 +57,7 @@ class C3A(Method):
     when = "high rank from few parameters, by FFT"
     example = {"block_size": 64}
     config, prefix = C3AConfig, "c3a_"
+    settings = ("block_size",)
     kinds = fused = frozenset({"linear"})
     targets = {**ATTENTION, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 

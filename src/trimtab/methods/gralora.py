@@ -50,6 +50,7 @@ class Gralora(Method):
     config, prefix, targets = GraloraConfig, "gralora_", ATTENTION
     kinds = fused = frozenset({"linear"})
     views = ("r", "alpha", "scaling", "hybrid_r", "gralora_k")
+    settings = ("gralora_dropout",)
 
     @classmethod
     def leaves(cls, site: Site, config: Any, shared: Leaves) -> Leaves:

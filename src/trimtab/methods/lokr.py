@@ -55,6 +55,7 @@ class LoKr(Method):
     config, prefix, targets = LoKrConfig, "lokr_", ATTENTION
     kinds = fused = frozenset({"linear", "conv"})
     views = ("r", "alpha", "scaling")
+    settings = ("rank_dropout", "rank_dropout_scale", "module_dropout")
     elsewhere = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
     @classmethod

@@ -49,6 +49,7 @@ class Poly(Method):
 
     when = "several tasks with skills in common"
     config, prefix, extras = PolyConfig, "poly_", ("task_ids",)
+    settings = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
     kinds = fused = frozenset({"linear"})
     targets = ATTENTION
 

@@ -52,6 +52,7 @@ class Road(Method):
 
     when = "many adapters in one batch, at the price of a product by elements"
     config, prefix, targets = RoadConfig, "road_", ATTENTION
+    settings = ("variant", "group_size")
     kinds = fused = frozenset({"linear", "embedding", "conv"})
 
     @classmethod

@@ -64,6 +64,7 @@ class VBLoRA(Method):
     config, prefix, targets = VBLoRAConfig, "vblora_", TARGETS
     kinds = fused = frozenset({"linear"})
     views = ("r", "topk")
+    settings = ("vblora_dropout",)
     acts = ("get_nb_savable_parameters", "print_savable_parameters")
 
     @classmethod

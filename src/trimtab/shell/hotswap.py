@@ -253,7 +253,7 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
             "the first adapter and before loading the second adapter."
         )
-    methods: list[Any] = [m for x in layers for ms in x.methods.values() for m in ms if hasattr(m, "r")]
+    methods: list[Any] = [m for x in layers for ms in x.methods.values() for m in ms if "r" in m.__dict__]
     if target_rank is not None and (large := max((m.r for m in methods), default=0)) > target_rank:
         raise ValueError(
             f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({large}). "

@@ -431,3 +431,17 @@ def test_half_trained_pair(tmp_path: Path) -> None:
     for library in BOTH:
         again = load(library, "llama", tmp_path / "theirs", torch.bfloat16)
         assert {p.dtype for n, p in again.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+def test_a_second_injection_is_told_of() -> None:
+    """Of any method; a PeftModel's own `add_adapter` is meant to add one, and says nothing."""
+    for library in BOTH:
+        model, inject = build("llama"), library.inject_adapter_in_model
+        assert spoken(inject, config_of(library, {}), model, "first") == []
+        for name, config in (
+            ("second", config_of(library, {"target_modules": ["o_proj"]})),
+            ("third", library.IA3Config(target_modules=["v_proj"], feedforward_modules=[])),
+        ):
+            said = spoken(inject, config, model, name)
+            assert [text[:45] for text in said] == ["Already found a `peft_config` attribute in th"]
+        assert spoken(adapt(library, "llama", {}).add_adapter, "second", config_of(library, {})) == []

@@ -10,6 +10,12 @@ from torch import nn
 from trimtab.core.config import PeftConfig
 from trimtab.errors import ArgumentError
 
+# What a model is told that gets an adapter beside those it has, by a function that puts one into any model.
+SEVERAL = (
+    "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
+    "Make sure to know what you are doing!"
+)
+
 
 def require_model(model: Any, call: str) -> None:
     """Raise unless the argument is a model."""

@@ -17,7 +17,7 @@ from trimtab.errors import ArgumentError, ConfigError
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.leaves import in_training
 from trimtab.shell import saving
-from trimtab.shell.arguments import require_config, require_model, require_source
+from trimtab.shell.arguments import SEVERAL, require_config, require_model, require_source
 from trimtab.shell.generation import Generation
 from trimtab.shell.loading import Source, keep, settle
 from trimtab.shell.replacing import replaced
@@ -291,11 +291,7 @@ class PeftModel(Generation):
         graft = None if find_graft(model) is None else Graft.of(model)
         if graft is not None and graft.adapters:
             said = f" Adapter '{adapter_name}' is replaced." if adapter_name in graft.adapters else ""
-            warn(
-                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
-                f"the model. Make sure to know what you are doing!{said}",
-                UserWarning,
-            )
+            warn(SEVERAL + said, UserWarning)
         try:
             with source.blamed(), replaced(graft, adapter_name):
                 adapted = task_class(own, cls)(model, own, adapter_name, autocast_adapter_dtype, tensors=source)

@@ -18,7 +18,7 @@ from trimtab.graft.base import Base
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.graft.selection import choose
 from trimtab.methods import method_class
-from trimtab.shell.arguments import require_config, require_model
+from trimtab.shell.arguments import SEVERAL, require_config, require_model
 from trimtab.shell.peft_model import TASK_CLASSES, PeftModel, discard_empty, name_of, task_class
 from trimtab.shell.replacing import replaced
 from trimtab.shell.tuner import tuner_class
@@ -220,6 +220,8 @@ def inject_adapter_in_model(
     require_config(peft_config, "inject_adapter_in_model(config, model)")
     if peft_config.is_prompt_learning:
         raise ConfigError("`create_and_replace` does not support prompt learning yet.")
+    if (graft := find_graft(model)) is not None and graft.adapters:
+        warn(SEVERAL, UserWarning)
     if state_dict is not None and hasattr(peft_config, "target_modules"):
         kind = type_name(peft_config)
         paths = modules_of(state_dict, kind)

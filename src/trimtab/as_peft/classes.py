@@ -10,6 +10,7 @@ from torch import nn
 from trimtab.as_peft import replaced
 from trimtab.as_peft.quantised import BACKENDS, LAYERS
 from trimtab.layer.adapted import AdaptedLayer
+from trimtab.layer.foreign import Foreign, ForeignLinear
 from trimtab.layer.views import listed
 from trimtab.methods import METHODS, config_class, load, prefix_of
 from trimtab.shell.status import quantization_backend
@@ -66,7 +67,12 @@ class ByMethod(type):
         return listed(load(file, method))
 
     def __getattr__(cls, name: str) -> Any:
-        return replaced.found(cls, name)
+        try:
+            return replaced.found(cls, name)
+        except AttributeError:
+            if not can_make(cls):
+                raise
+        return getattr(_behind(cls), name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if not replaced.replace(cls, name, value):
@@ -76,7 +82,16 @@ class ByMethod(type):
         if not replaced.restore(cls, name):
             super().__delattr__(name)
 
+    def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Any:
+        """A stand-in; or a user's class that inherits from one, which is a module like any other."""
+        behind = tuple(_behind(base) if can_make(base) else base for base in bases)
+        if behind == bases:
+            return super().__new__(mcls, name, bases, namespace, **kwargs)
+        return type(name, behind, namespace, **kwargs)
+
     def __instancecheck__(cls, instance: Any) -> bool:
+        if isinstance(instance, Foreign):
+            return can_make(cls) and isinstance(instance, _behind(cls))
         if not isinstance(instance, AdaptedLayer):
             return False
         if cls.__name__ == "ParamWrapper" and not instance.param:
@@ -89,6 +104,8 @@ class ByMethod(type):
         return any(isinstance(method.options, wanted) for methods in instance.methods.values() for method in methods)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
+        if issubclass(subclass, Foreign):
+            return can_make(cls) and issubclass(subclass, _behind(cls))
         if isinstance(subclass, ByMethod):
             return subclass.peft_type == cls.peft_type and (
                 not cls.bases or set(subclass.bases) <= set(cls.bases) != set()
@@ -105,6 +122,29 @@ class ByMethod(type):
             parameter = str(fields.pop("parameter_name") if "parameter_name" in fields else named.pop(0))
         config = named.pop(0) if named and config is None else config
         return alone(cls.peft_type, base_layer, adapter_name, parameter, config, *named, **fields)
+
+
+def can_make(cls: Any) -> bool:
+    """Whether users' classes can inherit from one of the stand-ins: from LoRA's layers, in general and of matrices."""
+    made = isinstance(cls, ByMethod) and cls.peft_type == "LORA"
+    return made and cls.__name__ in ("LoraLayer", "Linear", "Linear4bit", "Linear8bitLt")
+
+
+@cache
+def _behind(cls: type) -> type[Any]:
+    """What a user's class inherits from in the place of a stand-in."""
+    if cls.__name__ == "LoraLayer":
+        return Foreign
+    return type(cls.__name__, (ForeignLinear,), {"__module__": cls.__module__})
+
+
+def _begin(cls: type) -> Any:
+    """The `__init__` of a stand-in, which users' classes call by the name of that."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _behind(cls).__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def base_of(prefix: str, name: str) -> tuple[type[nn.Module], ...] | None:
@@ -175,9 +215,12 @@ class ParamWrapper(metaclass=ByMethod):
 def layer_class(peft_type: str, name: str, bases: tuple[type[nn.Module], ...]) -> type:
     """The stand-in for one of peft's layer classes."""
     module = f"peft.tuners.{peft_type.lower()}.layer"
-    return ByMethod(
+    cls: type = ByMethod(
         name, (), {"peft_type": peft_type, "bases": bases, "__module__": module, "__doc__": f"{name} of peft."}
     )
+    if can_make(cls):
+        type.__setattr__(cls, "__init__", _begin(cls))
+    return cls
 
 
 class AdaptedAttention(metaclass=ByMethod):

@@ -131,6 +131,8 @@ class PeftConfig:
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     # Fields that hold settings of a class of their own, read from the file as a dict: field -> "module:class".
     nested: ClassVar[dict[str, str]] = {}
+    # {type of a target: class that makes the layer there}, of a method that knows how to tell it.
+    custom_modules: ClassVar[Any] = None
     # Fields that never reach the file.
     runtime: ClassVar[frozenset[str]] = frozenset()
 

@@ -50,6 +50,7 @@ class Layout:
     Attributes:
         config: complete, as it is saved.
         shared: the tensors that an adapter keeps once, and their format.
+        foreign: the paths of the targets at which a user's class makes the layer.
         stores: where its adapters are registered, by their names, once one was parked.
     """
 
@@ -58,6 +59,7 @@ class Layout:
     places: list[Place] = field(default_factory=list)
     shared: dict[str, Leaf] = field(default_factory=dict)
     shared_kind: Kind = (torch.float32, torch.device("cpu"))
+    foreign: list[str] = field(default_factory=list)
     stores: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     @property
@@ -124,6 +126,7 @@ class Adapter:
         t: optimiser steps that its method was told of.
         told: hooks told it of a step.
         by_hand: the caller tells it of steps.
+        foreign: the layers that a user's class made for it, by path.
         undo: its state before the first step that hooks told it of, until the next.
         trained: where its trained tensors at layers are registered, once that was asked; None while it is data.
     """
@@ -134,6 +137,7 @@ class Adapter:
     layout: Layout
     prompt: ModelMethod | None = None
     saved: list[SavedModule] = field(default_factory=list)
+    foreign: dict[str, Any] = field(default_factory=dict)
     biases: TrainedBiases | None = None
     trainable: bool = False
     aside: list[Any] | None = None
@@ -161,9 +165,9 @@ class Adapter:
         return self.layout.targets
 
     @property
-    def parts(self) -> list[AdaptedLayer | SavedModule]:
+    def parts(self) -> list[Any]:
         """All that the adapter has in the module tree of the base."""
-        return [*self.layers, *self.saved]
+        return [*self.layers, *self.saved, *self.foreign.values()]
 
     @property
     def methods(self) -> list[Method]:
@@ -253,8 +257,8 @@ def require_gradients(adapter: Adapter, commons: Mapping[str, Leaves], wanted: b
     for holder, key in adapter.trained:
         if (tensor := holder.get(key)) is not None:  # others may have deleted the adapter at a layer
             tensor.requires_grad = wanted  # quicker than requires_grad_(), and there are hundreds
-    for wrapper in adapter.saved:
-        wrapper.set_requires_grad(adapter.name, wanted)
+    for part in (*adapter.saved, *adapter.foreign.values()):
+        part.set_requires_grad(adapter.name, wanted)
     for parameter in adapter.biases.trained() if adapter.biases else ():
         parameter.requires_grad_(wanted)
     if adapter.prompt is not None:

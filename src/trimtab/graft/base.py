@@ -9,8 +9,9 @@ from torch import nn
 
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.copies import SavedModule
+from trimtab.layer.foreign import Foreign
 
-WRAPPERS = (AdaptedLayer, SavedModule)
+WRAPPERS = (AdaptedLayer, SavedModule, Foreign)
 
 
 class Base:
@@ -21,6 +22,7 @@ class Base:
         holders: path -> every (parent, attribute) that holds the module or what stands around it.
         layers: path, or path of a parameter -> the adapted layer around it.
         saved: path -> the module that adapters train whole.
+        foreign: path -> the layer that a user's class has made around it.
         ties: the paths of modules that hold one parameter between them.
     """
 
@@ -35,6 +37,7 @@ class Base:
         self.holders: dict[str, list[tuple[nn.Module, str]]] = {}
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
+        self.foreign: dict[str, Any] = {}
         self._paths: dict[int, str] = {id(model): ""}
         self._owners: dict[int, list[str]] = {}
         self._own(model, "")
@@ -46,10 +49,10 @@ class Base:
             if child is None:
                 continue
             own = f"{path}.{attribute}" if path else attribute
-            found: list[AdaptedLayer | SavedModule] = []
+            found: list[Any] = []
             while isinstance(child, WRAPPERS):
                 found.append(child)
-                child = child._modules["base_layer" if isinstance(child, AdaptedLayer) else "original_module"]
+                child = _inside(child)
             assert child is not None
             if (known := self._paths.setdefault(id(child), own)) is not own:
                 self.holders.setdefault(known, []).append((parent, attribute))
@@ -59,6 +62,8 @@ class Base:
             for wrapper in found:
                 if isinstance(wrapper, SavedModule):
                     self.saved[own] = wrapper
+                elif isinstance(wrapper, Foreign):
+                    self.foreign[own] = wrapper
                 else:
                     wrapper.path = own
                     self.layers[f"{own}.{wrapper.param}" if wrapper.param else own] = wrapper
@@ -73,10 +78,15 @@ class Base:
                 self._owners.setdefault(id(parameter), []).append(path)
 
     # ------------------------------------------------------------------ questions
+    @property
+    def parts(self) -> list[Any]:
+        """All that adapters have put around modules of the model."""
+        return [*self.layers.values(), *self.saved.values(), *self.foreign.values()]
+
     def path_of(self, module: nn.Module | None) -> str | None:
         """The path of a module of the model, or of what stands around it."""
         while isinstance(module, WRAPPERS):
-            module = module._modules["base_layer" if isinstance(module, AdaptedLayer) else "original_module"]
+            module = _inside(module)
         return self._paths.get(id(module))
 
     def tied(self, path: str) -> list[str]:
@@ -117,10 +127,25 @@ class Base:
         for parent, attribute in self.holders[path]:
             parent._modules[attribute] = new
 
+    def note(self, layers: dict[str, AdaptedLayer], saved: dict[str, SavedModule], foreign: dict[str, Any]) -> None:
+        """Note what was swapped in."""
+        self.layers |= layers
+        self.saved |= saved
+        self.foreign |= foreign
+
+    def without_foreign(self, merge: bool) -> None:
+        """Put the model's own modules back where a user's class has made layers; with `merge`, merged as they are."""
+        for path, layer in self.foreign.items():
+            if not merge:
+                layer.unmerge()
+            self.swap(path, layer.base_layer)
+
     def bare(self, used: set[int]) -> None:
         """Put the model's own modules back where what stands around them is not among `used` (identities)."""
         for path in [p for p, w in self.saved.items() if id(w) not in used]:
             self.swap(path, self.saved.pop(path).original_module)
+        for path in [p for p, x in self.foreign.items() if id(x) not in used]:
+            self.swap(path, self.foreign.pop(path).base_layer)
         empty = [x for x in self.layers.values() if id(x) not in used and not x.originals.takers]
         for path in dict.fromkeys(layer.path for layer in empty):
             around = self.layers_at(path)
@@ -128,6 +153,10 @@ class Base:
                 self.swap(path, around[0].frozen)
                 for key in [k for k, x in self.layers.items() if x.path == path]:
                     del self.layers[key]
+
+
+def _inside(wrapper: Any) -> Any:
+    return wrapper._modules["original_module" if isinstance(wrapper, SavedModule) else "base_layer"]
 
 
 def _asked(model: nn.Module, getter: str) -> Any:

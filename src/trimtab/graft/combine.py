@@ -86,6 +86,8 @@ def _check(adapters: Mapping[str, Adapter], own: type[Method] | None, recipe: Re
             faults += _unfit(name, adapter, methods, recipe)
         if getattr(adapter.config, "target_parameters", None):
             faults.append(f"'{name}' adapts parameters by name (`target_parameters`)")
+        if adapter.foreign:
+            faults.append(f"'{name}' has layers of a class of its own, at {list(adapter.foreign)}")
         if adapter.biases is not None:
             faults.append(f"'{name}' trains the base's biases, which only one adapter of a model can")
         if any(name in layer.originals.takers.values() for layer in adapter.layers):

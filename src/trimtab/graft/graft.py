@@ -93,8 +93,8 @@ class Graft:
         before, self.base = self.base, Base(self.model)
         if (before.modules, before.ties) != (self.base.modules, self.base.ties):
             self.layouts.clear()  # a config may select others now
-        live = set(map(id, [*self.base.layers.values(), *self.base.saved.values()]))
-        lost = any(id(x) not in live for x in (*before.layers.values(), *before.saved.values()))
+        live = set(map(id, self.base.parts))
+        lost = any(id(x) not in live for x in before.parts)
         stand = {id(x) for x in self.residents.layouts() if any(id(layer) in live for layer in x.layers)}
         for name, adapter in list(self.adapters.items()):
             parts = [] if adapter.parked else adapter.parts
@@ -151,7 +151,7 @@ class Graft:
                 layout = stage.layout(config, method, autocast, strict, self.layouts, pick)
             adapter = Adapter(name, config, method, layout, prompt=prompt, trainable=trainable)
             self.residents.adapters[name] = adapter
-            self._build(stage, adapter, tensors, meta)
+            self._build(stage, adapter, tensors, meta, autocast)
         except BaseException:
             if name in self.adapters:
                 self._forget(self.adapters[name])
@@ -174,16 +174,15 @@ class Graft:
                 "name already."
             )
 
-    def _build(self, stage: Stage, adapter: Adapter, tensors: Fill | None, meta: bool) -> None:
+    def _build(self, stage: Stage, adapter: Adapter, tensors: Fill | None, meta: bool, autocast: bool) -> None:
         """Put the adapter's tensors where they belong, and give them their values."""
         for name in adapter.layout.shared:
             self.commons.setdefault(name.partition(".")[0], Leaves())
         install(adapter, adapter.layout.buffers(torch.device("meta") if meta else None), self.commons)
         self.residents.used([adapter.name])
         self._rename(stage.new)
-        stage.copies(adapter)
-        stage.biases(adapter, self.adapters)
-        if not adapter.layers and not adapter.saved and adapter.prompt is None:
+        stage.beside(adapter, self.adapters, autocast)
+        if not adapter.parts and adapter.prompt is None:
             raise NoMatchingPeftModuleError(
                 "The config selects nothing to train: name `target_modules` or `modules_to_save`."
             )
@@ -204,10 +203,9 @@ class Graft:
         for layer in stage.new.values():
             self.base.swap(layer.path, layer)
             self.detours.take(layer.path, self.base.modules, self.model)
-        for path, wrapper in stage.saved.items():
+        for path, wrapper in (*stage.saved.items(), *stage.foreign.items()):
             self.base.swap(path, wrapper)
-        self.base.layers |= stage.new
-        self.base.saved |= stage.saved
+        self.base.note(stage.new, stage.saved, stage.foreign)
         name = adapter.name
         if isinstance(adapter.prompt, PromptMethod):
             self.prompts[name] = adapter.prompt
@@ -310,7 +308,7 @@ class Graft:
         """Put the base's original weights back."""
         if not self.merged:
             warn("Already unmerged. Nothing to do.")
-        for layer in self.base.layers.values():
+        for layer in (*self.base.layers.values(), *self.base.foreign.values()):
             layer.unmerge()
         if self.untied:
             self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
@@ -330,7 +328,7 @@ class Graft:
                 "call unmerge_adapter()."
             )
         self._forget(adapter)
-        for part in [*self.base.layers.values(), *adapter.saved]:
+        for part in [*self.base.layers.values(), *adapter.saved, *self.base.foreign.values()]:
             part.left(name, inference_mode=not adapter.trainable)
         self._bare()
         active = [n for n in self.board.route.active if n != name]
@@ -384,6 +382,7 @@ class Graft:
         self.detours.restore(self.model)
         for path, wrapper in self.base.saved.items():
             self.base.swap(path, wrapper.chosen() if merge else wrapper.original_module)
+        self.base.without_foreign(merge)
         weights.unpin(self.model)
         for attribute in ("_trimtab", "peft_config", "_hf_peft_config_loaded"):
             self.model.__dict__.pop(attribute, None)

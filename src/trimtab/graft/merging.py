@@ -12,9 +12,8 @@ from trimtab.errors import NotMergeable
 from trimtab.graft import stack
 from trimtab.graft.adapters import Adapter
 from trimtab.graft.base import Base
-from trimtab.layer.adapted import AdaptedLayer
 
-Progress = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
+Progress = Callable[[list[Any]], Iterable[Any]]
 
 
 def changes_layers(adapter: Adapter) -> bool:
@@ -37,9 +36,10 @@ def merge(base: Base, chosen: Sequence[str], safe: bool, keep: bool = True, prog
             "undoes it."
         )
         return False
-    done: list[AdaptedLayer] = []
+    done: list[Any] = []
+    foreign = [x for x in base.foreign.values() if not {*chosen}.isdisjoint(x.adapters)]  # first: they may refuse
     try:
-        for layer in progress(list(base.layers.values())):
+        for layer in progress([*foreign, *base.layers.values()]):
             layer.merge(safe_merge=safe, adapter_names=chosen)  # which others replace layer by layer (ms-swift)
             done.append(layer)
     except BaseException:
@@ -70,13 +70,15 @@ def settle(base: Base) -> None:
 
 def merged_adapters(base: Base) -> list[str]:
     """The adapters that are merged into the base."""
-    return list(dict.fromkeys(n for layer in base.layers.values() if (own := layer.merged_adapters) for n in own))
+    layers = (*base.layers.values(), *base.foreign.values())
+    return list(dict.fromkeys(n for layer in layers if (own := layer.merged_adapters) for n in own))
 
 
 def left(base: Base, chosen: Sequence[str]) -> bool:
     """Whether one of these adapters is yet to be merged, somewhere: layers are also merged by themselves."""
-    known = {name for layer in base.layers.values() for name in layer.adapters}
-    here = any(set(chosen) & set(x.adapters) - set(x.merged_adapters) for x in base.layers.values())
+    layers = (*base.layers.values(), *base.foreign.values())
+    known = {name for layer in layers for name in layer.adapters}
+    here = any(set(chosen) & set(x.adapters) - set(x.merged_adapters) for x in layers)
     return here or bool(set(chosen) - known)
 
 

@@ -82,7 +82,7 @@ class Residents:
         """Park all but the adapters that are needed and the few last used."""
         kept = {*needed}
         self.bring(name for name in kept if self.adapters[name].parked)
-        free = [n for n in self.order if n not in kept and not self.adapters[n].saved and _has_layers(self.adapters[n])]
+        free = [n for n in self.order if n not in kept and _can_leave(self.adapters[n])]
         for name in free[: max(0, len(free) - LIMIT)]:
             self.park(self.adapters[name])
 
@@ -129,8 +129,8 @@ class Residents:
         self.aside.pop(name, None)
         for layer in adapter.layers:
             layer.detach(name)
-        for wrapper in adapter.saved:
-            wrapper.detach(name)
+        for part in (*adapter.saved, *adapter.foreign.values()):
+            part.detach(name)
         for leaves in self.commons.values():
             leaves.remove(name)
         self.order.pop(name, None)
@@ -153,7 +153,7 @@ class Residents:
     def parts(self) -> set[int]:
         """The identities of all that adapters have in the module tree of the base."""
         layers = {id(layer) for layout in self.layouts() for layer in layout.layers}
-        return layers | {id(wrapper) for a in self.adapters.values() for wrapper in a.saved}
+        return layers | {id(part) for a in self.adapters.values() for part in (*a.saved, *a.foreign.values())}
 
     def convert(self, layer: AdaptedLayer, fn: Any) -> None:
         """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
@@ -178,8 +178,8 @@ def _stands(layout: Layout, layer: AdaptedLayer, container: str | None) -> bool:
     )
 
 
-def _has_layers(adapter: Adapter) -> bool:
-    return bool(adapter.layout.places)
+def _can_leave(adapter: Adapter) -> bool:
+    return bool(adapter.layout.places) and not adapter.saved and not adapter.foreign
 
 
 def _settings(adapter: Adapter) -> dict[tuple[int, str], Any]:

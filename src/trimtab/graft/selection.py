@@ -34,6 +34,7 @@ TIED = (
 )
 
 
+FOREIGN = "foreign"  # the kind of a target whose layer a user's class makes
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Pick = Callable[[Any, list[Target]], list[Target]]
 
@@ -48,6 +49,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool, pick: Pi
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
     kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
+    kinds |= dict.fromkeys((n for n in base.modules if is_foreign(base, config, n)), FOREIGN)
     linear = linears(base)
     if done := rewrite(config, base.model, base.modules, linear):
         warn(done)
@@ -68,7 +70,7 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool, pick: Pi
     if pick is not None:
         targets = pick(config, targets)
     for target in targets:
-        if target.kind not in method.kinds:
+        if target.kind not in (*method.kinds, FOREIGN):
             module = base.modules[target.module]
             raise ConfigError(
                 f"Target module {module} is not supported. Currently, only the following modules are supported: those "
@@ -76,6 +78,18 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool, pick: Pi
             )
     note(base, config, targets)
     return targets
+
+
+def is_foreign(base: Base, config: Any, path: str) -> bool:
+    """Whether a user's class makes the layer at a path, or has made it already."""
+    if path in base.foreign:
+        return config.custom_modules is not None
+    return maker(config, base.modules[path]) is not None and not base.layers_at(path)
+
+
+def maker(config: Any, module: nn.Module) -> Any:
+    """The class that a config has registered for modules of this type, or None."""
+    return next((made for kind, made in (config.custom_modules or {}).items() if isinstance(module, kind)), None)
 
 
 def by_default(base: Base, config: Any, method: type[Method]) -> None:

@@ -23,7 +23,7 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
     found: list[Slot] = []
     layers, saved = adapter.layers, adapter.saved
     if live:
-        there = set(map(id, [*base.layers.values(), *base.saved.values()]))
+        there = set(map(id, base.parts))
         homes = {id(m.home) for x in layers if id(x) in there for m in x.methods[adapter.name]}
         layers = [x for x in layers if id(x) in there or id(x) in homes]
         saved = [x for x in saved if id(x) in there]
@@ -54,6 +54,9 @@ def slots(base: Base, commons: Mapping[str, Leaves], adapter: Adapter, live: boo
         store = holder._parameters if key in holder._parameters else holder._buffers
         memory, disk = shared_keys(name, adapter.name)
         found.append(Slot(memory, disk, store, key, optional=not shared.file, shared=True))
+    for path, foreign in adapter.foreign.items():
+        for template, where, name in foreign.tensors(adapter.name):
+            found.append(Slot(*leaf_keys(path, template, adapter.name), where, name))
     found += _copies(adapter, saved)
     if adapter.biases is not None:
         names = {x.path: x.name for x in (*base.layers.values(), *layers)}

@@ -37,7 +37,7 @@ def replicate(base: Base, config: Any) -> None:
     model, known = base.model, stack_of(base.model)
     if not ranges or (known is not None and known.ranges == ranges):
         return
-    if known is not None or base.layers or base.saved:
+    if known is not None or base.parts:
         raise ConfigError("`layer_replication` rebuilds the model: an adapter that has it must be the model's first.")
     if getattr(config, "ensure_weight_tying", False):
         raise ConfigError("`layer_replication` gives repeated layers adapters of their own: not ensure_weight_tying.")

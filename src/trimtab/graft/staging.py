@@ -17,7 +17,8 @@ from trimtab.core.targets import Target, matches, nearest
 from trimtab.errors import ConfigError
 from trimtab.graft.adapters import Adapter, Kind, Layout, Place, common
 from trimtab.graft.base import Base
-from trimtab.graft.selection import TIED, Pick, choose, companions
+from trimtab.graft.foreign import foreign_layer
+from trimtab.graft.selection import FOREIGN, TIED, Pick, choose, companions
 from trimtab.graft.stack import replicate
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.layer.biases import TrainedBiases
@@ -36,12 +37,14 @@ class Stage:
     Attributes:
         new: layers that are adapted for the first time.
         saved: modules that are trained whole for the first time.
+        foreign: layers that a user's class makes.
     """
 
     def __init__(self, base: Base, board: Board) -> None:
         self.base, self.board = base, board
         self.new: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, SavedModule] = {}
+        self.foreign: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ layers
     def layout(
@@ -60,7 +63,7 @@ class Stage:
             pick: see `choose`; what it takes is its own affair, so that no known layout stands for it.
         """
         replicate(self.base, config)
-        if pick is not None:
+        if pick is not None or self.base.foreign or config.custom_modules:
             return self._laid_out(config, method, choose(self.base, config, method, strict, pick), autocast)
         key = json.dumps({**config.to_json(), **dict.fromkeys(OWN_FIELDS), "autocast": autocast}, default=str)
         found = known.get(key)
@@ -84,6 +87,8 @@ class Stage:
 
     def _laid_out(self, config: Any, method: type[Method], targets: list[Target], autocast: bool) -> Layout:
         layout = Layout(config, targets)
+        layout.foreign = [t.name for t in targets if t.kind == FOREIGN]
+        targets = [t for t in targets if t.kind != FOREIGN]
         plans = self._plans(config, method, targets)
         params = {t.name: t.param for t in targets if t.param}
         sites = {path: self._site(path, params.get(path, "")) for path in plans}
@@ -146,6 +151,8 @@ class Stage:
             raise ConfigError(
                 f"'{path}' is trained whole (`modules_to_save`) by another adapter: it cannot be adapted as well."
             )
+        if path in self.base.foreign:
+            raise ConfigError(f"The layer at '{path}' is of a class of its own: only a LoRA can come to it.")
         layer = self.base.layers.get(key) or self.new.get(key)
         if layer is not None:
             return layer
@@ -172,7 +179,18 @@ class Stage:
         layer.sites[site.param] = site
         return site
 
-    # ------------------------------------------------------------------ what is trained whole
+    # ------------------------------------------------------------------ what stands beside the layers
+    def beside(self, adapter: Adapter, others: Mapping[str, Adapter], autocast: bool) -> None:
+        """Stage what the adapter has beside its layers."""
+        self.copies(adapter)
+        self.biases(adapter, others)
+        for path in adapter.layout.foreign:
+            layer = foreign_layer(self.base, path, adapter, self.board, {*self.base.layers, *self.new})
+            if path not in self.base.foreign:
+                self.foreign[path] = layer
+            if autocast:
+                layer.widen(adapter.name)
+
     def copies(self, adapter: Adapter) -> None:
         """Copy the modules the adapter trains whole."""
         wanted = set(adapter.config.modules_to_save or ())
@@ -184,7 +202,8 @@ class Stage:
         keepers = self._keepers(adapter.config, reasons) if ensured else {}
         chosen = {*reasons, *keepers, *keepers.values()}
         for path in (n for n in whole if n in chosen):
-            if self.base.layers_at(path) or any(layer.path == path for layer in adapter.layers):
+            adapted = {*adapter.layout.foreign, *self.base.foreign, *(layer.path for layer in adapter.layers)}
+            if self.base.layers_at(path) or path in adapted:
                 raise ConfigError(
                     f"'{path}' is adapted already: it cannot be trained whole (`modules_to_save`) as well."
                 )

@@ -9,11 +9,8 @@ from torch import nn
 from trimtab.layer.plan import Board, Route
 
 
-class Switched(nn.Module):
-    """A module of the base with something of adapters in it; the current route says of which.
-
-    Subclasses are final; they say which `adapters` they hold and how those are made trainable.
-    """
+class Following:
+    """What follows the model's route, beside being a module: it says which `adapters` it holds, and what they train."""
 
     board: Board
     own: tuple[int, tuple[str, ...], bool] | None = None  # (epoch, active, enabled) where it was switched by itself
@@ -112,3 +109,10 @@ class Switched(nn.Module):
         active = self.outside[0]
         self.set_requires_grad(active, enabled)
         self.switch(active, enabled)
+
+
+class Switched(Following, nn.Module):
+    """A module of the base with something of adapters in it; the current route says of which.
+
+    Subclasses are final; they say which `adapters` they hold and how those are made trainable.
+    """

@@ -122,6 +122,18 @@ class LoraConfig(LayerConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"`bias` should be 'none', 'all' or 'lora_only', not {self.bias!r}")
 
+    def _register_custom_module(self, mapping: dict[type[Any], type[Any]]) -> None:
+        """Name classes, {type of a target: class}, that make the layers at targets of these types, instead of ours.
+
+        Each is one of the user's that inherits from nn.Module and PEFT's LoraLayer. No file has them.
+        """
+        self.__dict__.setdefault("_custom_modules", {}).update(mapping)
+
+    @property
+    def custom_modules(self) -> Any:  # type: ignore[override]
+        """What was registered; None for methods that only share these fields."""
+        return self.__dict__.get("_custom_modules", {}) if self.peft_type == PeftType.LORA else None
+
     def check(self) -> None:
         """Raise for a field that does not act yet but was set."""
         super().check()

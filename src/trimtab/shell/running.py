@@ -84,6 +84,12 @@ class Running(nn.Module):
         require_known(plan.adapters, graft.adapters)
         if whole := [n for n in plan.adapters if n in graft.adapters and graft.adapters[n].prompt is not None]:
             raise ValueError(f"{whole} act on the model as a whole: no row of `adapter_names` can have one for itself.")
+        for path, layer in graft.base.foreign.items():
+            if not {*plan.adapters}.isdisjoint(layer.adapters):
+                raise ValueError(
+                    f"`adapter_names` cannot be used at '{path}': {type(layer).__name__}, a layer class of its own, "
+                    "knows no rows."
+                )
         if graft.biased():
             raise ValueError("`adapter_names` cannot be used with an adapter that trains the base's biases.")
         if graft.merged:

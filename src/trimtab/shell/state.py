@@ -138,8 +138,8 @@ def adapter_tensors(
     """{key on disk: tensor} of an adapter, with the base's embeddings where they must go along."""
     graft.look()
     adapter = graft.require(name)
-    live = set(map(id, [*graft.layers.values(), *graft.saved.values()]))
-    if lost := [part.name for part in adapter.parts if id(part) not in live]:
+    live = set(map(id, graft.base.parts))
+    if lost := [part.name for part in (*adapter.layers, *adapter.saved) if id(part) not in live]:
         warn(f"What adapter '{name}' has at modules that are not in the model any more is left out: {lost}.")
     parked = adapter.parked  # then no state dict has it
     slots = [s for s in graft.slots(adapter) if not s.optional]

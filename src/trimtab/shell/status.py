@@ -77,9 +77,10 @@ def _rows(model: nn.Module, asked: str) -> list[TunerLayerStatus]:
     prefix = next((n for n, m in model.named_modules() if m is graft.model), "")
     order = {path: i for i, path in enumerate(graft.base.modules)}
     rows = []
-    parts: list[AdaptedLayer | SavedModule] = [*graft.layers.values(), *graft.saved.values()]
-    for part in sorted(parts, key=lambda part: (order.get(getattr(part, "path", part.name), -1), len(part.name))):
-        path, module_type = _described(part, graft)
+    ours: list[Any] = [*graft.layers.values(), *graft.saved.values()]
+    parts = [(getattr(part, "path", part.name), part.name, *_described(part, graft), part) for part in ours]
+    parts += [(path, path, path, type(part).__name__, part) for path, part in graft.base.foreign.items()]
+    for _, _, path, module_type, part in sorted(parts, key=lambda row: (order.get(row[0], -1), len(row[1]))):
         tensors = {a: [p for _, p in part.adapter_parameters(a)] for a in part.adapters}
         rows.append(
             TunerLayerStatus(

@@ -68,8 +68,7 @@ class Tuner(Running, Choosing):
     def _turn_to(self, name: str) -> None:
         """Use just this adapter, whatever trains; layers that were switched off by themselves stay off."""
         graft = self.graft
-        parts = [*graft.base.layers.values(), *graft.base.saved.values()]
-        off = [x for x in parts if not x.outside[1]] if graft.board.route.enabled else []
+        off = [x for x in graft.base.parts if not x.outside[1]] if graft.board.route.enabled else []
         graft.set_active([name], trainable=None)
         for part in off:
             part.switch([name], False)
@@ -159,7 +158,9 @@ class Tuner(Running, Choosing):
         """The paths of the adapted layers."""
         layers = self.graft.layers
         parts = {f"{x.path}.{p}" for x in layers.values() for s in x.sites.values() for p in s.parts}
-        return [key for key, layer in layers.items() if not layer.param and key not in parts]
+        own = [key for key, layer in layers.items() if not layer.param and key not in parts]
+        foreign = self.graft.base.foreign
+        return own if not foreign else [path for path in self.graft.base.modules if path in foreign or path in own]
 
     @property
     def targeted_parameter_names(self) -> list[str]:

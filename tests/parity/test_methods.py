@@ -585,6 +585,14 @@ def test_adalora_cut_down_to_its_pattern(form: str, tmp_path: Path) -> None:
     near(run(read.eval(), "llama"), run(models[0], "llama"), 1e-4)
 
 
+def test_keys_of_a_rank_pattern_end_with_the_adapters_name_in_peft_until_it_is_saved(tmp_path: Path) -> None:
+    for library, ends in zip(BOTH, (".lora_E", ".lora_E.default"), strict=True):
+        model, _ = schedule(library, 24)
+        assert all(key.endswith(ends) for key in model.peft_config["default"].rank_pattern)
+        quiet(model.save_pretrained, str(tmp_path))
+        assert all(key.endswith(".lora_E") for key in model.peft_config["default"].rank_pattern)
+
+
 def test_a_state_dict_of_adalora_cut_down_to_the_pattern() -> None:
     cut = []
     for library in BOTH:

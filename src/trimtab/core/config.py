@@ -133,8 +133,7 @@ class PeftConfig:
     nested: ClassVar[dict[str, str]] = {}
     # {type of a target: class that makes the layer there}, of a method that knows how to tell it.
     custom_modules: ClassVar[Any] = None
-    # Fields that never reach the file.
-    runtime: ClassVar[frozenset[str]] = frozenset()
+    runtime: ClassVar[frozenset[str]] = frozenset()  # fields that never reach the file
 
     def __post_init__(self) -> None:
         for name, place in self.nested.items():

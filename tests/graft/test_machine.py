@@ -260,7 +260,7 @@ class World:
         elif len(reference.adapters) > 1:
             self.model.delete_adapter(name)
             del reference.adapters[name]
-            reference.active = [n for n in reference.active if n != name] or [next(iter(reference.adapters))]
+            reference.active = [n for n in reference.active if n != name] or [min(reference.adapters)]  # as in PEFT
 
     def off(self, rng: random.Random) -> None:
         """Switched off inside a block, even while merged, and even where the block is left by an error."""

@@ -35,6 +35,12 @@ def spoken(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]
     return [str(w.message) for w in caught if not issubclass(w.category, FutureWarning | DeprecationWarning)]
 
 
+def method(library: Any, kind: str, name: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """The model `name` with an adapter of another method than LoRA."""
+    torch.manual_seed(11)
+    return quiet(library.get_peft_model, build(name, dtype), quiet(getattr(library, f"{kind}Config"), **fields))
+
+
 def config_of(library: Any, fields: dict[str, Any]) -> Any:
     """A LoraConfig of either library; values are copied, since PEFT changes what it is given."""
     return quiet(library.LoraConfig, **json.loads(json.dumps(fields)))

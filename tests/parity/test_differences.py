@@ -19,6 +19,7 @@ from tests.parity.pairs import (
     copy_state,
     gradients,
     load,
+    method,
     near,
     pair,
     parameters,
@@ -293,12 +294,6 @@ def test_randloras_bases_are_saved_once(tmp_path: Path) -> None:
         sizes.append((folder / "adapter_model.safetensors").stat().st_size)
     assert counts == [1, 1 + 4]
     assert sizes[0] < sizes[1] / 2
-
-
-def method(library: Any, kind: str, name: str = "llama", **fields: Any) -> Any:
-    """The model `name` with an adapter of another method than LoRA."""
-    torch.manual_seed(11)
-    return quiet(library.get_peft_model, build(name), quiet(getattr(library, f"{kind}Config"), **fields))
 
 
 def test_beft_without_a_bias_cannot_be_merged_in_peft() -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
 from tests.parity.alias import find
 from tests.parity.models import build
-from tests.parity.pairs import BOTH, adapt, near, quiet, run, stir, trainable
+from tests.parity.pairs import BOTH, adapt, method, near, quiet, run, stir, trainable, weights_file
 
 
 class Kinds(nn.Module):
@@ -148,19 +147,16 @@ def test_inputs_are_never_cast() -> None:
                 assert torch.equal(run(model, "llama"), plain)
 
 
-def on(library: Any, name: str, model: nn.Module | None = None, **fields: Any) -> Any:
-    """A tiny Llama with an adapter of any method."""
-    config = quiet(getattr(library, name), task_type="CAUSAL_LM", **fields)
-    return quiet(library.get_peft_model, build("llama") if model is None else model, config)
+CAUSAL = {"task_type": "CAUSAL_LM"}
 
 
 def test_adapters_beside_half_precision_layers_are_in_fp32() -> None:
-    cases = {"AdaptionPromptConfig": {"adapter_len": 2, "adapter_layers": 1}, "ShadowConfig": {}}
+    cases = {"AdaptionPrompt": {"adapter_len": 2, "adapter_layers": 1}, "Shadow": {}}
     for name, fields in cases.items():
         ours, theirs = (
             {
                 p.dtype
-                for p in on(library, name, build("llama", torch.bfloat16), **fields).parameters()
+                for p in method(library, name, dtype=torch.bfloat16, **CAUSAL, **fields).parameters()
                 if p.requires_grad
             }
             for library in BOTH
@@ -173,33 +169,29 @@ def test_where_tensors_that_layers_share_are_in_memory(tmp_path: Path) -> None:
     for kind, tensor in (("UniLora", "unilora_theta_d"), ("TinyLora", "tinylora_v")):
         names, files = [], []
         for library in BOTH:
-            model = on(library, f"{kind}Config", target_modules=["q_proj"])
+            model = method(library, kind, target_modules=["q_proj"])
             names.append([n.partition(f".{tensor}")[0] for n in trainable(model)])
             quiet(model.save_pretrained, tmp_path / library.__name__)
-            files.append(list_of(tmp_path / library.__name__))
+            files.append(sorted(weights_file(tmp_path / library.__name__)))
         assert set(names[0]) == {"base_model"}
         assert set(names[1]) == {"base_model.model.model.layers.0.self_attn.q_proj"}
         assert files[0] == files[1]
 
 
-def list_of(folder: Path) -> list[str]:
-    return sorted(load_file(folder / "adapter_model.safetensors"))
-
-
 def test_a_prompt_lacks_no_keys_and_can_be_taken_off() -> None:
     missing, verbs = [], []
     for library in BOTH:
-        model = on(library, "PromptTuningConfig", num_virtual_tokens=2)
+        model = method(library, "PromptTuning", num_virtual_tokens=2, **CAUSAL)
         state = library.get_peft_model_state_dict(model)
         missing.append(len(library.set_peft_model_state_dict(model, state).missing_keys))
         verbs.append([hasattr(model, name) for name in ("unload", "merge_and_unload")])
     assert missing[0] == 0 < missing[1]
     assert verbs == [[True, True], [False, False]]
-    model = on(trimtab, "PromptTuningConfig", num_virtual_tokens=2)
+    model = method(trimtab, "PromptTuning", num_virtual_tokens=2, **CAUSAL)
     base = model.get_base_model()
     assert model.unload() is base
     with pytest.raises(trimtab.errors.PeftError, match="cannot be merged"):
-        on(trimtab, "PromptTuningConfig", num_virtual_tokens=2).merge_and_unload()
+        method(trimtab, "PromptTuning", num_virtual_tokens=2, **CAUSAL).merge_and_unload()
 
 
 def test_a_config_keeps_its_base_beside_a_model_without_a_name(tmp_path: Path) -> None:
@@ -208,7 +200,7 @@ def test_a_config_keeps_its_base_beside_a_model_without_a_name(tmp_path: Path) -
         config = library.LoraConfig(target_modules=["q_proj"], base_model_name_or_path="some/base")
         kept.append(quiet(library.get_peft_model, build("llama"), config).peft_config["default"])
     assert [config.base_model_name_or_path for config in kept] == ["some/base", None]
-    on(trimtab, "LoraConfig", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    method(trimtab, "Lora", target_modules=["q_proj"]).save_pretrained(tmp_path)
     filled = []
     for library in BOTH:
         model = build("llama")

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from tests.models import tokens, toy
-from trimtab import IA3Config, LoraConfig, PeftModel, get_peft_model, hotswap_adapter
+from trimtab import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
 from trimtab.errors import AdapterFileError, AdapterNameError, ConfigError
 
 IDS = tokens()
@@ -118,3 +125,19 @@ def test_what_cannot_be_taken_is_refused_and_nothing_changes(tmp_path: Path) -> 
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         hotswap_adapter(model, tmp_path / "wide", "default")
+
+
+def test_tokens_that_are_trained_beside_a_lora_are_padded_along_with_it() -> None:
+    """Two methods at one layer: each keeps its own place in the adapter's layout, also once it is parked and back."""
+    model = made(["embed", "up"], trainable_token_indices={"embed": [1, 2]})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 if parameter.requires_grad else 0.0)
+        y = model(IDS)
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+        torch.testing.assert_close(model(IDS), y)
+        for n in range(10):  # the first one leaves the module tree
+            model.add_adapter(f"other{n}", LoraConfig(r=2, target_modules=["up"]))
+            model.set_adapter(f"other{n}")
+        model.set_adapter("default")
+        torch.testing.assert_close(model(IDS), y)

@@ -167,7 +167,12 @@ class Adapter:
     @property
     def parts(self) -> list[Any]:
         """All that the adapter has in the module tree of the base."""
-        return [*self.layers, *self.saved, *self.foreign.values()]
+        return [*self.layers, *self.beside]
+
+    @property
+    def beside(self) -> list[Any]:
+        """What it has there beside the layers it adapts: copies, and layers that a user's class made."""
+        return [*self.saved, *self.foreign.values()]
 
     @property
     def methods(self) -> list[Method]:
@@ -257,7 +262,7 @@ def require_gradients(adapter: Adapter, commons: Mapping[str, Leaves], wanted: b
     for holder, key in adapter.trained:
         if (tensor := holder.get(key)) is not None:  # others may have deleted the adapter at a layer
             tensor.requires_grad = wanted  # quicker than requires_grad_(), and there are hundreds
-    for part in (*adapter.saved, *adapter.foreign.values()):
+    for part in adapter.beside:
         part.set_requires_grad(adapter.name, wanted)
     for parameter in adapter.biases.trained() if adapter.biases else ():
         parameter.requires_grad_(wanted)
@@ -291,16 +296,11 @@ def tensors_of(adapter: Adapter, commons: Mapping[str, Leaves]) -> list[Tensor]:
     ]
 
 
-def method_at(place: Place, name: str) -> Any:
-    """An adapter's own method at a place of its layout."""
-    return next(m for m in place.layer.methods[name] if m.site is place.method.site)
-
-
 def relay(adapter: Adapter, config: Any) -> None:
-    """Give an adapter a layout of its own, of the tensors that it has now."""
+    """Give an adapter a layout of its own, of the methods and tensors that it has now."""
     places = []
-    for place in adapter.layout.places:
-        method = method_at(place, adapter.name)
+    for place, method in zip(adapter.layout.places, methods_of(adapter), strict=True):
         leaves = {k: replace(leaf, shape=tuple(method.tensor(k).shape)) for k, leaf in place.leaves.items()}
-        places.append(replace(place, method=method.twin("", method.options), leaves=leaves))
+        follows = method.options is adapter.config
+        places.append(replace(place, method=method.twin("", method.options), leaves=leaves, follows=follows))
     adapter.layout = replace(adapter.layout, config=config, places=places)

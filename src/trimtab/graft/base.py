@@ -79,9 +79,14 @@ class Base:
 
     # ------------------------------------------------------------------ questions
     @property
+    def adapted(self) -> list[Any]:
+        """The layers that adapters change: ours, and those that users' classes have made."""
+        return [*self.layers.values(), *self.foreign.values()]
+
+    @property
     def parts(self) -> list[Any]:
         """All that adapters have put around modules of the model."""
-        return [*self.layers.values(), *self.saved.values(), *self.foreign.values()]
+        return [*self.adapted, *self.saved.values()]
 
     def path_of(self, module: nn.Module | None) -> str | None:
         """The path of a module of the model, or of what stands around it."""

@@ -308,7 +308,7 @@ class Graft:
         """Put the base's original weights back."""
         if not self.merged:
             warn("Already unmerged. Nothing to do.")
-        for layer in (*self.base.layers.values(), *self.base.foreign.values()):
+        for layer in self.base.adapted:
             layer.unmerge()
         if self.untied:
             self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
@@ -328,7 +328,7 @@ class Graft:
                 "call unmerge_adapter()."
             )
         self._forget(adapter)
-        for part in [*self.base.layers.values(), *adapter.saved, *self.base.foreign.values()]:
+        for part in (*self.base.adapted, *adapter.saved):
             part.left(name, inference_mode=not adapter.trainable)
         self._bare()
         active = [n for n in self.board.route.active if n != name]

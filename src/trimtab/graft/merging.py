@@ -70,13 +70,12 @@ def settle(base: Base) -> None:
 
 def merged_adapters(base: Base) -> list[str]:
     """The adapters that are merged into the base."""
-    layers = (*base.layers.values(), *base.foreign.values())
-    return list(dict.fromkeys(n for layer in layers if (own := layer.merged_adapters) for n in own))
+    return list(dict.fromkeys(n for layer in base.adapted if (own := layer.merged_adapters) for n in own))
 
 
 def left(base: Base, chosen: Sequence[str]) -> bool:
     """Whether one of these adapters is yet to be merged, somewhere: layers are also merged by themselves."""
-    layers = (*base.layers.values(), *base.foreign.values())
+    layers = base.adapted
     known = {name for layer in layers for name in layer.adapters}
     here = any(set(chosen) & set(x.adapters) - set(x.merged_adapters) for x in layers)
     return here or bool(set(chosen) - known)

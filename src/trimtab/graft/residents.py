@@ -129,7 +129,7 @@ class Residents:
         self.aside.pop(name, None)
         for layer in adapter.layers:
             layer.detach(name)
-        for part in (*adapter.saved, *adapter.foreign.values()):
+        for part in adapter.beside:
             part.detach(name)
         for leaves in self.commons.values():
             leaves.remove(name)
@@ -153,7 +153,7 @@ class Residents:
     def parts(self) -> set[int]:
         """The identities of all that adapters have in the module tree of the base."""
         layers = {id(layer) for layout in self.layouts() for layer in layout.layers}
-        return layers | {id(part) for a in self.adapters.values() for part in (*a.saved, *a.foreign.values())}
+        return layers | {id(part) for a in self.adapters.values() for part in a.beside}
 
     def convert(self, layer: AdaptedLayer, fn: Any) -> None:
         """Convert (`.to()` ...) the numbers of the parked adapters whose first layer is this one."""
@@ -179,7 +179,7 @@ def _stands(layout: Layout, layer: AdaptedLayer, container: str | None) -> bool:
 
 
 def _can_leave(adapter: Adapter) -> bool:
-    return bool(adapter.layout.places) and not adapter.saved and not adapter.foreign
+    return bool(adapter.layout.places) and not adapter.beside
 
 
 def _settings(adapter: Adapter) -> dict[tuple[int, str], Any]:

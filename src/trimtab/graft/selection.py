@@ -49,7 +49,8 @@ def choose(base: Base, config: Any, method: type[Method], strict: bool, pick: Pi
         raise ConfigError(f"{type(config).__name__} does not adapt layers.")
     by_default(base, config, method)
     kinds = {n: kind(m, method.kinds) for n, m in base.modules.items()}
-    kinds |= dict.fromkeys((n for n in base.modules if is_foreign(base, config, n)), FOREIGN)
+    if base.foreign or config.custom_modules:
+        kinds |= dict.fromkeys((n for n in base.modules if is_foreign(base, config, n)), FOREIGN)
     linear = linears(base)
     if done := rewrite(config, base.model, base.modules, linear):
         warn(done)

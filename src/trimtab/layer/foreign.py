@@ -14,13 +14,13 @@ from trimtab.errors import ConfigError, NotMergeable, RouteError
 from trimtab.formats import weights
 from trimtab.layer.plan import Board
 from trimtab.layer.switch import Following
+from trimtab.methods import METHODS, PLAIN, chooses, load
 
 PREFIX = "lora_"  # of the attributes that hold what adapters have
 HALF = (torch.float16, torch.bfloat16)
-# Fields of a config that choose another formula, and values of `init_lora_weights` that are known here.
-VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config",
-            "monteclora_config", "velora_config")  # fmt: skip
-STARTS = (True, False, "gaussian")
+STARTS = (True, False, "gaussian")  # values of `init_lora_weights` that are known here
+# Variants of LoRA that are no other formula at one layer, or that `init_lora_weights` chooses.
+ALIKE = ("ensure_weight_tying", "init_lora_weights=mica")
 
 
 class Foreign(Following):
@@ -153,7 +153,8 @@ class Foreign(Following):
         module: Any = self
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        if chosen := [field for field in VARIANTS if getattr(config, field, None)]:
+        others = [field for field in load(METHODS[PLAIN][0], "VARIANTS") if field not in ALIKE]
+        if chosen := [field for field in others if chooses(field, vars(config))]:
             raise ConfigError(f"{type(self).__name__} has the tensors of a plain LoRA: it does not know {chosen}.")
         if self.in_features is None or self.out_features is None:
             kind = type(self.get_base_layer()).__name__

@@ -17,7 +17,7 @@ from trimtab.errors import AdapterFileError, ConfigError
 from trimtab.files.codec import PREFIX, Slot, aligned
 from trimtab.files.conversion import Names
 from trimtab.files.soundness import unsound
-from trimtab.graft.adapters import Adapter, method_at, relay
+from trimtab.graft.adapters import Adapter, relay
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.layer.adapted import AdaptedLayer
 from trimtab.methods import PLAIN
@@ -195,8 +195,8 @@ def _put(slot: Slot, value: Tensor | None, compiled: bool) -> None:
 
 def _rescale(graft: Graft, adapter: Adapter, config: Any) -> None:
     """Take the ranks and scales of a config, as tensors where the model was prepared for compiling."""
-    for place in adapter.layout.places:
-        method = method_at(place, adapter.name)
+    methods: list[Any] = adapter.methods
+    for method in methods:
         own = config.resolve(method.site.name)
         scale = own.scaling()
         method.r, method.lora_alpha, method.unit = own.r, own.lora_alpha, scale

@@ -19,7 +19,7 @@ from trimtab.files import experts, store
 from trimtab.files.codec import PREFIX, Prompt, Slot, aligned, copies_held, fill, fit
 from trimtab.files.conversion import Names
 from trimtab.files.soundness import unsound
-from trimtab.graft.adapters import Adapter, complete
+from trimtab.graft.adapters import Adapter, complete, relay
 from trimtab.graft.graft import Graft, find_graft
 from trimtab.shell import mixtures
 from trimtab.shell.training import Training
@@ -184,18 +184,11 @@ def adopt(adapter: Adapter, config: Any) -> None:
         return
     own.__dict__.update({**config.copy().__dict__, **kept})
     own.__dict__.pop("heads", None)
-    at: dict[Any, int] = {}
-    places = []
-    for place in adapter.layout.places:
-        index = at.get(place.layer, 0)
-        at[place.layer] = index + 1
-        method = place.layer.methods[adapter.name][index]
-        if isinstance(method, adapter.method):
-            method.options = own.resolve(method.site.name)
-            method.setup(method.options)
-        follows = method.options is own
-        places.append(dataclasses.replace(place, method=method.twin("", method.options), follows=follows))
-    adapter.layout = dataclasses.replace(adapter.layout, config=own.copy(), places=places)
+    methods: list[Any] = adapter.methods
+    for method in methods:
+        method.options = own.resolve(method.site.name)
+        method.setup(method.options)
+    relay(adapter, own.copy())
 
 
 def settle(config: Any, ephemeral_gpu_offload: bool) -> None:
